@@ -1,0 +1,94 @@
+"""The shell's way in: ``python tools/<verb>.py`` and ``megatron-kd <verb>`` are the same program.
+
+    python tools/train.py --config FILE [key=value …] [--dry-run]
+
+Exit status: 0 on success; 2, with one line on stderr, for a bad configuration or bad input; 1 for anything else.
+"""
+
+import argparse
+import errno
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any, Callable, NoReturn, Sequence
+
+from megatron_kd.config import dump_yaml, load_config
+from megatron_kd.errors import UserError
+
+EXIT_BAD_INPUT = 2
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Where a verb's configuration type and its ``run(config)`` function live, and what it does in one line."""
+
+    module: str
+    config: str
+    summary: str
+    run: str = "run"
+
+
+VERBS: dict[str, Verb] = {
+    "tokenize_corpus": Verb("megatron_kd.data.tokenize_corpus", "TokenizeCorpusConfig", "documents to a chunk dataset"),
+    "train": Verb("megatron_kd.training.run", "TrainConfig", "pre-train or distil a model"),
+    "score_corpus": Verb("megatron_kd.scoring.run", "ScoreCorpusConfig", "mean NLL of every chunk under a model"),
+    "sample_by_difference": Verb(
+        "megatron_kd.data.sample_by_difference", "SampleByDifferenceConfig", "keep the chunks that the teacher finds easier"
+    ),
+    "convert_to_hf": Verb("megatron_kd.conversion.export_hf", "ConvertToHFConfig", "checkpoint to Hugging Face folder"),
+    "evaluate": Verb("megatron_kd.evaluation.run", "EvaluateConfig", "held-out loss and bits per byte"),
+    "inspect_dataset": Verb("megatron_kd.data.inspect_dataset", "InspectDatasetConfig", "what an artefact on disk is"),
+}
+
+
+def main(verb: str | None = None, argv: Sequence[str] | None = None) -> NoReturn:
+    """Run one verb and exit; without ``verb`` the first argument names it."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if verb is None:
+        verb = _choose_verb(arguments)
+    sys.exit(_run_verb(verb, arguments))
+
+
+def _choose_verb(arguments: list[str]) -> str:
+    if arguments and arguments[0] in VERBS:
+        return arguments.pop(0)
+    listing = "\n".join(f"  {name:<22}{verb.summary}" for name, verb in VERBS.items())
+    if arguments and arguments[0] in ("-h", "--help"):
+        sys.stdout.write(f"usage: megatron-kd VERB --config FILE [key=value ...] [--dry-run]\n\n{listing}\n")
+        sys.exit(0)
+    given = f"'{arguments[0]}' is not a verb" if arguments else "no verb given"
+    sys.stderr.write(f"megatron-kd: {given}; choose one of {', '.join(VERBS)}\n")
+    sys.exit(EXIT_BAD_INPUT)
+
+
+def _run_verb(name: str, arguments: Sequence[str]) -> int:
+    verb = VERBS[name]
+    parser = argparse.ArgumentParser(prog=name, description=verb.summary)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the verb's keys")
+    parser.add_argument("--dry-run", action="store_true", help="check and print the resolved configuration, do nothing")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the file, dotted keys")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        module = importlib.import_module(verb.module)
+        config = load_config(getattr(module, verb.config), options.config, options.overrides)
+        if options.dry_run:
+            sys.stdout.write(dump_yaml(config))
+            return 0
+        run: Callable[[Any], Any] = getattr(module, verb.run)
+        run(config)
+    except UserError as error:
+        return _refuse(name, str(error))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _refuse(name, f"the disk is full while writing {error.filename or 'the output'}: free space and run again")
+        raise
+    return 0
+
+
+def _refuse(name: str, message: str) -> int:
+    """One line on stderr, from one rank only under torchrun."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"{name}: {' '.join(message.split())}\n")
+        sys.stderr.flush()
+    return EXIT_BAD_INPUT

@@ -1,0 +1,28 @@
+"""The errors that a user can cause, each carried to the shell as one line and exit status 2.
+
+Anything else that is raised is a fault of this project and shows its traceback.
+"""
+
+
+class UserError(Exception):
+    """Bad input: the message says what is wrong, where, and what to do about it, on one line."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used: unknown keys, wrong types, values that exclude each other."""
+
+
+class DataError(UserError):
+    """A corpus, dataset, score file or cache that is missing, malformed or does not match its user."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or Hugging Face folder that is missing, damaged or of another model."""
+
+
+class LayoutError(ConfigError):
+    """A parallel layout that does not divide the world, the heads, the layers or the batch."""
+
+
+class NonFiniteLossError(UserError):
+    """A loss or gradient norm that is not finite: training stopped before the optimizer step."""

@@ -1,0 +1,102 @@
+"""What a decoder is, apart from how it is sharded: sizes, head, norms, and the parameter count.
+
+``ARCHITECTURES`` lists the sizes by name: the MiniPLM paper's (``qwen_104m`` … ``qwen_1.8b``) and toy sizes for a
+CPU. All are Qwen2-type decoders (Hugging Face ``Qwen2ForCausalLM``): RoPE, RMSNorm, SwiGLU, bias on Q, K and V only.
+Evidence for the sizes: MiniPLM (arXiv 2410.17215), table of model configurations, and the released checkpoints.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from megatron_kd.errors import ConfigError
+
+QWEN_VOCAB_SIZE = 151_936
+
+
+@dataclass(frozen=True)
+class ModelArchitecture:
+    """A Qwen2-type decoder.
+
+    ``vocab_size`` counts the rows of the embedding that the model defines (before any padding for tensor
+    parallelism); 0 means: as many as the dataset's tokenizer has.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    vocab_size: int = 0
+    kv_channels: int = 0
+    """Width of one head; 0 means hidden_size / num_attention_heads."""
+    tie_word_embeddings: bool = True
+    add_qkv_bias: bool = True
+    qk_layernorm: bool = False
+    rope_theta: float = 1_000_000.0
+    norm_epsilon: float = 1e-6
+    init_std: float = 0.02
+    max_position_embeddings: int = 32_768
+    hf_model_type: str = "qwen2"
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def non_embedding_parameters(self) -> int:
+        """Parameters of the layers and the final norm: the N of compute-optimal scaling."""
+        h, f = self.hidden_size, self.ffn_hidden_size
+        q_width, kv_width = self.num_attention_heads * self.head_dim, self.num_query_groups * self.head_dim
+        attention = h * (q_width + 2 * kv_width) + q_width * h
+        bias = (q_width + 2 * kv_width) if self.add_qkv_bias else 0
+        qk_norms = 2 * self.head_dim if self.qk_layernorm else 0
+        return self.num_layers * (attention + bias + qk_norms + 3 * h * f + 2 * h) + h
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Parameters of the input embedding and, where it is not tied, the output layer."""
+        return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+
+    @property
+    def parameters(self) -> int:
+        """All parameters, tied weights once."""
+        return self.non_embedding_parameters + self.embedding_parameters
+
+    def with_vocab_size(self, vocab_size: int) -> "ModelArchitecture":
+        """The same architecture, its vocabulary filled in where it was left to the tokenizer."""
+        return self if self.vocab_size else dataclasses.replace(self, vocab_size=vocab_size)
+
+
+def _qwen(layers: int, hidden: int, ffn: int, heads: int, vocab: int = QWEN_VOCAB_SIZE, **other) -> ModelArchitecture:
+    return ModelArchitecture(
+        num_layers=layers, hidden_size=hidden, ffn_hidden_size=ffn, num_attention_heads=heads,
+        num_query_groups=other.pop("groups", heads), vocab_size=vocab, **other,
+    )
+
+
+ARCHITECTURES: dict[str, ModelArchitecture] = {
+    # The paper's sizes. 300M is neither tied nor untied in any published count (247M or 363M): tied here, as its kin.
+    "qwen_104m": _qwen(8, 512, 1408, 8),
+    "qwen_200m": _qwen(12, 768, 2112, 12),
+    "qwen_300m": _qwen(18, 768, 2112, 12),
+    "qwen_500m": _qwen(24, 1024, 2816, 16),
+    "qwen_1.2b": _qwen(24, 1536, 4224, 16, tie_word_embeddings=False),
+    "qwen_1.8b": _qwen(24, 2048, 5504, 16, tie_word_embeddings=False),
+    # Toy sizes for a CPU; their vocabulary is the dataset's tokenizer's.
+    "qwen_toy_reference": _qwen(2, 96, 256, 4, vocab=0, rope_theta=10_000.0),
+    "qwen_toy_student": _qwen(4, 128, 352, 4, vocab=0, rope_theta=10_000.0),
+    "qwen_toy_teacher": _qwen(6, 256, 704, 8, vocab=0, rope_theta=10_000.0),
+    "qwen_21m": _qwen(6, 256, 704, 4, vocab=32_000, tie_word_embeddings=False),
+}
+
+
+def architecture_by_name(name: str) -> ModelArchitecture:
+    """The architecture called ``name``.
+
+    Raises:
+        ConfigError: there is none; the message lists the names.
+    """
+    if name not in ARCHITECTURES:
+        raise ConfigError(f"model.name '{name}' is unknown; choose one of {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name]

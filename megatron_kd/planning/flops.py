@@ -1,0 +1,72 @@
+"""What training costs in floating-point operations, and how many steps make two methods cost the same.
+
+The convention is the MiniPLM paper's (arXiv 2410.17215): a forward pass costs 2N a token and a backward pass twice
+that, N being **all parameters of the model, tied weights once** (:attr:`ModelArchitecture.parameters`). Attention's
+quadratic term is left out. Every function takes N, so that a caller who counts otherwise says so by what he passes.
+
+    method      FLOPs a token      where it goes
+    none        6 N_s              student forward and backward
+    vanilla_kd  6 N_s + 2 N_t      and the teacher's forward
+    minillm     8 N_s + 4 N_t      and the student's forward for sampling, the teacher's two
+
+What is done once before training (scoring a corpus, training the reference model) is *offline*: it is reported
+beside the training cost, not matched, because every student that is trained on the result shares it.
+"""
+
+from typing import Literal
+
+Method = Literal["none", "vanilla_kd", "minillm"]
+
+FORWARD_FLOPS_PER_PARAMETER = 2
+TRAINING_FLOPS_PER_PARAMETER = 6
+# (student, teacher) operations per parameter and token.
+METHOD_FLOPS: dict[str, tuple[int, int]] = {"none": (6, 0), "vanilla_kd": (6, 2), "minillm": (8, 4)}
+
+
+def forward_flops(parameters: int, tokens: int) -> int:
+    """Operations of a forward pass over ``tokens``: 2 · N · tokens. Also the cost of scoring a corpus."""
+    return FORWARD_FLOPS_PER_PARAMETER * parameters * tokens
+
+
+def training_flops(student_parameters: int, tokens: int, method: Method = "none", teacher_parameters: int = 0) -> int:
+    """Operations of training a student on ``tokens`` with ``method``, the teacher's forward passes counted.
+
+    Raises:
+        ValueError: the method is unknown, or it needs a teacher and ``teacher_parameters`` is not positive.
+    """
+    student_factor, teacher_factor = _factors(method, teacher_parameters)
+    return (student_factor * student_parameters + teacher_factor * teacher_parameters) * tokens
+
+
+def matched_steps(plain_steps: int, student_parameters: int, teacher_parameters: int, method: Method) -> int:
+    """Steps of ``method`` that cost what ``plain_steps`` of plain pre-training cost, the batch being the same.
+
+    Plain pre-training costs 6 N_s a token; Vanilla KD so gets 3 N_s T / (3 N_s + N_t) steps and MiniLLM
+    3 N_s T / (4 N_s + 2 N_t), rounded to the nearest whole step.
+
+    Raises:
+        ValueError: as :func:`training_flops`.
+    """
+    student_factor, teacher_factor = _factors(method, teacher_parameters)
+    plain = TRAINING_FLOPS_PER_PARAMETER * student_parameters * plain_steps
+    return round(plain / (student_factor * student_parameters + teacher_factor * teacher_parameters))
+
+
+def difference_sampling_flops(
+    teacher_parameters: int, reference_parameters: int, scored_tokens: int, reference_tokens: int
+) -> int:
+    """Offline operations of difference sampling: both models score the corpus, the reference model is trained."""
+    return (
+        forward_flops(teacher_parameters, scored_tokens)
+        + forward_flops(reference_parameters, scored_tokens)
+        + training_flops(reference_parameters, reference_tokens)
+    )
+
+
+def _factors(method: str, teacher_parameters: int) -> tuple[int, int]:
+    if method not in METHOD_FLOPS:
+        raise ValueError(f"method '{method}' has no cost formula; choose one of {', '.join(METHOD_FLOPS)}")
+    student_factor, teacher_factor = METHOD_FLOPS[method]
+    if teacher_factor and teacher_parameters <= 0:
+        raise ValueError(f"method '{method}' runs a teacher: teacher_parameters is {teacher_parameters}")
+    return student_factor, teacher_factor

@@ -1,0 +1,109 @@
+"""Folders that appear whole or not at all.
+
+:func:`building` hands out ``<output>.tmp-<pid>-<random>``, and renames it to ``<output>`` when its block ends without
+an error; everything in it has been flushed to the disk by then. On an error the folder is removed. A writer that was
+killed leaves its temporary folder behind, which never has the output's name; the next writer of the same output
+removes it (a lock file tells a dead writer from a live one).
+"""
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Iterator
+
+from megatron_kd.errors import DataError
+
+LOCK_NAME = ".writer.lock"
+
+
+@contextlib.contextmanager
+def building(output: str | Path) -> Iterator[Path]:
+    """A folder to build in, renamed to ``output`` at the end of the block.
+
+    Raises:
+        DataError: ``output`` exists (checked at both ends), or its parent cannot be written.
+    """
+    output = Path(output)
+    refuse_existing(output)
+    temporary = output.parent / f"{output.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(output)
+        temporary.mkdir()
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise DataError(f"{output}: cannot create the output folder ({error.strerror})") from None
+    try:
+        with open(temporary / LOCK_NAME, "w", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield temporary
+            refuse_existing(output)
+            _flush_tree(temporary)
+            (temporary / LOCK_NAME).unlink()
+            os.rename(temporary, output)
+        fsync_folder(output.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def refuse_existing(output: Path) -> None:
+    """Refuse to write where something is.
+
+    Raises:
+        DataError: ``output`` exists.
+    """
+    if output.exists() or output.is_symlink():
+        raise DataError(f"{output}: already exists and is not this same artefact; remove it or choose another output")
+
+
+def remove_abandoned(output: Path) -> None:
+    """Remove the temporary folders that killed writers of ``output`` left behind."""
+    for folder in output.parent.glob(f"{glob_escape(output.name)}.tmp-*"):
+        lock_path = folder / LOCK_NAME
+        try:
+            with open(lock_path, "r+", encoding="utf-8") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            continue
+        except FileNotFoundError:
+            if folder.is_dir() and not any(folder.iterdir()):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def glob_escape(name: str) -> str:
+    """``name`` with the characters that mean something in a glob pattern made literal."""
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
+
+
+def write_file(path: Path, data: bytes | str) -> None:
+    """Write a small file whole: temporary name, flush to the disk, rename."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data.encode("utf-8") if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    fsync_folder(folder)

@@ -1,0 +1,300 @@
+"""A chunk dataset: a folder with ``manifest.json`` and shards ``chunks-00000.bin/.idx``, …, of chunks of token ids.
+
+A chunk is a training instance of at most ``seq_length + 1`` ids. Its identity is (root fingerprint, root chunk id): a
+dataset selected from another keeps in ``chunk_ids.npy`` the id that each of its chunks has in the root, so what was
+computed for the root serves the selection. See ``docs/file_formats.md``.
+"""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Iterable, Sequence
+
+import numpy as np
+
+from megatron_kd.data.artefact_folder import building
+from megatron_kd.data.checksums import Checksums, LazyBlocks
+from megatron_kd.data.indexed_dataset import IndexedDatasetReader, IndexedDatasetWriter, dtype_for_vocab
+from megatron_kd.data.manifest import fingerprint_of, read_manifest, versions, write_manifest
+from megatron_kd.data.tokenizer_info import TOKENIZER_FOLDER, TokenizerInfo
+from megatron_kd.errors import DataError
+
+KIND = "chunk_dataset"
+CHUNK_IDS_NAME = "chunk_ids.npy"
+TOKEN_BYTES_NAME = "token_byte_lengths.npy"
+DEFAULT_CHUNKS_PER_SHARD = 1_000_000
+
+
+class ChunkDataset:
+    """Reads a chunk dataset; made by :meth:`open`.
+
+    Attributes:
+        path: the folder.
+        manifest: its manifest.
+        num_chunks, num_tokens: totals over the shards.
+        seq_length: a chunk has at most ``seq_length + 1`` ids.
+        vocab_size, eos_id, pad_id: of the tokenizer.
+        tokenizer_hash, tokenizer_path: its content hash, and the copy of its files (may be absent).
+        fingerprint, root_fingerprint: content identity of this dataset and of the one its chunk ids refer to.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], checksums: Checksums) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.checksums = checksums
+        self.num_chunks: int = manifest["num_chunks"]
+        self.num_tokens: int = manifest["num_tokens"]
+        self.seq_length: int = manifest["seq_length"]
+        self.vocab_size: int = manifest["vocab_size"]
+        self.eos_id: int = manifest["eos_id"]
+        self.pad_id: int = manifest["pad_id"]
+        self.tokenizer_hash: str = manifest["tokenizer_hash"]
+        self.tokenizer_path = path / TOKENIZER_FOLDER
+        self.fingerprint: str = manifest["fingerprint"]
+        self.root_fingerprint: str = manifest["root_fingerprint"]
+        self.dtype = np.dtype(manifest["dtype"])
+        self.shards = [self._open_shard(shard) for shard in manifest["shards"]]
+        self._blocks = [
+            LazyBlocks(shard.bin_path, shard.buffer, checksums[shard.bin_path.name]) for shard in self.shards
+        ]
+        self._starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+
+    @classmethod
+    def open(cls, path: str | Path) -> "ChunkDataset":
+        """Open a dataset: manifest, sidecar and indices are verified now, ids block by block at first touch.
+
+        Raises:
+            DataError: it is missing, damaged, or something else.
+        """
+        path = Path(path)
+        manifest, checksums = read_manifest(path, KIND)
+        for name in checksums.files:
+            if name.endswith(".bin"):
+                checksums.check_size(path, name)
+            else:
+                checksums.verify_file(path, name)
+        return cls(path, manifest, checksums)
+
+    def _open_shard(self, entry: dict[str, Any]) -> IndexedDatasetReader:
+        reader = IndexedDatasetReader(self.path / entry["name"])
+        if len(reader) != entry["chunks"] or reader.dtype != self.dtype:
+            raise DataError(
+                f"{reader.index_path}: {len(reader)} chunks of {reader.dtype} where the manifest states "
+                f"{entry['chunks']} of {self.dtype}; the files are of different datasets"
+            )
+        return reader
+
+    def __len__(self) -> int:
+        return self.num_chunks
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """The ids of one chunk, int64 ``[length]``.
+
+        Raises:
+            IndexError: not in ``[0, num_chunks)``.
+            DataError: its block on disk is damaged.
+        """
+        if not 0 <= index < self.num_chunks:
+            raise IndexError(f"chunk {index} of a dataset with {self.num_chunks} chunks ({self.path})")
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._view(shard, int(index - self._starts[shard])).astype(np.int64)
+
+    def _view(self, shard: int, index: int) -> np.ndarray:
+        reader = self.shards[shard]
+        start, stop = reader.byte_range(index)
+        self._blocks[shard].touch(start, stop)
+        return reader.buffer[start:stop].view(self.dtype)
+
+    def gather(self, indices: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Several chunks as the rows of a matrix, right-padded with ``pad_id``.
+
+        Args:
+            indices: ``[n]`` chunk indices.
+            width: columns; every chunk must fit.
+
+        Returns:
+            ids int64 ``[n, width]`` and lengths int64 ``[n]``.
+
+        Raises:
+            DataError: a chunk is longer than ``width``, or damaged on disk.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        if len(indices) and (indices.min() < 0 or indices.max() >= self.num_chunks):
+            raise IndexError(f"chunks {indices.min()}…{indices.max()} of {self.num_chunks} ({self.path})")
+        ids = np.full((len(indices), width), self.pad_id, dtype=np.int64)
+        lengths = np.zeros(len(indices), dtype=np.int64)
+        owners = np.searchsorted(self._starts, indices, side="right") - 1
+        local = indices - self._starts[owners]
+        for row, (shard, index) in enumerate(zip(owners.tolist(), local.tolist())):
+            chunk = self._view(shard, index)
+            if len(chunk) > width:
+                raise DataError(
+                    f"{self.path}: chunk {indices[row]} has {len(chunk)} ids, more than {width}; "
+                    f"set data.seq_length to the dataset's {self.seq_length}"
+                )
+            ids[row, : len(chunk)] = chunk
+            lengths[row] = len(chunk)
+        return ids, lengths
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Ids per chunk, int32 ``[num_chunks]``."""
+        parts = [shard.lengths for shard in self.shards]
+        return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
+
+    @cached_property
+    def chunk_ids(self) -> np.ndarray:
+        """The id of each chunk in the root dataset, int64 ``[num_chunks]``."""
+        if self.is_root:
+            return np.arange(self.num_chunks, dtype=np.int64)
+        return np.load(self.path / CHUNK_IDS_NAME, mmap_mode="r")
+
+    @property
+    def is_root(self) -> bool:
+        """Whether the chunks are identified by their own position here."""
+        return CHUNK_IDS_NAME not in self.checksums.files
+
+    @cached_property
+    def token_byte_lengths(self) -> np.ndarray:
+        """UTF-8 bytes that each id stands for, int32 ``[vocab_size]``; 0 for special tokens."""
+        return np.load(self.path / TOKEN_BYTES_NAME)
+
+    def verify(self, on_bytes: Any = None) -> None:
+        """Read every file and compare every checksum.
+
+        Raises:
+            DataError: something differs.
+        """
+        for name in self.checksums.files:
+            self.checksums.verify_file(self.path, name, on_bytes)
+
+    def tokenizer_info(self) -> TokenizerInfo:
+        """What a writer of a derived dataset needs to know of the tokenizer."""
+        folder = self.tokenizer_path if self.tokenizer_path.is_dir() else None
+        return TokenizerInfo(
+            self.tokenizer_hash, self.vocab_size, self.eos_id, self.pad_id, self.token_byte_lengths, folder
+        )
+
+
+class ChunkDatasetWriter:
+    """Writes the files of a chunk dataset into a folder that ``artefact_folder.building`` handed out.
+
+    Args:
+        folder: where.
+        tokenizer: of the ids.
+        seq_length: chunks have at most ``seq_length + 1`` ids.
+        chunks_per_shard: a new ``.bin``/``.idx`` pair after this many.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: TokenizerInfo,
+        seq_length: int,
+        chunks_per_shard: int = DEFAULT_CHUNKS_PER_SHARD,
+    ) -> None:
+        self.folder = folder
+        self.tokenizer = tokenizer
+        self.seq_length = seq_length
+        self.dtype = dtype_for_vocab(tokenizer.vocab_size)
+        self._chunks_per_shard = chunks_per_shard
+        self._shard: IndexedDatasetWriter | None = None
+        self._shards: list[dict[str, Any]] = []
+        self._checksums = Checksums()
+        self.num_chunks = 0
+        self.num_tokens = 0
+
+    def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Append chunks: ``ids`` ``[sum(lengths)]`` one after another, ``lengths`` ``[n]``."""
+        ids = np.asarray(ids)
+        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self.tokenizer.vocab_size):
+            raise ValueError(f"ids {ids.min()}…{ids.max()} outside a vocabulary of {self.tokenizer.vocab_size}")
+        self.add_bytes(np.ascontiguousarray(ids, dtype=self.dtype).view(np.uint8), lengths)
+
+    def add_bytes(self, data: np.ndarray, lengths: np.ndarray) -> None:
+        """Append chunks already encoded in ``dtype``: uint8 ``[sum(lengths) * itemsize]``."""
+        lengths = np.asarray(lengths, dtype=np.int64)
+        if lengths.size and not 1 <= lengths.min() <= lengths.max() <= self.seq_length + 1:
+            raise ValueError(f"chunk lengths {lengths.min()}…{lengths.max()} outside 1…{self.seq_length + 1}")
+        while len(lengths):
+            shard = self._open_shard()
+            taken = lengths[: self._chunks_per_shard - shard.num_chunks]
+            size = int(taken.sum()) * self.dtype.itemsize
+            shard.add_bytes(data[:size], taken)
+            self.num_chunks += len(taken)
+            self.num_tokens += int(taken.sum())
+            data, lengths = data[size:], lengths[len(taken) :]
+            if shard.num_chunks == self._chunks_per_shard:
+                self._close_shard()
+
+    def _open_shard(self) -> IndexedDatasetWriter:
+        if self._shard is None:
+            self._shard = IndexedDatasetWriter(self.folder / f"chunks-{len(self._shards):05d}", self.dtype)
+        return self._shard
+
+    def _close_shard(self) -> None:
+        shard, self._shard = self._shard, None
+        if shard is None:
+            return
+        self._checksums.files.update(shard.close())
+        self._shards.append({"name": shard.prefix.name, "chunks": shard.num_chunks, "tokens": shard.num_tokens})
+
+    def finish(
+        self,
+        producer: dict[str, Any],
+        parents: Sequence[dict[str, Any]] = (),
+        root_fingerprint: str | None = None,
+        chunk_ids: np.ndarray | None = None,
+    ) -> str:
+        """Close the shards and write the rest; returns the dataset's fingerprint.
+
+        Args:
+            producer: what made it: ``tool``, its resolved ``config``, and whatever else is worth recording.
+            parents: ``{"kind", "path", "fingerprint"}`` of the artefacts it was made from.
+            root_fingerprint, chunk_ids: for a selection, the root and the ids int64 ``[num_chunks]`` in it.
+        """
+        self._close_shard()
+        facts = {
+            "seq_length": self.seq_length,
+            "vocab_size": self.tokenizer.vocab_size,
+            "eos_id": self.tokenizer.eos_id,
+            "pad_id": self.tokenizer.pad_id,
+            "tokenizer_hash": self.tokenizer.hash,
+            "dtype": self.dtype.name,
+            "num_chunks": self.num_chunks,
+            "num_tokens": self.num_tokens,
+            "shards": self._shards,
+        }
+        if chunk_ids is not None:
+            np.save(self.folder / CHUNK_IDS_NAME, np.asarray(chunk_ids, dtype=np.int64))
+            self._checksums.add_file(self.folder, CHUNK_IDS_NAME)
+        np.save(self.folder / TOKEN_BYTES_NAME, self.tokenizer.token_byte_lengths.astype(np.int32))
+        self._checksums.add_file(self.folder, TOKEN_BYTES_NAME)
+        fingerprint = fingerprint_of({**facts, "root": root_fingerprint}, self._checksums)
+        for name in self.tokenizer.copy_files(self.folder):
+            self._checksums.add_file(self.folder, name)
+        body = {
+            "fingerprint": fingerprint,
+            "root_fingerprint": root_fingerprint or fingerprint,
+            **facts,
+            "parents": list(parents),
+            "producer": producer,
+            "versions": versions(),
+        }
+        write_manifest(self.folder, KIND, body, self._checksums)
+        return fingerprint
+
+
+def write_chunk_dataset(
+    output: str | Path,
+    chunks: Iterable[np.ndarray],
+    tokenizer: TokenizerInfo,
+    seq_length: int,
+    chunks_per_shard: int = DEFAULT_CHUNKS_PER_SHARD,
+) -> ChunkDataset:
+    """Write chunks that are in memory, whole or not at all, and open the result."""
+    with building(output) as folder:
+        writer = ChunkDatasetWriter(folder, tokenizer, seq_length, chunks_per_shard)
+        for chunk in chunks:
+            writer.add(chunk, np.array([len(chunk)]))
+        writer.finish({"tool": "write_chunk_dataset"})
+    return ChunkDataset.open(output)

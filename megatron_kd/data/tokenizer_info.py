@@ -1,0 +1,51 @@
+"""What a dataset records of its tokenizer; free of tokenizer libraries, so that training needs none."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """Identity and facts of a tokenizer.
+
+    Attributes:
+        hash: content hash (``data/tokenization.py``).
+        vocab_size: largest id + 1.
+        eos_id: ends a document.
+        pad_id: fills the right of short rows; equal to ``eos_id``, as in the Qwen, Llama 3.1 and Mamba recipes, which
+            is what makes the loss mask leave out positions whose input is eos (``data/batch.py``).
+        token_byte_lengths: UTF-8 bytes per id, int32 ``[vocab_size]``, 0 for special tokens.
+        folder: its files, or None.
+    """
+
+    hash: str
+    vocab_size: int
+    eos_id: int
+    pad_id: int
+    token_byte_lengths: np.ndarray
+    folder: Path | None = None
+
+    def copy_files(self, dataset_folder: Path) -> list[str]:
+        """Copy its files into ``<dataset_folder>/tokenizer/``; returns their names relative to the dataset."""
+        if self.folder is None:
+            return []
+        (dataset_folder / TOKENIZER_FOLDER).mkdir()
+        names = []
+        for path in sorted(self.folder.iterdir()):
+            if path.is_file() and not path.name.startswith("."):
+                name = f"{TOKENIZER_FOLDER}/{path.name}"
+                shutil.copyfile(path, dataset_folder / name)
+                names.append(name)
+        return names
+
+
+def plain_tokenizer_info(vocab_size: int, eos_id: int = 0) -> TokenizerInfo:
+    """A tokenizer without files whose every id but eos stands for one byte: for synthetic data."""
+    lengths = np.ones(vocab_size, dtype=np.int32)
+    lengths[eos_id] = 0
+    return TokenizerInfo(f"plain-{vocab_size}-{eos_id}", vocab_size, eos_id, eos_id, lengths)

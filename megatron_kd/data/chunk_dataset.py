@@ -169,9 +169,11 @@ class ChunkDataset:
 
     def tokenizer_info(self) -> TokenizerInfo:
         """What a writer of a derived dataset needs to know of the tokenizer."""
-        folder = self.tokenizer_path if self.tokenizer_path.is_dir() else None
+        prefix = f"{TOKENIZER_FOLDER}/"
+        names = [name.removeprefix(prefix) for name in self.checksums.files if name.startswith(prefix)]
+        files = {name: (self.tokenizer_path / name).read_bytes() for name in names}
         return TokenizerInfo(
-            self.tokenizer_hash, self.vocab_size, self.eos_id, self.pad_id, self.token_byte_lengths, folder
+            self.tokenizer_hash, self.vocab_size, self.eos_id, self.pad_id, self.token_byte_lengths, files
         )
 
 

@@ -1,8 +1,8 @@
 """What a dataset records of its tokenizer; free of tokenizer libraries, so that training needs none."""
 
-import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Mapping
 
 import numpy as np
 
@@ -20,7 +20,7 @@ class TokenizerInfo:
         pad_id: fills the right of short rows; equal to ``eos_id``, as in the Qwen, Llama 3.1 and Mamba recipes, which
             is what makes the loss mask leave out positions whose input is eos (``data/batch.py``).
         token_byte_lengths: UTF-8 bytes per id, int32 ``[vocab_size]``, 0 for special tokens.
-        folder: its files, or None.
+        files: name → contents of the files that make it up; empty for synthetic data.
     """
 
     hash: str
@@ -28,20 +28,16 @@ class TokenizerInfo:
     eos_id: int
     pad_id: int
     token_byte_lengths: np.ndarray
-    folder: Path | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
     def copy_files(self, dataset_folder: Path) -> list[str]:
-        """Copy its files into ``<dataset_folder>/tokenizer/``; returns their names relative to the dataset."""
-        if self.folder is None:
+        """Write its files into ``<dataset_folder>/tokenizer/``; returns their names relative to the dataset."""
+        if not self.files:
             return []
         (dataset_folder / TOKENIZER_FOLDER).mkdir()
-        names = []
-        for path in sorted(self.folder.iterdir()):
-            if path.is_file() and not path.name.startswith("."):
-                name = f"{TOKENIZER_FOLDER}/{path.name}"
-                shutil.copyfile(path, dataset_folder / name)
-                names.append(name)
-        return names
+        for name, contents in self.files.items():
+            (dataset_folder / TOKENIZER_FOLDER / name).write_bytes(contents)
+        return [f"{TOKENIZER_FOLDER}/{name}" for name in self.files]
 
 
 def plain_tokenizer_info(vocab_size: int, eos_id: int = 0) -> TokenizerInfo:

@@ -1,0 +1,261 @@
+"""Documents' ids to chunks of at most L = ``seq_length + 1`` ids.
+
+``packed``: documents one after another, cut every L ids; windows do not overlap.
+
+``sentence_end``: MiniPLM's rule (arXiv 2410.17215, its released ``tokenize_pile``). From the front of the buffer take L
+ids, look from their end for a sentence end, keep up to and including it, push the rest back; none found keeps all L.
+Sentence end at i: the id is eos; or it is in ``end_sent`` and its text has a line break; or it is in ``end_sent`` and
+the text of ids i and i + 1 together has a space. ``end_sent``: ids whose text has one of ``. ! ? ; \\n`` and no opening
+bracket without its closing one. BOS models start every chunk with bos, counted in L.
+
+Both keep one buffer per domain, so a chunk never mixes domains, and give chunks in the order in which the documents
+that complete them arrive: the result does not depend on how the documents are cut into blocks.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Callable, Sequence
+
+import numpy as np
+
+from megatron_kd.data.tokenization import LoadedTokenizer
+
+SENTENCE_END_CHARACTERS = ".!?;\n"
+# MiniPLM's third pair is literally a backslash and an opening brace; kept, so that chunks equal the released ones.
+BRACKET_PAIRS = ("[]", "()", "\\{", "<>")
+MAX_CHUNKS_PER_DOCUMENT = 2000
+_CLEAN_UPS = (" .", " ?", " !", " ,", " n't", " 'm", " 's", " 've", " 're")
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Finished chunks.
+
+    Attributes:
+        ids: the chunks' ids one after another, ``[sum(lengths)]``.
+        lengths: int64 ``[n]``.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+
+
+class SentenceEnds:
+    """Finds the sentence ends of a stream of ids.
+
+    Args:
+        token_texts: decoded text of every id, ``[vocab_size]``.
+        eos_id: always ends a sentence.
+        pair_has_space: (id, next id) → whether their text together has a space; None where that is so exactly if one
+            of the two texts has one (byte-level vocabularies).
+    """
+
+    def __init__(
+        self, token_texts: Sequence[str], eos_id: int, pair_has_space: Callable[[int, int], bool] | None = None
+    ) -> None:
+        end_sent = np.array([_is_end_sent(text) for text in token_texts], dtype=bool)
+        self.count = int(end_sent.sum()) + (not end_sent[eos_id])
+        self._certain = end_sent & np.array(["\n" in text for text in token_texts], dtype=bool)
+        self._certain[eos_id] = True
+        self._candidate = end_sent & ~self._certain
+        self._has_space = np.array([" " in text for text in token_texts], dtype=bool)
+        self._pair_has_space = lru_cache(maxsize=1 << 20)(pair_has_space) if pair_has_space else None
+
+    @classmethod
+    def of(cls, tokenizer: LoadedTokenizer) -> "SentenceEnds":
+        """For a tokenizer; decodes its whole vocabulary once."""
+        texts = tokenizer.token_texts
+        if tokenizer.is_byte_level and not tokenizer.cleans_up_spaces:
+            return cls(texts, tokenizer.info.eos_id)
+
+        def pair_has_space(first: int, second: int) -> bool:
+            text = tokenizer.backend.decode([first, second], skip_special_tokens=False)
+            if tokenizer.cleans_up_spaces:
+                for spaced in _CLEAN_UPS:
+                    text = text.replace(spaced, spaced[1:])
+                text = text.replace(" ' ", "'")
+            return " " in text
+
+        return cls(texts, tokenizer.info.eos_id, pair_has_space)
+
+    def find(self, ids: np.ndarray) -> np.ndarray:
+        """bool ``[n]``: whether each id of a stream ends a sentence; the last has no next id."""
+        ends = self._certain[ids]
+        candidates = np.flatnonzero(self._candidate[ids])
+        if not len(candidates):
+            return ends
+        inner = candidates[candidates < len(ids) - 1]
+        if self._pair_has_space is None:
+            ends[inner] = self._has_space[ids[inner]] | self._has_space[ids[inner + 1]]
+        else:
+            pairs = zip(ids[inner].tolist(), ids[inner + 1].tolist())
+            ends[inner] = [self._pair_has_space(first, second) for first, second in pairs]
+        ends[candidates[len(inner) :]] = True
+        return ends
+
+
+class DomainChunker:
+    """The buffer of one domain.
+
+    Args:
+        length: L, ids per chunk at most.
+        sentence_ends: None for ``packed``.
+        bos_id: put before every chunk and counted in L; None for none.
+    """
+
+    def __init__(self, length: int, sentence_ends: SentenceEnds | None = None, bos_id: int | None = None) -> None:
+        self._sentence_ends = sentence_ends
+        self._bos_id = bos_id
+        self._prefix = 0 if bos_id is None else 1
+        self._window = length - self._prefix
+        self._buffer = np.zeros(0, dtype=np.uint32)
+
+    def add(self, ids: np.ndarray, lengths: np.ndarray) -> tuple[Chunks, np.ndarray]:
+        """Append documents that end in eos.
+
+        Args:
+            ids: ``[sum(lengths)]``.
+            lengths: ids per document, ``[n]``.
+
+        Returns:
+            the chunks that they complete, and for each the index in ``[0, n)`` of the document that completed it.
+        """
+        stream = np.concatenate([self._buffer.astype(ids.dtype), ids]) if len(self._buffer) else ids
+        document_ends = len(self._buffer) + np.cumsum(lengths)
+        if self._sentence_ends is None:
+            starts, stops, rest = self._cut_packed(len(stream))
+        else:
+            starts, stops, rest = self._cut_at_sentence_ends(stream, document_ends)
+        self._buffer = stream[rest:].copy()
+        completed_by = np.searchsorted(document_ends, starts + self._window)
+        return self._assemble(stream, starts, stops), completed_by
+
+    def flush(self) -> Chunks:
+        """What is left, as one chunk if it has more than one id."""
+        stream, self._buffer = self._buffer, self._buffer[:0]
+        ends = np.array([len(stream)] if len(stream) + self._prefix > 1 and len(stream) else [], dtype=np.int64)
+        return self._assemble(stream, np.zeros(len(ends), dtype=np.int64), ends)
+
+    @property
+    def num_buffered(self) -> int:
+        """Ids in no chunk yet."""
+        return len(self._buffer)
+
+    def _cut_packed(self, size: int) -> tuple[np.ndarray, np.ndarray, int]:
+        count = size // self._window
+        starts = np.arange(count, dtype=np.int64) * self._window
+        return starts, starts + self._window, count * self._window
+
+    def _cut_at_sentence_ends(
+        self, stream: np.ndarray, document_ends: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        assert self._sentence_ends is not None
+        places = np.arange(len(stream), dtype=np.int64)
+        last_end = np.maximum.accumulate(np.where(self._sentence_ends.find(stream), places, -1))
+        kept_starts, kept_stops = [], []
+        position = 0
+        while True:
+            starts, stops = self._walk(position, last_end)
+            kept = stops - starts + self._prefix > 1  # a chunk of one id is dropped
+            documents = np.searchsorted(document_ends, starts + self._window)
+            overlong = _first_overlong(documents, kept)
+            if overlong is None:
+                kept_starts.append(starts[kept])
+                kept_stops.append(stops[kept])
+                rest = int(stops[-1]) if len(stops) else position
+                return np.concatenate(kept_starts), np.concatenate(kept_stops), rest
+            first_dropped = overlong
+            before = np.arange(len(starts)) < first_dropped
+            kept_starts.append(starts[kept & before])
+            kept_stops.append(stops[kept & before])
+            position = int(document_ends[documents[first_dropped]])  # the rest of the buffer is thrown away
+
+    def _walk(self, position: int, last_end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        starts, stops = [], []
+        while position + self._window <= len(last_end):
+            end = int(last_end[position + self._window - 1])
+            stop = end + 1 if end >= position else position + self._window
+            starts.append(position)
+            stops.append(stop)
+            position = stop
+        return np.array(starts, dtype=np.int64), np.array(stops, dtype=np.int64)
+
+    def _assemble(self, stream: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Chunks:
+        if not len(starts):
+            return Chunks(stream[:0], np.zeros(0, dtype=np.int64))
+        if not self._prefix and (starts[1:] == stops[:-1]).all():
+            return Chunks(stream[starts[0] : stops[-1]], stops - starts)
+        prefix = np.full(self._prefix, self._bos_id or 0, dtype=stream.dtype)
+        parts = [part for start, stop in zip(starts, stops) for part in (prefix, stream[start:stop])]
+        return Chunks(np.concatenate(parts), stops - starts + self._prefix)
+
+
+class Chunker:
+    """Chunks documents of several domains, a buffer each.
+
+    Args:
+        length: L, ids per chunk at most.
+        sentence_ends: None for ``packed``.
+        bos_id: put before every chunk; None for none.
+    """
+
+    def __init__(self, length: int, sentence_ends: SentenceEnds | None = None, bos_id: int | None = None) -> None:
+        self._domains: dict[str, DomainChunker] = defaultdict(lambda: DomainChunker(length, sentence_ends, bos_id))
+
+    def add(self, ids: np.ndarray, lengths: np.ndarray, domains: Sequence[str]) -> Chunks:
+        """Append documents that end in eos; returns the chunks that they complete.
+
+        Args:
+            ids: ``[sum(lengths)]``.
+            lengths: ids per document, ``[n]``.
+            domains: label per document, n of them.
+        """
+        labels = list(dict.fromkeys(domains))
+        if len(labels) == 1:
+            return self._domains[labels[0]].add(ids, lengths)[0]
+        label_of = np.array([labels.index(domain) for domain in domains], dtype=np.int64)
+        pieces: list[np.ndarray] = []
+        keys: list[np.ndarray] = []
+        for number, label in enumerate(labels):
+            members = np.flatnonzero(label_of == number)
+            is_member = np.repeat(label_of == number, lengths)
+            chunks, completed_by = self._domains[label].add(ids[is_member], lengths[members])
+            pieces.extend(_split(chunks))
+            keys.append(members[completed_by])
+        order = np.argsort(np.concatenate(keys), kind="stable") if keys else []
+        return _join([pieces[index] for index in order], ids.dtype)
+
+    def flush(self) -> Chunks:
+        """The leftovers, domain after domain in order of first appearance."""
+        return _join([part for domain in self._domains.values() for part in _split(domain.flush())], np.uint32)
+
+    @property
+    def num_buffered(self) -> int:
+        """Ids in no chunk yet."""
+        return sum(domain.num_buffered for domain in self._domains.values())
+
+
+def _is_end_sent(text: str) -> bool:
+    if not any(character in text for character in SENTENCE_END_CHARACTERS):
+        return False
+    return not any(opening in text and closing not in text for opening, closing in BRACKET_PAIRS)
+
+
+def _first_overlong(documents: np.ndarray, kept: np.ndarray) -> int | None:
+    """Index of the first chunk that is the 2,001st kept one of its document, or None."""
+    counted = documents[kept]
+    if len(counted) <= MAX_CHUNKS_PER_DOCUMENT:
+        return None
+    excess = np.flatnonzero(counted[MAX_CHUNKS_PER_DOCUMENT:] == counted[:-MAX_CHUNKS_PER_DOCUMENT])
+    return int(np.flatnonzero(kept)[excess[0] + MAX_CHUNKS_PER_DOCUMENT]) if len(excess) else None
+
+
+def _split(chunks: Chunks) -> list[np.ndarray]:
+    return np.split(chunks.ids, np.cumsum(chunks.lengths)[:-1]) if len(chunks.lengths) else []
+
+
+def _join(parts: list[np.ndarray], dtype: np.dtype | type) -> Chunks:
+    if not parts:
+        return Chunks(np.zeros(0, dtype=dtype), np.zeros(0, dtype=np.int64))
+    return Chunks(np.concatenate(parts), np.array([len(part) for part in parts], dtype=np.int64))

@@ -1,0 +1,115 @@
+"""Documents to ids, with the fastest engine that gives the same ids as the ``tokenizers`` library.
+
+gigatoken is tried first. Before it is used it must agree with ``tokenizers`` on a sample of the corpus and on a list of
+texts that tokenizers are known to disagree on; the outcome goes into the dataset's manifest. On any difference, or when
+it does not support the tokenizer, ``tokenizers`` is used.
+"""
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import Literal, Sequence
+
+import numpy as np
+
+from megatron_kd.data.tokenization import LoadedTokenizer, encode_with_tokenizers
+
+logger = logging.getLogger(__name__)
+Engine = Literal["auto", "gigatoken", "tokenizers"]
+SAMPLE_BYTES = 1 << 20
+HARD_TEXTS = (
+    "",
+    " ",
+    "  two  spaces \t tabs\t\t\n\n\r\n line ends \r",
+    "don't WE'LL I'M they'VE it's 'tis",
+    "1234567890 3.14159 1e-9 0x1F",
+    "e\u0301 \u00e9 \u212b \ufb01 \u1e9b\u0323 A\u030a",
+    "\u4f60\u597d\uff0c\u4e16\u754c \u3053\u3093\u306b\u3061\u306f \uc548\ub155 \u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \U0001f600",
+    "\u00a0nbsp\u2003em space\u3000ideographic\u200bzero width\ufeffbom",
+    "\x00\x01\x7f\x85\u2028\u2029 control",
+    "<|endoftext|>after <|im_start|> <s></s> <unk>",
+    "def f(x):\n    return {'a': [x ** 2 for _ in range(10)]}  # comment\n",
+    "\u0663\u0664\u0665 \u2167 \u00bd \u00b2 \u0e51",
+)
+
+
+@dataclass(frozen=True)
+class EngineCheck:
+    """What encodes the corpus and how it was checked; recorded in the manifest.
+
+    Attributes:
+        engine: ``gigatoken`` or ``tokenizers``.
+        documents, text_bytes: size of the sample compared.
+        reason: why gigatoken is not used, or "".
+    """
+
+    engine: str
+    documents: int
+    text_bytes: int
+    reason: str = ""
+
+    def as_mapping(self) -> dict[str, object]:
+        """For the manifest."""
+        return asdict(self)
+
+
+class DocumentEncoder:
+    """Encodes documents without special tokens, with one engine.
+
+    Args:
+        tokenizer: a loaded tokenizer.
+        engine: ``gigatoken`` or ``tokenizers``.
+    """
+
+    def __init__(self, tokenizer: LoadedTokenizer, engine: str) -> None:
+        self._backend = tokenizer.backend
+        self._gigatoken = None
+        if engine == "gigatoken":
+            import gigatoken
+
+            json_text = tokenizer.info.files["tokenizer.json"].decode("utf-8")
+            self._gigatoken = gigatoken.Tokenizer.from_json(json_text)
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """ids uint32 ``[sum]`` one document after another, and lengths int64 ``[n]``."""
+        if self._gigatoken is None or not texts:
+            return encode_with_tokenizers(self._backend, texts)
+        import awkward
+
+        encoded = self._gigatoken.encode_batch(list(texts))
+        lengths = awkward.to_numpy(awkward.num(encoded)).astype(np.int64)
+        return awkward.to_numpy(awkward.flatten(encoded)).astype(np.uint32, copy=False), lengths
+
+
+def choose_engine(tokenizer: LoadedTokenizer, sample: Sequence[str], wanted: Engine = "auto") -> EngineCheck:
+    """Decide what encodes the corpus.
+
+    Args:
+        tokenizer: a loaded tokenizer.
+        sample: documents of the corpus, about ``SAMPLE_BYTES`` of text.
+        wanted: ``auto`` and ``gigatoken`` use gigatoken if it agrees; ``tokenizers`` does not try it.
+    """
+    if wanted == "tokenizers":
+        return EngineCheck("tokenizers", 0, 0, "the configuration asks for tokenizers")
+    texts = [*HARD_TEXTS, *sample]
+    text_bytes = sum(len(text.encode("utf-8")) for text in texts)
+    try:
+        ids, lengths = DocumentEncoder(tokenizer, "gigatoken").encode(texts)
+    except Exception as error:  # noqa: BLE001 - whatever it cannot do, tokenizers can
+        return _fall_back(EngineCheck("tokenizers", 0, 0, f"gigatoken cannot encode with this tokenizer: {error}"))
+    expected_ids, expected_lengths = encode_with_tokenizers(tokenizer.backend, texts)
+    if not (np.array_equal(lengths, expected_lengths) and np.array_equal(ids, expected_ids)):
+        first = _first_difference(ids, lengths, expected_ids, expected_lengths)
+        reason = f"gigatoken's ids differ from tokenizers' on the sample, first on {texts[first][:60]!r}"
+        return _fall_back(EngineCheck("tokenizers", len(texts), text_bytes, reason))
+    return EngineCheck("gigatoken", len(texts), text_bytes)
+
+
+def _fall_back(check: EngineCheck) -> EngineCheck:
+    logger.warning("encoding with tokenizers, which is slower: %s", check.reason)
+    return check
+
+
+def _first_difference(ids: np.ndarray, lengths: np.ndarray, others: np.ndarray, other_lengths: np.ndarray) -> int:
+    pairs = zip(np.split(ids, np.cumsum(lengths)[:-1]), np.split(others, np.cumsum(other_lengths)[:-1]))
+    return next(number for number, (one, other) in enumerate(pairs) if not np.array_equal(one, other))

@@ -1,0 +1,239 @@
+"""Tokenizers: loading, identity, bytes per token, encoding documents, training a byte-level BPE.
+
+A tokenizer is a Hugging Face folder with ``tokenizer.json``, or such a file alone. Documents are encoded by gigatoken
+where it supports the tokenizer and agrees with the ``tokenizers`` library on a sample, else by ``tokenizers``.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Iterable, Sequence
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from megatron_kd.data.artefact_folder import building
+from megatron_kd.data.tokenizer_info import TokenizerInfo
+from megatron_kd.errors import DataError
+
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+EOS_TOKEN = "<|endoftext|>"
+TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+_FILES = (
+    TOKENIZER_JSON,
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_USUAL_EOS = (EOS_TOKEN, "</s>", "<|end_of_text|>", "<eos>")
+
+
+@dataclass(frozen=True)
+class LoadedTokenizer:
+    """A tokenizer in memory.
+
+    Attributes:
+        path: where it came from.
+        backend: the ``tokenizers`` object.
+        info: what datasets record of it.
+        cleans_up_spaces: whether its configuration asks decoding to remove spaces before punctuation.
+        bos_id: or None.
+    """
+
+    path: Path
+    backend: Tokenizer
+    info: TokenizerInfo
+    cleans_up_spaces: bool
+    bos_id: int | None
+
+    @cached_property
+    def token_texts(self) -> list[str]:
+        """The decoded text of every id alone, ``[vocab_size]``, special tokens included."""
+        one_each = [[token] for token in range(self.info.vocab_size)]
+        return self.backend.decode_batch(one_each, skip_special_tokens=False)
+
+    @property
+    def is_byte_level(self) -> bool:
+        """Whether decoding concatenates the bytes of the ids, each id's the same wherever it stands."""
+        return _is_byte_level(self.backend)
+
+
+def load_tokenizer(path: str | Path, eos_token: str | None = None) -> LoadedTokenizer:
+    """Load a Hugging Face tokenizer folder or ``tokenizer.json`` file.
+
+    Args:
+        path: the folder or file.
+        eos_token: the token that ends a document; None takes the folder's ``eos_token``.
+
+    Raises:
+        DataError: no such tokenizer, not readable, or its end-of-document token is unknown.
+    """
+    path = Path(path)
+    files = _read_files(path)
+    try:
+        backend = Tokenizer.from_str(files[TOKENIZER_JSON].decode("utf-8"))
+        content = json.loads(files[TOKENIZER_JSON])
+        settings = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
+    except Exception as error:  # noqa: BLE001 - the library raises plain Exception
+        raise DataError(f"{path}: not a readable tokenizer ({error})") from None
+    backend.no_padding()
+    backend.no_truncation()
+    eos = eos_token or _token_text(settings.get("eos_token")) or _guess_eos(backend)
+    eos_id = backend.token_to_id(eos) if eos else None
+    if eos is None or eos_id is None:
+        raise DataError(f"{path}: the end-of-document token {eos!r} is not in the vocabulary; set eos_token")
+    if TOKENIZER_CONFIG not in files:
+        files[TOKENIZER_CONFIG] = _config_text(eos).encode()
+    bos = _token_text(settings.get("bos_token"))
+    byte_lengths = token_byte_lengths(backend)
+    info = TokenizerInfo(tokenizer_hash(content, eos_id), len(byte_lengths), eos_id, eos_id, byte_lengths, files)
+    return LoadedTokenizer(
+        path,
+        backend,
+        info,
+        bool(settings.get("clean_up_tokenization_spaces", False)),
+        backend.token_to_id(bos) if bos else None,
+    )
+
+
+def tokenizer_hash(content: dict[str, Any], eos_id: int) -> str:
+    """Content hash of what decides the ids: model, normalizer, pre-tokenizer, added tokens and the eos id.
+
+    Two ``tokenizer.json`` that differ in layout, key order, or settings for padding, truncation and decoding have the
+    same hash; SHA-256, 32 hexadecimal digits.
+    """
+    model = dict(content["model"])
+    if "merges" in model:
+        model["merges"] = [merge.split(" ", 1) if isinstance(merge, str) else list(merge) for merge in model["merges"]]
+    kept = {
+        "model": {key: value for key, value in model.items() if value not in (None, False, "")},
+        "normalizer": content.get("normalizer"),
+        "pre_tokenizer": content.get("pre_tokenizer"),
+        "added_tokens": sorted(content.get("added_tokens") or [], key=lambda token: token["id"]),
+        "eos_id": eos_id,
+    }
+    text = json.dumps(kept, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def token_byte_lengths(backend: Tokenizer) -> np.ndarray:
+    """UTF-8 bytes that each id stands for, int32 ``[vocab_size]``; special tokens and unused ids 0.
+
+    Byte-level vocabularies write each byte as one character; others write a space as ``▁`` and a lone byte as ``<0x41>``.
+    """
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    lengths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int32)
+    byte_level = _is_byte_level(backend)
+    for token, index in vocabulary.items():
+        if byte_level:
+            lengths[index] = len(token)
+        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            lengths[index] = 1
+        else:
+            lengths[index] = len(token.replace("▁", " ").encode("utf-8"))
+    for index, added in backend.get_added_tokens_decoder().items():
+        lengths[index] = 0 if added.special else len(added.content.encode("utf-8"))
+    return lengths
+
+
+def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, output: str | Path) -> Path:
+    """Train a byte-level BPE with Qwen2's normalisation and pre-tokenization, and save it as a folder.
+
+    The same texts in the same order give the same files. The folder is read by ``transformers.AutoTokenizer``; its eos
+    and pad token is ``<|endoftext|>``, with id 0.
+
+    Args:
+        texts: the training documents.
+        vocab_size: ids in all, at least 257 (256 bytes and eos).
+        output: folder to create.
+
+    Raises:
+        DataError: ``output`` exists, ``vocab_size`` is too small, or the texts are too few for that many ids.
+    """
+    if vocab_size < 257:
+        raise DataError(f"a byte-level vocabulary has at least 257 ids (256 bytes and eos), not {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(EOS_TOKEN, special=True, normalized=False)],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    found = tokenizer.get_vocab_size(with_added_tokens=True)
+    if found != vocab_size:
+        raise DataError(f"the training texts give only {found} ids of {vocab_size}; give more text or ask for fewer ids")
+    with building(output) as folder:
+        (folder / TOKENIZER_JSON).write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
+        (folder / TOKENIZER_CONFIG).write_text(_config_text(EOS_TOKEN), encoding="utf-8")
+    return Path(output)
+
+
+def encode_with_tokenizers(backend: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Encode without special tokens: ids uint32 ``[sum]`` one document after another, lengths int64 ``[n]``."""
+    encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    parts = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+    lengths = np.array([len(part) for part in parts], dtype=np.int64)
+    return np.concatenate(parts) if parts else np.zeros(0, np.uint32), lengths
+
+
+def append_eos(ids: np.ndarray, lengths: np.ndarray, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Put ``eos_id`` after every document: ids ``[sum + n]``, lengths ``[n]`` one larger each."""
+    longer = lengths + 1
+    result = np.empty(len(ids) + len(lengths), dtype=ids.dtype)
+    is_text = np.ones(len(result), dtype=bool)
+    is_text[np.cumsum(longer) - 1] = False
+    result[is_text] = ids
+    result[~is_text] = eos_id
+    return result, longer
+
+
+def _read_files(path: Path) -> dict[str, bytes]:
+    if path.is_file():
+        return {TOKENIZER_JSON: path.read_bytes()}
+    if not path.is_dir():
+        raise DataError(f"{path}: no such tokenizer; give a Hugging Face tokenizer folder or a tokenizer.json")
+    files = {name: (path / name).read_bytes() for name in _FILES if (path / name).is_file()}
+    if TOKENIZER_JSON not in files:
+        raise DataError(f"{path}: holds no {TOKENIZER_JSON}; save it with transformers' fast tokenizer first")
+    return files
+
+
+def _is_byte_level(backend: Tokenizer) -> bool:
+    return isinstance(backend.decoder, decoders.ByteLevel)
+
+
+def _token_text(entry: Any) -> str | None:
+    return entry.get("content") if isinstance(entry, dict) else entry
+
+
+def _guess_eos(backend: Tokenizer) -> str | None:
+    found = [token for token in _USUAL_EOS if backend.token_to_id(token) is not None]
+    return found[0] if len(found) == 1 else None
+
+
+def _config_text(eos_token: str) -> str:
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": eos_token,
+        "pad_token": eos_token,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1_000_000_000,
+    }
+    return json.dumps(settings, indent=2) + "\n"

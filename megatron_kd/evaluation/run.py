@@ -1,0 +1,62 @@
+"""``evaluate``: held-out loss and bits per byte of a checkpoint, under any layout, without exporting it.
+
+    python tools/evaluate.py model.path=RUN data.path=HELDOUT [output=FILE.json]
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterator
+
+from megatron_kd.data.artefact_folder import write_file
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.models.loading import ScoredModelConfig, load_for_inference
+from megatron_kd.parallel.layout import ParallelConfig
+from megatron_kd.parallel.runtime import distributed_runtime
+from megatron_kd.scoring.chunk_losses import heldout_loss
+
+
+@dataclass(frozen=True)
+class HeldoutDataConfig:
+    """The ``data.*`` keys of evaluation."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Everything that ``evaluate`` reads."""
+
+    data: HeldoutDataConfig
+    model: ScoredModelConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    micro_batch_size: int = 8
+    output: str | None = None
+    """A JSON file for the figures; they are printed in any case."""
+
+    def validate(self) -> Iterator[str]:
+        """Faults in the values, one message each."""
+        if self.micro_batch_size < 1:
+            yield f"'micro_batch_size' must be at least 1, not {self.micro_batch_size}"
+
+
+def run(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluate; returns and prints the figures."""
+    with distributed_runtime() as runtime:
+        dataset = ChunkDataset.open(config.data.path)
+        loaded = load_for_inference(config.model, config.parallel, dataset, runtime)
+        totals = heldout_loss(loaded.chunks, loaded.groups, dataset, device=runtime.device,
+                              micro_batch_size=config.micro_batch_size)
+        figures = {
+            "model": str(loaded.info.path), "dataset": config.data.path, "dataset_fingerprint": dataset.fingerprint,
+            "heldout_loss": totals.loss, "bits_per_byte": totals.bits_per_byte, "tokens": totals.tokens,
+            "text_bytes": totals.text_bytes,
+        }
+        if runtime.is_main:
+            text = json.dumps(figures, indent=2)
+            if config.output is not None:
+                Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+                write_file(Path(config.output), text + "\n")
+            sys.stdout.write(text + "\n")
+        return figures

@@ -1,0 +1,88 @@
+"""Where a run's figures go: ``metrics.jsonl`` (one object a step), and a progress bar with tokens/s and ETA."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Mapping, TextIO
+
+from tqdm import tqdm
+
+from megatron_kd.data.artefact_folder import write_file
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class RunTracker:
+    """Writes the rows of one run; on ranks other than the main one it does nothing.
+
+    Args:
+        folder: the run folder.
+        total_steps: for the bar.
+        first_step: steps done before; rows beyond them (of an interrupted run) are dropped.
+        active: whether this rank writes.
+        description: shown before the bar.
+    """
+
+    def __init__(self, folder: Path, total_steps: int, first_step: int, active: bool, description: str):
+        self._file: TextIO | None = None
+        self._bar: tqdm | None = None
+        if not active:
+            return
+        path = folder / METRICS_NAME
+        _drop_rows_beyond(path, first_step)
+        self._file = open(path, "a", encoding="utf-8")
+        self._bar = tqdm(total=total_steps, initial=first_step, desc=description, unit="step", file=sys.stderr,
+                         dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10.0)
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Record one training step."""
+        if self._file is None or self._bar is None:
+            return
+        self._write(row)
+        self._bar.set_postfix_str(
+            f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s", refresh=False)
+        self._bar.update(1)
+
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        """Record an evaluation (``step``, ``eval_loss``, ``bits_per_byte``)."""
+        if self._file is None or self._bar is None:
+            return
+        self._write(row)
+        self._bar.write(f"step {row['step']}: held-out loss {row['eval_loss']:.4f} nats a token, "
+                        f"{row['bits_per_byte']:.4f} bits a byte", file=sys.stderr)
+
+    def flush(self) -> None:
+        """Put what was recorded on the disk (before a checkpoint says that the steps were done)."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """End the bar and close the file."""
+        if self._file is not None and self._bar is not None:
+            self.flush()
+            self._file.close()
+            self._bar.close()
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run folder; a last line that a kill cut short is left out."""
+    rows = []
+    for line in (Path(folder) / METRICS_NAME).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _drop_rows_beyond(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [row for row in read_metrics(path.parent) if row.get("step", 0) <= step] if step else []
+    write_file(path, "".join(json.dumps(row) + "\n" for row in kept))

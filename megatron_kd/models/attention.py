@@ -1,0 +1,50 @@
+"""Attention on ``torch.nn.functional.scaled_dot_product_attention``, in the place of Megatron-Core's local one.
+
+Megatron-Core's own unfused attention materialises [batch, heads, sequence, sequence] scores and takes its workspace
+from global state; this one does neither, so it runs on any device with explicitly passed groups.
+"""
+
+import math
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_kd.errors import ConfigError
+
+
+class SDPACoreAttention(torch.nn.Module):
+    """Causal self-attention with grouped queries; takes and gives Megatron-Core's shapes and constructor arguments."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str,
+                 attention_dropout: float | None = None, softmax_scale: float | None = None,
+                 cp_comm_type: str | None = None, pg_collection: ProcessGroupCollection | None = None, **_: object):
+        super().__init__()
+        if config.context_parallel_size > 1:
+            raise ConfigError("parallel.context_parallel_size above 1 needs Transformer Engine: use model.layer_spec=te")
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.is_grouped = config.num_query_groups != config.num_attention_heads
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
+                attn_mask_type: AttnMaskType | None = None, attention_bias: Tensor | None = None,
+                packed_seq_params: object = None, **_: object) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [sequence, batch, heads, width]. key, value: [sequence, batch, query groups, width].
+            attention_mask: [batch, 1, sequence, sequence] boolean, True where attention is forbidden; None is causal.
+
+        Returns:
+            [sequence, batch, heads x width].
+        """
+        mask = None if attention_mask is None else ~attention_mask
+        context = scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0, is_causal=mask is None, scale=self.softmax_scale,
+            enable_gqa=self.is_grouped,
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)

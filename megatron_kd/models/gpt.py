@@ -1,0 +1,187 @@
+"""Decoders on Megatron-Core's GPTModel whose last stage gives hidden states instead of logits.
+
+The output layer is applied inside the fused loss (megatron_kd/losses), which never holds the logits; so the model
+returns what that loss needs: the hidden states after the final norm, and a description of the head.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Iterator, Literal, Sequence
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_kd.losses import OutputHead
+from megatron_kd.models.architecture import ModelArchitecture
+from megatron_kd.models.layer_specs import LayerSpecName, choose_layer_spec, decoder_layer_spec
+from megatron_kd.parallel.groups import is_first_stage, is_last_stage
+from megatron_kd.parallel.layout import ParallelLayout
+
+VOCABULARY_MULTIPLE = 128
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The ``model.*`` keys."""
+
+    name: str = "qwen_toy_student"
+    init_from: str | None = None
+    layer_spec: LayerSpecName = "auto"
+
+    def validate(self) -> Iterator[str]:
+        """Faults in the values, one message each."""
+        from megatron_kd.models.architecture import ARCHITECTURES
+
+        if self.name not in ARCHITECTURES:
+            yield f"'model.name' is '{self.name}', not one of {', '.join(ARCHITECTURES)}"
+
+
+class HiddenStateGPTModel(GPTModel):
+    """GPTModel whose ``forward`` returns [sequence, batch, hidden] on the last pipeline stage too.
+
+    Under sequence parallelism the sequence dimension is this rank's slice.
+    """
+
+    valid_vocab_size: int = 0
+
+    def _postprocess(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        if self.post_process:
+            # The head's weight is used outside its module's forward: run what waits on it (overlapped gathers).
+            for hook in self.output_layer._forward_pre_hooks.values():
+                hook(self.output_layer, (hidden_states,))
+        return hidden_states
+
+    def output_head(self) -> OutputHead:
+        """This rank's part of the output layer (last pipeline stage only)."""
+        weight = (self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights
+                  else self.output_layer.weight)
+        return OutputHead(weight=weight, valid_vocab_size=self.valid_vocab_size,
+                          vocab_start=self.pg_collection.tp.rank() * weight.shape[0])
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
+    """Rows of the embedding over all ranks: a multiple of 128 x TP, as Megatron pads."""
+    multiple = VOCABULARY_MULTIPLE * tensor_parallel_size
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def transformer_config(architecture: ModelArchitecture, layout: ParallelLayout, *, precision: Precision,
+                       device: torch.device) -> TransformerConfig:
+    """Megatron-Core's configuration of ``architecture`` under ``layout``."""
+    on_cuda = device.type == "cuda"
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    interleaved = layout.virtual_pipeline is not None
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.add_qkv_bias,
+        qk_layernorm=architecture.qk_layernorm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+        sequence_parallel=layout.sequence_parallel,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=precision == "bf16",
+        # Interleaved pipelines are silently wrong with the default point-to-point calls (docs/architecture.md).
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        perform_initialization=False,
+        use_cpu_initialization=not on_cuda,
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=on_cuda and _has_fused_weight_gradient(),
+        bias_activation_fusion=on_cuda,
+        apply_rope_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        bias_dropout_fusion=False,
+    )
+
+
+def build_model(architecture: ModelArchitecture, layout: ParallelLayout, groups: ProcessGroupCollection, *,
+                precision: Precision, device: torch.device, layer_spec: LayerSpecName = "auto",
+                max_sequence_length: int) -> list[HiddenStateGPTModel]:
+    """This rank's model chunks (one, or one per virtual pipeline stage), uninitialised, on ``device``."""
+    config = transformer_config(architecture, layout, precision=precision, device=device)
+    kind = choose_layer_spec(layer_spec)
+    stages = range(layout.virtual_pipeline) if layout.virtual_pipeline else [None]
+    return [_build_chunk(architecture, config, kind, layout, groups, stage, max_sequence_length, device)
+            for stage in stages]
+
+
+def _build_chunk(architecture: ModelArchitecture, config: TransformerConfig, kind: str, layout: ParallelLayout,
+                 groups: ProcessGroupCollection, stage: int | None, max_sequence_length: int,
+                 device: torch.device) -> HiddenStateGPTModel:
+    last_virtual = stage is None or stage == layout.virtual_pipeline - 1
+    layers = get_num_layers_to_build(config, vp_stage=stage, pp_rank=groups.pp.rank())
+    model = HiddenStateGPTModel(
+        config=config,
+        transformer_layer_spec=decoder_layer_spec(kind, config, layers),
+        vocab_size=padded_vocab_size(architecture.vocab_size, layout.tensor),
+        max_sequence_length=max_sequence_length,
+        pre_process=is_first_stage(groups) and stage in (None, 0),
+        post_process=is_last_stage(groups) and last_virtual,
+        share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=architecture.rope_theta,
+        pg_collection=groups,
+        vp_stage=stage,
+    ).to(device)
+    if config.bf16:
+        model.bfloat16()
+    model.valid_vocab_size = architecture.vocab_size
+    return model
+
+
+@torch.no_grad()
+def full_logits(model: HiddenStateGPTModel, tokens: Tensor) -> Tensor:
+    """All logits of ``tokens`` under an unpipelined model, for parity checks on short inputs.
+
+    Args:
+        tokens: [batch, sequence] ids.
+
+    Returns:
+        [batch, sequence, vocabulary], without padded ids.
+    """
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    hidden = model(tokens, positions, None)
+    if model.config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, group=model.pg_collection.tp)
+    logits = torch.nn.functional.linear(hidden, model.output_head().weight)
+    group = model.pg_collection.tp
+    if group.size() > 1:
+        shards = [torch.empty_like(logits) for _ in range(group.size())]
+        torch.distributed.all_gather(shards, logits.contiguous(), group=group)
+        logits = torch.cat(shards, dim=-1)
+    return logits.transpose(0, 1)[..., : model.valid_vocab_size]
+
+
+def parameter_count(chunks: Sequence[torch.nn.Module]) -> int:
+    """Parameters on this rank."""
+    return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+
+
+def _has_fused_weight_gradient() -> bool:
+    try:
+        import fused_weight_gradient_mlp_cuda  # noqa: F401
+    except ImportError:
+        return False
+    return True

@@ -1,0 +1,48 @@
+"""RMSNorm that allows sequence parallelism without Transformer Engine or Apex."""
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.Module):
+    """y = x / sqrt(mean(x²) + eps) · weight over the last dimension, with Megatron-Core's constructor arguments.
+
+    Under sequence parallelism each rank normalises its slice of the sequence, so the weight's gradient is a partial
+    sum: ``weight.sequence_parallel`` makes Megatron-Core sum it over the tensor-parallel group.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
+        super().__init__()
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., hidden] -> [..., hidden]."""
+        return _RMSNormFunction.apply(hidden, self.weight, self.eps)
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """Keeps the input and one scalar a row for the backward pass; arithmetic in fp32."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rows = hidden.float()
+        inverse_rms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_().div_(rows.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(hidden, weight, inverse_rms)
+        normalized = rows * inverse_rms
+        return (normalized.mul_(weight) if hidden.dtype == torch.float32 else normalized.to(hidden.dtype) * weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, weight, inverse_rms = ctx.saved_tensors
+        normalized = hidden.float() * inverse_rms
+        upstream = gradient.float()
+        product = normalized * upstream
+        weight_gradient = product.flatten(0, -2).sum(0)
+        # d hidden = r · (g·w − x̂ · mean(g·w·x̂)), with r the inverse RMS and x̂ the normalized row
+        mean = torch.mv(product.flatten(0, -2), weight.float()).view(inverse_rms.shape).div_(hidden.shape[-1])
+        hidden_gradient = (upstream * weight).addcmul_(normalized, mean, value=-1.0).mul_(inverse_rms)
+        return hidden_gradient.to(hidden.dtype), weight_gradient.to(weight.dtype), None

@@ -1,0 +1,128 @@
+"""Weights of a model from a checkpoint folder, under any layout; what a checkpoint's manifest says.
+
+A checkpoint is Megatron-Core's ``torch_dist`` format with a ``manifest.json`` and ``checksums.json`` beside it. A path
+may name the folder itself, a run folder, or its ``checkpoints/``: the last two mean the newest whole checkpoint.
+"""
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_kd.data.checksums import Checksums
+from megatron_kd.data.manifest import read_manifest
+from megatron_kd.errors import CheckpointError, DataError
+from megatron_kd.models.architecture import ModelArchitecture
+
+CHECKPOINT_KIND = "checkpoint"
+LATEST_NAME = "latest"
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A whole checkpoint on disk: where, of what architecture, and its manifest."""
+
+    path: Path
+    architecture: ModelArchitecture
+    manifest: Mapping[str, Any]
+    checksums: Checksums
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """Content hash of the tokenizer whose ids the model reads."""
+        return self.manifest["tokenizer_hash"]
+
+    def verify(self) -> None:
+        """Compare every file with its recorded checksums.
+
+        Raises:
+            CheckpointError: a file is missing, truncated or altered; names it.
+        """
+        try:
+            for name in self.checksums.files:
+                self.checksums.verify_file(self.path, name)
+        except DataError as error:
+            raise CheckpointError(f"checkpoint {self.path} is damaged: {error}") from None
+
+
+def open_checkpoint(path: str | Path) -> CheckpointInfo:
+    """Find the checkpoint that ``path`` names and read its manifest.
+
+    Raises:
+        CheckpointError: nothing is there, it is not a checkpoint, or its manifest is damaged.
+    """
+    folder = _resolve(Path(path))
+    try:
+        manifest, checksums = read_manifest(folder, CHECKPOINT_KIND)
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
+    fields = {field.name for field in dataclasses.fields(ModelArchitecture)}
+    architecture = ModelArchitecture(**{key: value for key, value in manifest["architecture"].items() if key in fields})
+    return CheckpointInfo(folder, architecture, manifest, checksums)
+
+
+def checkpoint_folders(checkpoints: Path) -> list[Path]:
+    """Every ``step_<n>`` in a ``checkpoints/`` folder, newest first. Temporary folders do not match."""
+    found = [(int(folder.name[5:]), folder) for folder in checkpoints.glob("step_*") if folder.name[5:].isdigit()]
+    return [folder for _, folder in sorted(found, reverse=True)]
+
+
+def load_weights(chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollection, info: CheckpointInfo) -> None:
+    """Fill ``chunks`` from a checkpoint written under any layout. Collective over the world.
+
+    Raises:
+        CheckpointError: the checkpoint lacks a parameter or has another shape of it.
+    """
+    info.verify()
+    state = {f"model{i}": sharded_weights(chunk, groups) for i, chunk in enumerate(chunks)}
+    loaded = load_sharded_state(state, info.path)
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[f"model{i}"], strict=False)
+
+
+def sharded_weights(chunk: torch.nn.Module, groups: ProcessGroupCollection) -> dict[str, Any]:
+    """Megatron-Core's sharded state dict of one model chunk."""
+    return chunk.sharded_state_dict(metadata=sharding_metadata(groups))
+
+
+def sharding_metadata(groups: ProcessGroupCollection) -> dict[str, Any]:
+    """How optimizer state is laid out on disk: like the parameters, so that any layout can load it."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": groups.dp_cp,
+    }
+
+
+def load_sharded_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """``dist_checkpointing.load`` with its complaints as one clear error. Collective over the world."""
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    try:
+        return dist_checkpointing.load(state, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
+    except Exception as error:  # noqa: BLE001 - torch and Megatron-Core raise a dozen types here
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"checkpoint {path} cannot be loaded into this model: {reason}") from error
+
+
+def _resolve(path: Path) -> Path:
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such checkpoint or run folder")
+    if (path / "checkpoints").is_dir():
+        path = path / "checkpoints"
+    if path.name == "checkpoints" or (path / LATEST_NAME).is_file():
+        folders = checkpoint_folders(path)
+        latest = path / LATEST_NAME
+        if latest.is_file() and (path / latest.read_text().strip()).is_dir():
+            return path / latest.read_text().strip()
+        if not folders:
+            raise CheckpointError(f"{path}: holds no whole checkpoint (step_<n>)")
+        return folders[0]
+    return path

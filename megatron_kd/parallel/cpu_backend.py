@@ -1,0 +1,129 @@
+"""Megatron-Core on a machine without CUDA: the one module that knows what it assumes about CUDA.
+
+``install()`` replaces, in this process, the few things that Megatron-Core reaches for: ``torch.cuda.current_device``,
+streams and synchronisation, ``device="cuda"`` in tensor factories, ``.cuda()`` methods, CUDA random-number state, and
+``tensor.type()`` names that its optimizer and gradient clipping compare with ``torch.cuda.*``. It refuses to run where
+CUDA is available. Nothing else in the package depends on it; on a GPU machine it is never called.
+"""
+
+import contextlib
+import functools
+import os
+import warnings
+from typing import Any, Callable
+
+import torch
+
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "as_tensor",
+              "zeros_like", "ones_like", "empty_like", "full_like")
+_TYPE_NAMES = {
+    f"torch.{name}": f"torch.cuda.{name}" for name in ("FloatTensor", "HalfTensor", "BFloat16Tensor", "DoubleTensor")
+}
+_installed = False
+
+
+def is_installed() -> bool:
+    """Whether this process runs Megatron-Core on its CPU."""
+    return _installed
+
+
+def install() -> None:
+    """Make Megatron-Core run on the CPU in this process; a second call does nothing.
+
+    Raises:
+        RuntimeError: CUDA is available, where the replacements would break real work.
+    """
+    global _installed
+    if _installed:
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError("the CPU backend was asked for on a machine with CUDA")
+    # Without a driver the jit-fused functions would be compiled with a C++ compiler at first use: minutes, no gain.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    _quieten()
+    _replace_cuda_functions()
+    _replace_factories()
+    _replace_methods()
+    _replace_random_state()
+    _installed = True
+
+
+def _quieten() -> None:
+    """Warnings about CUDA-only accelerators say nothing to someone who has no GPU."""
+    for message in (".*Apex is not installed.*", ".*Transformer Engine.*", ".*transformer_engine.*", ".*CPU RNG state.*",
+                    ".*torch.cuda.*", ".*CUDA is not available.*", ".*User provided device_type of 'cuda'.*"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+class _Stream:
+    """A stream on a device that runs everything in order."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def wait_stream(self, _: Any) -> None: ...
+
+    def wait_event(self, _: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def _replace_cuda_functions() -> None:
+    cuda, stream = torch.cuda, _Stream()
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.synchronize = lambda *_, **__: None
+    cuda.empty_cache = lambda: None
+    cuda.Stream = _Stream
+    cuda.current_stream = cuda.default_stream = lambda *_, **__: stream
+    cuda.stream = lambda *_, **__: contextlib.nullcontext()
+    cuda.manual_seed = cuda.manual_seed_all = lambda seed: torch.manual_seed(seed) and None
+    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_, **__: None
+
+
+def _is_cuda(device: Any) -> bool:
+    return isinstance(device, str) and device.startswith("cuda") or (
+        isinstance(device, torch.device) and device.type == "cuda")
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def make(*arguments: Any, **options: Any) -> torch.Tensor:
+        if _is_cuda(options.get("device")):
+            options["device"] = "cpu"
+        options.pop("pin_memory", None)
+        return factory(*arguments, **options)
+
+    return make
+
+
+def _replace_factories() -> None:
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _replace_methods() -> None:
+    tensor_type, tensor_to = torch.Tensor.type, torch.Tensor.to
+
+    def type_name(self: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        result = tensor_type(self, *arguments, **options)
+        return _TYPE_NAMES.get(result, result) if isinstance(result, str) else result
+
+    def to(self: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        if arguments and _is_cuda(arguments[0]):
+            arguments = ("cpu", *arguments[1:])
+        if _is_cuda(options.get("device")):
+            options["device"] = "cpu"
+        return tensor_to(self, *arguments, **options)
+
+    torch.Tensor.type = type_name
+    torch.Tensor.to = to
+    torch.Tensor.cuda = lambda self, *_, **__: self
+    torch.nn.Module.cuda = lambda self, *_, **__: self
+
+
+def _replace_random_state() -> None:
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)

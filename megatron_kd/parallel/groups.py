@@ -1,0 +1,97 @@
+"""Process groups of one model, passed explicitly: Megatron-Core's global ``parallel_state`` is never initialised.
+
+Two models with different layouts in one world each get a ``ProcessGroupCollection`` of their own; a forgotten group
+then fails loudly instead of silently using the other model's.
+"""
+
+from datetime import timedelta
+from typing import Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_kd.parallel.layout import ParallelLayout
+
+GROUP_DIMENSIONS: dict[str, tuple[str, ...]] = {
+    "tp": ("tensor",),
+    "pp": ("pipeline",),
+    "cp": ("context",),
+    "dp": ("data",),
+    "mp": ("tensor", "pipeline"),
+    "tp_cp": ("tensor", "context"),
+    "dp_cp": ("data", "context"),
+    "tp_dp_cp": ("tensor", "data", "context"),
+    "model": ("tensor", "pipeline", "data", "context"),
+}
+
+
+def create_process_groups(layout: ParallelLayout, ranks: Sequence[int] | None = None,
+                          timeout: timedelta | None = None) -> ProcessGroupCollection:
+    """Create every group that Megatron-Core asks of a dense decoder, for one model laid out over ``ranks``.
+
+    Collective over the whole world: every rank calls it with the same arguments, whether or not it is in ``ranks``.
+
+    Args:
+        layout: sizes of the parallel dimensions.
+        ranks: global ranks that hold the model, ``layout.world_size`` of them; None means all.
+        timeout: how long a collective in these groups may wait.
+
+    Returns:
+        The collection of this rank. On a rank outside ``ranks`` its groups are ``GroupMember.NON_GROUP_MEMBER``.
+    """
+    members = list(range(dist.get_world_size())) if ranks is None else list(ranks)
+    if len(members) != layout.world_size:
+        raise ValueError(f"layout {layout.describe()} needs {layout.world_size} ranks, got {len(members)}")
+    cache: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
+
+    def make(dimensions: Sequence[str]) -> dist.ProcessGroup:
+        local = layout.rank_groups(*dimensions)
+        key = tuple(tuple(group) for group in local)
+        if key not in cache:  # dimensions of size 1 make many collections equal; one group serves them
+            cache[key] = _enumerate_groups([[members[i] for i in group] for group in local], timeout)
+        return cache[key]
+
+    groups = ProcessGroupCollection()
+    for name in ("tp", "pp", "cp", "dp", "mp", "tp_cp", "dp_cp", "tp_dp_cp"):
+        setattr(groups, name, make(GROUP_DIMENSIONS[name]))
+    groups.intra_dist_opt = make(GROUP_DIMENSIONS["model"])
+    groups.inter_dist_opt = None
+    groups.intra_dp_cp = groups.dp_cp
+    groups.ep = make(())
+    groups.expt_tp, groups.tp_ep, groups.tp_ep_pp = groups.tp, groups.tp, groups.mp
+    groups.expt_dp = groups.intra_expt_dp = groups.dp_cp
+    groups.hcp = None
+    groups.pos_embd = None
+    groups.embd = _create_embedding_group(layout, members, timeout)
+    return groups
+
+
+def _create_embedding_group(layout: ParallelLayout, members: Sequence[int],
+                            timeout: timedelta | None) -> dist.ProcessGroup | None:
+    """[first, last] pipeline stage of each pipeline, which sum the gradients of tied embeddings."""
+    ends = [sorted({group[0], group[-1]}) for group in layout.rank_groups("pipeline")]
+    group = _enumerate_groups([[members[i] for i in end] for end in ends], timeout)
+    return None if group is dist.GroupMember.NON_GROUP_MEMBER else group
+
+
+def _enumerate_groups(all_ranks: list[list[int]], timeout: timedelta | None) -> dist.ProcessGroup:
+    mine, _ = dist.new_subgroups_by_enumeration(all_ranks, timeout=timeout)
+    return dist.GroupMember.NON_GROUP_MEMBER if mine is None else mine
+
+
+def is_first_stage(groups: ProcessGroupCollection) -> bool:
+    """Whether this rank holds the embedding's pipeline stage."""
+    return groups.pp.rank() == 0
+
+
+def is_last_stage(groups: ProcessGroupCollection) -> bool:
+    """Whether this rank holds the output layer's pipeline stage."""
+    return groups.pp.rank() == groups.pp.size() - 1
+
+
+def sum_over_group(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """In-place sum over ``group``; returns ``values``."""
+    if group.size() > 1:
+        dist.all_reduce(values, group=group)
+    return values

@@ -1,0 +1,157 @@
+"""Parallel layouts as arithmetic: which rank is where, and whether a model and a batch fit. No communication.
+
+Ranks are numbered as Megatron-Core does by default: tensor parallel fastest, then context, data, pipeline.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Iterator
+
+from megatron_kd.errors import LayoutError
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The ``parallel.*`` keys, named as in Megatron-Core."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+
+    def validate(self) -> Iterator[str]:
+        """Faults in the values, one message each."""
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+            if getattr(self, name) < 1:
+                yield f"'parallel.{name}' must be at least 1, not {getattr(self, name)}"
+        if self.virtual_pipeline_model_parallel_size is not None:
+            if self.virtual_pipeline_model_parallel_size < 2 or self.pipeline_model_parallel_size < 2:
+                yield (
+                    "'parallel.virtual_pipeline_model_parallel_size' must be at least 2, on a pipeline of at least 2 "
+                    f"stages, not {self.virtual_pipeline_model_parallel_size} on {self.pipeline_model_parallel_size}"
+                )
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            yield "'parallel.sequence_parallel' needs 'parallel.tensor_model_parallel_size' above 1"
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            yield "'parallel.overlap_param_gather' needs 'parallel.overlap_grad_reduce'"
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """Sizes of every parallel dimension over ``world_size`` ranks, and the place of each rank."""
+
+    tensor: int
+    pipeline: int
+    context: int
+    data: int
+    virtual_pipeline: int | None = None
+    sequence_parallel: bool = False
+
+    @classmethod
+    def for_world(cls, config: ParallelConfig, world_size: int) -> "ParallelLayout":
+        """The layout of ``config`` filled up with data parallelism.
+
+        Raises:
+            LayoutError: ``world_size`` is not a multiple of TP x PP x CP.
+        """
+        tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+        context = config.context_parallel_size
+        model_ranks = tensor * pipeline * context
+        if world_size % model_ranks:
+            raise LayoutError(
+                f"{world_size} ranks do not divide into tensor x pipeline x context parallel = "
+                f"{tensor} x {pipeline} x {context} = {model_ranks}: start a multiple of {model_ranks} ranks"
+            )
+        return cls(
+            tensor=tensor, pipeline=pipeline, context=context, data=world_size // model_ranks,
+            virtual_pipeline=config.virtual_pipeline_model_parallel_size, sequence_parallel=config.sequence_parallel,
+        )
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.tensor * self.pipeline * self.context * self.data
+
+    def coordinates(self, rank: int) -> "RankCoordinates":
+        """Where ``rank`` stands in each dimension."""
+        rest, tensor = divmod(rank, self.tensor)
+        rest, context = divmod(rest, self.context)
+        pipeline, data = divmod(rest, self.data)
+        return RankCoordinates(tensor=tensor, context=context, data=data, pipeline=pipeline)
+
+    def rank_groups(self, *dimensions: str) -> list[list[int]]:
+        """All groups of ranks that differ only in ``dimensions``, each in rank order, ordered by first rank."""
+        fixed = [name for name in ("tensor", "context", "data", "pipeline") if name not in dimensions]
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world_size):
+            place = self.coordinates(rank)
+            groups.setdefault(tuple(getattr(place, name) for name in fixed), []).append(rank)
+        return sorted(groups.values())
+
+    def check_model(self, *, num_layers: int, num_attention_heads: int, num_query_groups: int, ffn_hidden_size: int,
+                    seq_length: int) -> None:
+        """Raise :class:`LayoutError`, naming every part of a model that this layout does not divide."""
+        chunks = self.pipeline * (self.virtual_pipeline or 1)
+        needs = [
+            (num_attention_heads, self.tensor, "attention heads", "tensor_model_parallel_size"),
+            (num_query_groups, self.tensor, "query groups (key-value heads)", "tensor_model_parallel_size"),
+            (ffn_hidden_size, self.tensor, "feed-forward width", "tensor_model_parallel_size"),
+            (num_layers, chunks, "layers", "pipeline_model_parallel_size (times virtual stages)"),
+        ]
+        if self.sequence_parallel:
+            needs.append((seq_length, self.tensor, "sequence length", "tensor_model_parallel_size (sequence parallel)"))
+        if self.context > 1:
+            needs.append((seq_length, 2 * self.context, "sequence length", "2 x context_parallel_size"))
+        faults = [f"{what} {have} do not divide by {key} {by}" for have, by, what, key in needs if have % by]
+        if faults:
+            raise LayoutError("; ".join(faults))
+
+    def micro_batches(self, global_batch_size: int, micro_batch_size: int) -> int:
+        """Micro-batches per step on each data-parallel rank.
+
+        Raises:
+            LayoutError: the global batch does not divide by micro-batch size x data-parallel size, or an interleaved
+                pipeline gets a number of micro-batches that is not a multiple of its stages.
+        """
+        per_round = micro_batch_size * self.data
+        if global_batch_size % per_round:
+            raise LayoutError(
+                f"training.global_batch_size {global_batch_size} does not divide by training.micro_batch_size "
+                f"{micro_batch_size} x data-parallel size {self.data} = {per_round}"
+            )
+        count = global_batch_size // per_round
+        if self.virtual_pipeline and count % self.pipeline:
+            raise LayoutError(
+                f"{count} micro-batches do not divide by pipeline_model_parallel_size {self.pipeline}, "
+                "which an interleaved pipeline needs"
+            )
+        return count
+
+    def describe(self) -> str:
+        """For a person: ``TP2 PP2 DP1``."""
+        parts = [f"TP{self.tensor}", f"PP{self.pipeline}"]
+        if self.virtual_pipeline:
+            parts.append(f"VPP{self.virtual_pipeline}")
+        if self.context > 1:
+            parts.append(f"CP{self.context}")
+        if self.sequence_parallel:
+            parts.append("SP")
+        return " ".join([*parts, f"DP{self.data}"])
+
+
+@dataclass(frozen=True)
+class RankCoordinates:
+    """A rank's index in each parallel dimension."""
+
+    tensor: int
+    context: int
+    data: int
+    pipeline: int
+
+
+def as_mapping(layout: ParallelLayout) -> dict[str, int | bool | None]:
+    """The layout as plain values, for manifests."""
+    return dataclasses.asdict(layout)

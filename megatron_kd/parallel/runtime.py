@@ -1,0 +1,70 @@
+"""Start and end of the distributed world: device, backend, rank. One process without torchrun is a world of one."""
+
+import os
+import random
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Iterator
+
+import numpy
+import torch
+import torch.distributed as dist
+
+from megatron_kd.parallel import cpu_backend
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What this process computes on and where it stands in the world."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and talks to the terminal."""
+        return self.rank == 0
+
+
+@contextmanager
+def distributed_runtime(timeout_minutes: float = 30.0) -> Iterator[Runtime]:
+    """Join the torchrun world (NCCL on CUDA, gloo on CPU) or make a world of one; leave it at the end.
+
+    An already initialised world (a test's) is used as it is and left standing.
+    """
+    device = _choose_device()
+    owns_world = not dist.is_initialized()
+    if owns_world:
+        _join_world(device, timedelta(minutes=timeout_minutes))
+    try:
+        yield Runtime(device=device, rank=dist.get_rank(), world_size=dist.get_world_size())
+    finally:
+        if owns_world:
+            dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators. Weights do not depend on them (models/initialization.py)."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _choose_device() -> torch.device:
+    if torch.cuda.is_available() and not cpu_backend.is_installed():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+    cpu_backend.install()
+    return torch.device("cpu")
+
+
+def _join_world(device: torch.device, timeout: timedelta) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    options = {"device_id": device} if device.type == "cuda" else {}
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout, **options)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, **options)

@@ -1,0 +1,85 @@
+"""One optimizer step: gradients of all micro-batches, their norm, a check that all is finite, the update."""
+
+import math
+from dataclasses import dataclass
+from typing import Sequence
+
+import torch
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_kd.data.batch import Batch
+from megatron_kd.errors import NonFiniteLossError
+from megatron_kd.parallel.groups import is_last_stage, sum_over_group
+from megatron_kd.parallel.schedule import run_schedule
+from megatron_kd.teachers.interface import Teacher
+from megatron_kd.training.objective import REPORTED_SUMS, LossReduction, MicroBatchLoss
+from megatron_kd.training.optimizer import clipped_step, set_learning_rate
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step reports: means over the global batch in nats, the gradient's norm before clipping, its tokens."""
+
+    loss: float
+    lm_loss: float
+    kd_loss: float
+    teacher_entropy: float
+    grad_norm: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """The parts that every step uses; calling it performs one."""
+
+    model: Sequence[torch.nn.Module]
+    optimizer: ChainedOptimizer
+    groups: ProcessGroupCollection
+    micro_batch_loss: MicroBatchLoss
+    teacher: Teacher | None
+    reduction: LossReduction
+    clip_grad: float
+
+    def __call__(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
+        """Update the weights with this rank's micro-batches of one global batch.
+
+        Raises:
+            NonFiniteLossError: the loss or the gradient's norm is not finite; the weights are as before.
+        """
+        self._zero_gradients()
+        if self.teacher is not None:
+            self.teacher.begin_step(batches)
+        rows, seq_length = batches[0].tokens.shape
+        reports = run_schedule(self.model, self.groups, self.micro_batch_loss, batches,
+                               seq_length=seq_length, micro_batch_size=rows)
+        result = self._finish(self._reduce(reports))
+        set_learning_rate(self.optimizer, learning_rate)
+        clipped_step(self.optimizer, result.grad_norm, self.clip_grad)
+        return result
+
+    def _zero_gradients(self) -> None:
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def _reduce(self, reports: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Sums over the micro-batches of all data-parallel ranks, on every rank."""
+        device = next(self.model[0].parameters()).device
+        sums = torch.zeros(len(REPORTED_SUMS), dtype=torch.float64, device=device)
+        if is_last_stage(self.groups) and self.groups.tp.rank() == 0:
+            for report in reports:
+                sums += report["sums"]
+        return dict(zip(REPORTED_SUMS, sum_over_group(sums, self.groups.intra_dist_opt).tolist()))
+
+    def _finish(self, sums: dict[str, float]) -> StepResult:
+        count = max(1.0, sums["tokens"] if self.reduction == "token" else sums["sequences"])
+        self.optimizer.prepare_grads()
+        gradient_norm = float(self.optimizer.get_grad_norm())
+        result = StepResult(
+            loss=sums["loss"] / count, lm_loss=sums["lm"] / count, kd_loss=sums["kd"] / count,
+            teacher_entropy=sums["teacher_entropy"] / count, grad_norm=gradient_norm, tokens=int(sums["tokens"]),
+        )
+        if not (math.isfinite(result.loss) and math.isfinite(gradient_norm)):
+            raise NonFiniteLossError(f"loss {result.loss} with gradient norm {gradient_norm} is not finite")
+        return result

@@ -1,0 +1,54 @@
+"""Distillation losses that never hold the logits: one fused, vocabulary-parallel core with pluggable divergences.
+
+``linear_distillation_loss`` takes hidden states and output heads and gives the loss sums and gradients; see
+``docs/losses.md`` for formulas, collectives and memory.
+"""
+
+from megatron_kd.losses.divergences import (
+    Divergence,
+    ForwardKL,
+    JensenShannon,
+    Mixture,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+    divergence_from_config,
+)
+from megatron_kd.losses.fused_linear import DEFAULT_CHUNK_BYTES, linear_distillation_loss
+from megatron_kd.losses.types import (
+    LM_ONLY,
+    PADDING_ID,
+    SPARSE_TARGET_KINDS,
+    DenseKnowledge,
+    DistillationObjective,
+    LossOutput,
+    OutputHead,
+    SparseKnowledge,
+    SparseTargetKind,
+)
+from megatron_kd.losses.weight_gradient import run_forward_pre_hooks
+
+__all__ = [
+    "DEFAULT_CHUNK_BYTES",
+    "DenseKnowledge",
+    "DistillationObjective",
+    "Divergence",
+    "ForwardKL",
+    "JensenShannon",
+    "LM_ONLY",
+    "LossOutput",
+    "Mixture",
+    "OutputHead",
+    "PADDING_ID",
+    "ReverseKL",
+    "SPARSE_TARGET_KINDS",
+    "SkewForwardKL",
+    "SkewReverseKL",
+    "SparseKnowledge",
+    "SparseTargetKind",
+    "TotalVariation",
+    "divergence_from_config",
+    "linear_distillation_loss",
+    "run_forward_pre_hooks",
+]

@@ -1,0 +1,337 @@
+"""The fused linear-distillation loss: both output layers and their divergence, without [tokens x vocabulary] tensors.
+
+    hidden [s, b, h] -> (all-gather under sequence parallelism) -> chunks of C tokens:
+        student logits [C, R], teacher logits [C, R]  ->  statistics  ->  2 or 3 small all-reduces
+        -> gradient of the logits, in place  ->  gradients of hidden [C, h] and weight [R, h]
+
+Gradients are formed in the forward pass, so nothing is computed twice. Collectives over ``tp_group``: per chunk one
+MAX all-reduce and one SUM (two for JSD, skew KLs and TVD); in the backward pass one all-reduce of the hidden states'
+gradient, or under sequence parallelism one reduce-scatter beside the forward all-gather. C is the byte budget divided
+by the bytes of a token's logits on this rank, so memory is flat in tokens and vocabulary.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_kd.errors import ConfigError, LayoutError
+from megatron_kd.losses import separate_softmaxes, shared_softmax
+from megatron_kd.losses.chunk_terms import Chunk, Problem, TokenLosses, row_tiles
+from megatron_kd.losses.collectives import TensorParallel
+from megatron_kd.losses.logits import (
+    TILE_ELEMENTS,
+    HeadLogits,
+    bytes_per_logit,
+    widens_by_block,
+    work_dtype,
+)
+from megatron_kd.losses.types import (
+    LM_ONLY,
+    DenseKnowledge,
+    DistillationObjective,
+    LossOutput,
+    OutputHead,
+    SparseKnowledge,
+)
+from megatron_kd.losses.weight_gradient import WeightGradient
+
+DEFAULT_CHUNK_BYTES = {"cuda": 256 << 20, "cpu": 64 << 20}
+BACKENDS = ("auto", "torch", "triton")
+
+
+def linear_distillation_loss(
+    hidden: Tensor,
+    head: OutputHead,
+    labels: Tensor,
+    token_weights: Tensor,
+    objective: DistillationObjective = LM_ONLY,
+    knowledge: DenseKnowledge | SparseKnowledge | None = None,
+    *,
+    tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    chunk_bytes: int | None = None,
+    backend: str = "auto",
+    gradient_scale: float = 1.0,
+) -> LossOutput:
+    """The weighted LM and distillation loss of a micro-batch, with gradients if gradients are on.
+
+    Args:
+        hidden: the student's final hidden states, [s, b, h] ([s / TP, b, h] under sequence parallelism) or [n, h].
+        head: the student's; ``head.weight`` is the parameter that receives the gradient.
+        labels: [n] int64 global ids in the order of ``hidden`` (s-major), all of them on every rank.
+        token_weights: [n]; 0 leaves a token out.
+        objective: weights of the terms, divergence, temperature.
+        knowledge: what the teacher says; None for the LM loss alone.
+        tp_group: the tensor-parallel group over which the head's rows are sharded; None for one rank.
+        sequence_parallel: ``hidden`` is this rank's part of the sequence.
+        chunk_bytes: memory of the logit chunks of both models (:func:`~megatron_kd.losses.logits.bytes_per_logit`
+            says what is counted); None for 256 MiB on CUDA and 64 MiB on CPU.
+        backend: ``torch``, ``triton`` or ``auto``.
+        gradient_scale: the gradient that will arrive at ``loss_sum``. It must be right if the weight has
+            ``main_grad``, which is added to before backward; backward checks it.
+
+    Returns:
+        Sums over the n tokens, the same on every rank of ``tp_group``.
+
+    Raises:
+        ConfigError: shapes, dtypes or settings that do not fit together.
+        LayoutError: the teacher's rows do not cover the student's interval of ids.
+    """
+    tensor_parallel = TensorParallel(tp_group)
+    _check_objective(objective, knowledge, backend)
+    with_gradient = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (hidden, head.weight, head.bias)
+    )
+    run = _Run(
+        head, labels.reshape(-1), token_weights.reshape(-1), knowledge,
+        _problem(head, knowledge, objective, gradient_scale), tensor_parallel,
+        sequence_parallel, chunk_bytes, with_gradient,
+    )  # fmt: skip
+    if with_gradient:
+        loss_sum = _FormGradients.apply(hidden, head.weight, head.bias, run)
+    else:
+        with torch.no_grad():
+            loss_sum = run.forward(hidden)
+    return replace(run.output, loss_sum=loss_sum)
+
+
+class _FormGradients(torch.autograd.Function):
+    """Connects a run, which has its gradients already, to autograd."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, run: "_Run") -> Tensor:
+        ctx.run = run
+        return run.forward(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor):
+        run, ctx.run = ctx.run, None
+        if run is None:
+            raise RuntimeError("the distillation loss forms its gradients once: backward cannot run twice on it")
+        return *run.backward(upstream), None
+
+
+@dataclass
+class _Run:
+    """One call: its inputs, its buffers, its results."""
+
+    head: OutputHead
+    labels: Tensor
+    weights: Tensor
+    knowledge: DenseKnowledge | SparseKnowledge | None
+    problem: Problem
+    tensor_parallel: TensorParallel
+    sequence_parallel: bool
+    chunk_bytes: int | None
+    with_gradient: bool
+    output: LossOutput | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Walk the chunks; the loss sum. Leaves ``output`` and, with gradients, what ``backward`` delivers."""
+        self.shape = hidden.shape
+        full = self.tensor_parallel.gather_sequence(hidden) if self.sequence_parallel else hidden
+        tokens = full.reshape(-1, full.shape[-1]).to(self.head.weight.dtype)
+        self._check_tokens(tokens)
+        self.student = HeadLogits(self.head, 0, self.head.rows_below(self.problem.student_vocab_size))
+        self.teacher = self._teacher_logits()
+        self._prepare_gradients(hidden, tokens)
+        self._make_buffers(tokens)
+        losses = []
+        for start in range(0, tokens.shape[0], self.chunk_length):
+            losses.append(self._chunk(tokens, slice(start, min(start + self.chunk_length, tokens.shape[0]))))
+        self._buffers = None
+        return self._sum_up(losses)
+
+    def backward(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of hidden states, weight and bias."""
+        scale = self.problem.gradient_scale
+        if self.weight_gradient is not None and self.weight_gradient.into_main_grad and upstream.item() != scale:
+            raise RuntimeError(
+                f"the gradient that arrived at the loss is {upstream.item()}, but gradient_scale={scale} was declared "
+                f"and has gone into main_grad already: pass gradient_scale={upstream.item()}"
+            )
+        factor = upstream / scale
+        grad_hidden = grad_weight = grad_bias = None
+        if self.grad_hidden is not None:
+            grad_hidden = self.grad_hidden.mul_(factor)
+            if self.sequence_parallel:
+                grad_hidden = grad_hidden.reshape(-1, *self.shape[1:])
+                grad_hidden = self.tensor_parallel.scatter_sequence(grad_hidden)
+            else:
+                self.tensor_parallel.sum_(grad_hidden)
+            grad_hidden = grad_hidden.reshape(self.shape)
+        if self.weight_gradient is not None:
+            grad_weight = self.weight_gradient.deliver(factor)
+        if self.grad_bias is not None:
+            grad_bias = (self.grad_bias * factor).to(self.head.bias.dtype)
+        return grad_hidden, grad_weight, grad_bias
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        n = tokens.shape[0]
+        if n == 0:
+            raise ConfigError("the loss was given no tokens: hidden states of shape " + str(tuple(self.shape)))
+        if tokens.shape[1] != self.head.weight.shape[1]:
+            raise ConfigError(
+                f"hidden states of size {tokens.shape[1]} do not fit a head of size {self.head.weight.shape[1]}"
+            )
+        for name, given in (("labels", self.labels), ("token_weights", self.weights)):
+            if given.shape[0] != n:
+                raise ConfigError(f"{name} has {given.shape[0]} tokens, the hidden states have {n}")
+        if isinstance(self.knowledge, SparseKnowledge) and self.knowledge.ids.shape[0] != n:
+            raise ConfigError(f"the sparse knowledge has {self.knowledge.ids.shape[0]} tokens, not {n}")
+
+    def _teacher_logits(self) -> HeadLogits | None:
+        if not isinstance(self.knowledge, DenseKnowledge):
+            return None
+        head, hidden = self.knowledge.head, self.knowledge.hidden
+        self.teacher_tokens = hidden.detach().reshape(-1, hidden.shape[-1]).to(head.weight.dtype)
+        if self.teacher_tokens.shape != (self.labels.shape[0], head.weight.shape[1]):
+            raise ConfigError(
+                f"teacher hidden states [{', '.join(map(str, self.teacher_tokens.shape))}] do not fit "
+                f"{self.labels.shape[0]} tokens and a head of size {head.weight.shape[1]}"
+            )
+        first, rows = self.problem.vocab_start - head.vocab_start, self.problem.common_columns
+        if rows and (first < 0 or first + rows > head.weight.shape[0]):
+            raise LayoutError(
+                f"the teacher's output weight has the ids {head.vocab_start} to "
+                f"{head.vocab_start + head.weight.shape[0] - 1} on this rank, the student's needs "
+                f"{self.problem.vocab_start} to {self.problem.vocab_start + rows - 1}: shard it by the student's intervals"
+            )
+        return HeadLogits(head, max(first, 0), rows)
+
+    def _prepare_gradients(self, hidden: Tensor, tokens: Tensor) -> None:
+        head = self.head
+        self.grad_hidden = self.weight_gradient = self.grad_bias = None
+        if not self.with_gradient:
+            return
+        if hidden.requires_grad:
+            self.grad_hidden = torch.empty_like(tokens)
+        if head.weight.requires_grad:
+            self.weight_gradient = WeightGradient(head.weight, self.student.weight.shape[0])
+        if head.bias is not None and head.bias.requires_grad:
+            self.grad_bias = torch.zeros(head.bias.shape, dtype=work_dtype(head.bias.dtype), device=head.bias.device)
+
+    def _make_buffers(self, tokens: Tensor) -> None:
+        weight, size = self.head.weight, self.tensor_parallel.size
+        budget = self.chunk_bytes or DEFAULT_CHUNK_BYTES["cuda" if weight.is_cuda else "cpu"]
+        self.chunk_length = chunk_length(
+            tokens.shape[0], budget, bytes_per_logit(weight, self.teacher is not None, size) * weight.shape[0]
+        )
+        self.by_block = widens_by_block(weight, size)
+        dtype = weight.dtype if self.by_block else work_dtype(weight.dtype)
+        self._buffers = [
+            None if logits is None else torch.empty((self.chunk_length, logits.weight.shape[0]), dtype=dtype,
+                                                    device=weight.device)
+            for logits in (self.student, self.teacher)
+        ]  # fmt: skip
+
+    def _chunk(self, tokens: Tensor, rows: slice) -> TokenLosses:
+        n = rows.stop - rows.start
+        student, teacher = (None if buffer is None else buffer[:n] for buffer in self._buffers)
+        self.student.product(tokens[rows], student)
+        if teacher is not None:
+            self.teacher.product(self.teacher_tokens[rows], teacher)
+        if self.tensor_parallel.size > 1:
+            parts = [slice(0, n)]  # collectives are once a chunk
+        else:
+            parts = list(row_tiles(n, max(1, student.shape[1]), TILE_ELEMENTS))  # stays in the processor's cache
+        losses = [self._block(student, teacher, rows.start, part) for part in parts]
+        if self.with_gradient:
+            self._linear_gradients(student, tokens, rows)
+        return _concatenate(losses)
+
+    def _block(self, student: Tensor, teacher: Tensor | None, offset: int, part: slice) -> TokenLosses:
+        """Losses of the rows ``part`` of a chunk, whose logits become their gradient."""
+        at = slice(offset + part.start, offset + part.stop)
+        dtype = work_dtype(self.head.weight.dtype)
+        student_rows = student[part].to(dtype)
+        self.student.finish(student_rows)
+        chunk = Chunk(student_rows, self.labels[at], self.weights[at].to(dtype))
+        if teacher is not None:
+            chunk.teacher = teacher[part].to(dtype)
+            self.teacher.finish(chunk.teacher)
+        if isinstance(self.knowledge, SparseKnowledge):
+            known = self.knowledge
+            chunk.sparse = replace(known, ids=known.ids[at], weights=known.weights[at], tail_mass=known.tail_mass[at])
+        path = shared_softmax if shared_softmax.applies(self.problem, teacher is not None) else separate_softmaxes
+        losses = path.evaluate(chunk, self.problem, self.tensor_parallel, self.with_gradient, TILE_ELEMENTS)
+        if self.with_gradient and self.by_block:
+            student[part].copy_(chunk.student)
+        return losses
+
+    def _linear_gradients(self, gradient: Tensor, tokens: Tensor, rows: slice) -> None:
+        if self.grad_bias is not None:
+            self.grad_bias[: gradient.shape[1]] += gradient.sum(0)
+        gradient = gradient.to(tokens.dtype)
+        if self.grad_hidden is not None:
+            torch.mm(gradient, self.student.weight, out=self.grad_hidden[rows])
+        if self.weight_gradient is not None:
+            self.weight_gradient.add(gradient, tokens[rows])
+
+    def _sum_up(self, parts: list[TokenLosses]) -> Tensor:
+        losses = _concatenate(parts)
+        objective = self.problem.objective
+        counted = self.weights != 0
+        weights = self.weights.to(losses.lm.dtype)
+
+        def total(values: Tensor | None) -> Tensor | None:
+            return None if values is None else (torch.where(counted, values, 0.0) * weights).sum()
+
+        lm_sum, kd_sum = total(losses.lm), total(losses.kd)
+        loss_sum = lm_sum * objective.lm_weight
+        if kd_sum is not None:
+            loss_sum = loss_sum + kd_sum * objective.kd_factor
+        tail = self.knowledge.tail_mass if isinstance(self.knowledge, SparseKnowledge) else None
+        self.output = LossOutput(
+            loss_sum=loss_sum, token_count=counted.sum(), lm_sum=lm_sum, kd_sum=kd_sum,
+            teacher_entropy_sum=total(losses.entropy), tail_mass_sum=total(tail),
+            token_lm_losses=None if self.with_gradient else torch.where(counted, losses.lm, 0.0),
+        )  # fmt: skip
+        return loss_sum
+
+
+def chunk_length(tokens: int, budget: int, bytes_per_token: int) -> int:
+    """Tokens a chunk: what the budget holds, at least one, spread evenly over the chunks."""
+    longest = max(1, budget // max(1, bytes_per_token))
+    chunks = max(1, -(-tokens // longest))
+    return max(1, -(-tokens // chunks))
+
+
+def _problem(
+    head: OutputHead,
+    knowledge: DenseKnowledge | SparseKnowledge | None,
+    objective: DistillationObjective,
+    gradient_scale: float,
+) -> Problem:
+    common = head.valid_vocab_size
+    if knowledge is None:
+        objective = replace(objective, temperature=1.0)
+    if isinstance(knowledge, DenseKnowledge):
+        common = min(common, knowledge.head.valid_vocab_size)
+    return Problem(
+        objective, head.vocab_start, head.valid_vocab_size, common, head.rows_below(common),
+        head.scale, head.final_softcap, gradient_scale,
+    )  # fmt: skip
+
+
+def _check_objective(
+    objective: DistillationObjective, knowledge: DenseKnowledge | SparseKnowledge | None, backend: str
+) -> None:
+    if backend not in BACKENDS:
+        raise ConfigError(f"losses backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    if knowledge is None and objective.kd_weight != 0:
+        raise ConfigError(f"kd_weight is {objective.kd_weight}, but no teacher knowledge was given")
+
+
+def _concatenate(parts: list[TokenLosses]) -> TokenLosses:
+    if len(parts) == 1:
+        return parts[0]
+
+    def joined(name: str) -> Tensor | None:
+        return None if getattr(parts[0], name) is None else torch.cat([getattr(part, name) for part in parts])
+
+    return TokenLosses(joined("lm"), joined("kd"), joined("entropy"))

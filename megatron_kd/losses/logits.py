@@ -1,0 +1,74 @@
+"""A head applied to a chunk of hidden states, in buffers that are reused from chunk to chunk.
+
+The matrix product runs in the head's dtype; all that follows is fp32 (fp64 for fp64 heads). For a 16-bit head on CPU
+the product is 16-bit too, as in the model itself, and is widened block by block; on CUDA it is written in fp32.
+
+Memory of a chunk of C tokens, R rows a rank, as :func:`bytes_per_logit` counts it:
+
+    fp32                            4 bytes (student) + 4 (teacher)
+    16-bit, one rank on CPU         2 + 2, and a block of at most TILE_ELEMENTS fp32 numbers each
+    16-bit, several ranks or CUDA   4 + 4, and 2 for the product or the gradient in 16 bits
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_kd.errors import ConfigError
+from megatron_kd.losses.types import OutputHead
+
+TILE_ELEMENTS = 1 << 20
+MATMUL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LOGIT_FLOOR = -1.0e5  # what a bias of -inf makes of a logit: its probability is exactly 0, and 0 * LOGIT_FLOOR is 0
+
+
+def work_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits and statistics for a head of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_narrow(dtype: torch.dtype) -> bool:
+    """Whether logits are widened from this dtype."""
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def widens_by_block(weight: Tensor, tensor_parallel_size: int) -> bool:
+    """Whether a chunk is kept in 16 bits and widened block by block."""
+    return is_narrow(weight.dtype) and tensor_parallel_size == 1 and weight.device.type == "cpu"
+
+
+def bytes_per_logit(student: Tensor, has_teacher: bool, tensor_parallel_size: int) -> int:
+    """Bytes of chunk buffers for each (token, row of this rank), both models together."""
+    models = 2 if has_teacher else 1
+    if widens_by_block(student, tensor_parallel_size):
+        return 2 * models
+    return work_dtype(student.dtype).itemsize * models + (2 if is_narrow(student.dtype) else 0)
+
+
+class HeadLogits:
+    """The columns ``first_row .. first_row + rows - 1`` of a head, for chunk after chunk."""
+
+    def __init__(self, head: OutputHead, first_row: int, rows: int) -> None:
+        if head.weight.dtype not in MATMUL_DTYPES:
+            raise ConfigError(f"an output head's weight must be floating point, not {head.weight.dtype}")
+        self.weight = head.weight.detach()[first_row : first_row + rows]
+        self.bias = None if head.bias is None else head.bias.detach()[first_row : first_row + rows]
+        self.scale = head.scale
+        self.softcap = head.final_softcap
+
+    def product(self, hidden: Tensor, out: Tensor) -> None:
+        """``out`` [n, R] = hidden [n, h] @ weight.T, in out's dtype."""
+        if out.dtype == self.weight.dtype:
+            torch.mm(hidden, self.weight.t(), out=out)
+        elif out.device.type == "cuda":
+            torch.mm(hidden, self.weight.t(), out_dtype=out.dtype, out=out)
+        else:
+            out.copy_(torch.mm(hidden, self.weight.t()))
+
+    def finish(self, logits: Tensor) -> None:
+        """Scale, bias and softcap of ``logits`` [n, R], in place."""
+        if self.bias is not None:
+            logits.add_(self.bias).clamp_min_(LOGIT_FLOOR)
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)

@@ -44,8 +44,10 @@ def building(output: str | Path) -> Iterator[Path]:
             (temporary / LOCK_NAME).unlink()
             os.rename(temporary, output)
         fsync_folder(output.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(output)  # a failed write does not say where
         raise
 
 

@@ -202,6 +202,7 @@ class ChunkDatasetWriter:
         self._shard: IndexedDatasetWriter | None = None
         self._shards: list[dict[str, Any]] = []
         self._checksums = Checksums()
+        self._extra_files: list[str] = []
         self.num_chunks = 0
         self.num_tokens = 0
 
@@ -240,6 +241,11 @@ class ChunkDatasetWriter:
         self._checksums.files.update(shard.close())
         self._shards.append({"name": shard.prefix.name, "chunks": shard.num_chunks, "tokens": shard.num_tokens})
 
+    def add_extra_file(self, name: str, contents: bytes) -> None:
+        """Write a further small file into the dataset and checksum it; it is no part of the fingerprint."""
+        (self.folder / name).write_bytes(contents)
+        self._extra_files.append(name)
+
     def finish(
         self,
         producer: dict[str, Any],
@@ -272,7 +278,7 @@ class ChunkDatasetWriter:
         np.save(self.folder / TOKEN_BYTES_NAME, self.tokenizer.token_byte_lengths.astype(np.int32))
         self._checksums.add_file(self.folder, TOKEN_BYTES_NAME)
         fingerprint = fingerprint_of({**facts, "root": root_fingerprint}, self._checksums)
-        for name in self.tokenizer.copy_files(self.folder):
+        for name in [*self._extra_files, *self.tokenizer.copy_files(self.folder)]:
             self._checksums.add_file(self.folder, name)
         body = {
             "fingerprint": fingerprint,

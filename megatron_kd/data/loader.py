@@ -9,18 +9,13 @@ but its number.
 """
 
 import math
-import queue
-import threading
-from typing import Callable, Iterator, TypeVar
 
 import numpy as np
 
+from megatron_kd.data.mixing import mix64, mix_int
 from megatron_kd.errors import ConfigError
 
-ItemT = TypeVar("ItemT")
 FEISTEL_ROUNDS = 10
-_GOLDEN = 0x9E3779B97F4A7C15
-_WORD = (1 << 64) - 1
 
 
 class ChunkOrder:
@@ -51,7 +46,7 @@ class ChunkOrder:
         epochs, within = np.divmod(positions, self.num_chunks)
         if not self.shuffle:
             return within
-        keys = _mix(_mix(epochs.astype(np.uint64)) ^ np.uint64(_mix_int(self.seed & _WORD)))
+        keys = mix64(mix64(epochs.astype(np.uint64)) ^ np.uint64(mix_int(self.seed)))
         values = self._permute(within.astype(np.uint64), keys)
         while (outside := values >= self.num_chunks).any():
             values[outside] = self._permute(values[outside], keys[outside])
@@ -62,8 +57,8 @@ class ChunkOrder:
         a, b = np.uint64(self._left), np.uint64(self._right)
         left, right = values // b, values % b
         for number in range(0, FEISTEL_ROUNDS, 2):
-            left = (left + _mix(right ^ _mix(keys + np.uint64(number))) % a) % a
-            right = (right + _mix(left ^ _mix(keys + np.uint64(number + 1))) % b) % b
+            left = (left + mix64(right ^ mix64(keys + np.uint64(number))) % a) % a
+            right = (right + mix64(left ^ mix64(keys + np.uint64(number + 1))) % b) % b
         return left * b + right
 
 
@@ -101,53 +96,3 @@ class BatchSchedule:
                 f"{num_ranks} × training.micro_batch_size {micro_batch_size}"
             )
         return self.chunks(step).reshape(-1, num_ranks, micro_batch_size)[:, rank]
-
-
-def prefetch(items: Callable[[], Iterator[ItemT]], depth: int = 2) -> Iterator[ItemT]:
-    """Iterate over ``items()`` in a background thread, at most ``depth`` ahead; its errors surface here."""
-    ready: queue.Queue = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
-
-    def put(entry: tuple[str, object]) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put(entry, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def produce() -> None:
-        try:
-            for item in items():
-                if not put(("item", item)):
-                    return
-            put(("end", None))
-        except BaseException as error:
-            put(("error", error))
-
-    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            what, value = ready.get()
-            if what == "end":
-                return
-            if what == "error":
-                raise value
-            yield value
-    finally:
-        stopped.set()
-        thread.join()
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea & Flood 2014), element by element over uint64."""
-    values = values + np.uint64(_GOLDEN)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def _mix_int(value: int) -> int:
-    return int(_mix(np.array([value], dtype=np.uint64))[0])

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Mapping
 
-from megatron_kd.data.artefact_folder import write_file
+from megatron_kd.data.artefact_folder import refuse_existing, write_file
 from megatron_kd.data.checksums import SIDECAR_NAME, Checksums
 from megatron_kd.errors import DataError
 
@@ -73,6 +73,30 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> tuple[dict[str
             f"where {manifest['checksums_sha256'][:16]}… was written"
         )
     return manifest, Checksums.from_json(sidecar, folder / SIDECAR_NAME)
+
+
+def already_made(output: str | Path, kind: str, recipe: str) -> bool:
+    """Whether ``output`` already is the artefact that this recipe makes (``producer.recipe`` of its manifest).
+
+    Raises:
+        DataError: something else is there.
+    """
+    output = Path(output)
+    if not output.exists():
+        return False
+    try:
+        manifest, _ = read_manifest(output, kind)
+    except DataError:
+        refuse_existing(output)
+        raise
+    if manifest["producer"].get("recipe") != recipe:
+        refuse_existing(output)
+    return True
+
+
+def recipe_of(parts: Mapping[str, Any]) -> str:
+    """Identity of what an artefact is made from and how: SHA-256, 32 hexadecimal digits, over named JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
 
 
 def fingerprint_of(parts: Mapping[str, Any], checksums: Checksums) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Callable, NoReturn, Sequence
 
 from megatron_kd.config import dump_yaml, load_config
 from megatron_kd.errors import UserError
+from megatron_kd.quiet import silence_known_noise
 
 EXIT_BAD_INPUT = 2
 
@@ -69,6 +70,7 @@ def _run_verb(name: str, arguments: Sequence[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="check and print the resolved configuration, do nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the file, dotted keys")
     options = parser.parse_intermixed_args(arguments)
+    silence_known_noise()
     try:
         module = importlib.import_module(verb.module)
         config = load_config(getattr(module, verb.config), options.config, options.overrides)

@@ -11,7 +11,13 @@ from typing import Iterator, Literal, Sequence
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -148,7 +154,21 @@ def _build_chunk(architecture: ModelArchitecture, config: TransformerConfig, kin
     if config.bf16:
         model.bfloat16()
     model.valid_vocab_size = architecture.vocab_size
+    _mark_sharded_weights(model)
     return model
+
+
+def _mark_sharded_weights(model: torch.nn.Module) -> None:
+    """Tell which weights are shards, and along which dimension.
+
+    Megatron-Core does it while drawing initial weights, which is left to models/initialization.py here; gradient norms
+    and placement read it.
+    """
+    dimensions = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if type(module) in dimensions and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, True, dimensions[type(module)], 1)
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ may name the folder itself, a run folder, or its ``checkpoints/``: the last two 
 """
 
 import dataclasses
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
@@ -104,7 +103,6 @@ def sharding_metadata(groups: ProcessGroupCollection) -> dict[str, Any]:
 
 def load_sharded_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
     """``dist_checkpointing.load`` with its complaints as one clear error. Collective over the world."""
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)
     try:
         return dist_checkpointing.load(state, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
     except Exception as error:  # noqa: BLE001 - torch and Megatron-Core raise a dozen types here

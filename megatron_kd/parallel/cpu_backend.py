@@ -9,7 +9,6 @@ CUDA is available. Nothing else in the package depends on it; on a GPU machine i
 import contextlib
 import functools
 import os
-import warnings
 from typing import Any, Callable
 
 import torch
@@ -40,19 +39,11 @@ def install() -> None:
         raise RuntimeError("the CPU backend was asked for on a machine with CUDA")
     # Without a driver the jit-fused functions would be compiled with a C++ compiler at first use: minutes, no gain.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    _quieten()
     _replace_cuda_functions()
     _replace_factories()
     _replace_methods()
     _replace_random_state()
     _installed = True
-
-
-def _quieten() -> None:
-    """Warnings about CUDA-only accelerators say nothing to someone who has no GPU."""
-    for message in (".*Apex is not installed.*", ".*Transformer Engine.*", ".*transformer_engine.*", ".*CPU RNG state.*",
-                    ".*torch.cuda.*", ".*CUDA is not available.*", ".*User provided device_type of 'cuda'.*"):
-        warnings.filterwarnings("ignore", message=message)
 
 
 class _Stream:
@@ -75,7 +66,7 @@ def _replace_cuda_functions() -> None:
     cuda.Stream = _Stream
     cuda.current_stream = cuda.default_stream = lambda *_, **__: stream
     cuda.stream = lambda *_, **__: contextlib.nullcontext()
-    cuda.manual_seed = cuda.manual_seed_all = lambda seed: torch.manual_seed(seed) and None
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed) and None
     cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_, **__: None

@@ -9,6 +9,7 @@ from typing import Sequence
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_kd.parallel.layout import ParallelLayout
@@ -43,6 +44,7 @@ def create_process_groups(layout: ParallelLayout, ranks: Sequence[int] | None = 
     members = list(range(dist.get_world_size())) if ranks is None else list(ranks)
     if len(members) != layout.world_size:
         raise ValueError(f"layout {layout.describe()} needs {layout.world_size} ranks, got {len(members)}")
+    _ensure_sequence_parallel_workspace()
     cache: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
 
     def make(dimensions: Sequence[str]) -> dist.ProcessGroup:
@@ -65,6 +67,12 @@ def create_process_groups(layout: ParallelLayout, ranks: Sequence[int] | None = 
     groups.pos_embd = None
     groups.embd = _create_embedding_group(layout, members, timeout)
     return groups
+
+
+def _ensure_sequence_parallel_workspace() -> None:
+    """Megatron-Core's linear layers gather sequence-parallel inputs into one process-wide scratch buffer."""
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+        parallel_state._set_global_memory_buffer()
 
 
 def _create_embedding_group(layout: ParallelLayout, members: Sequence[int],

@@ -10,6 +10,8 @@ from typing import Iterator
 import numpy
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_kd.parallel import cpu_backend
 
@@ -45,11 +47,15 @@ def distributed_runtime(timeout_minutes: float = 30.0) -> Iterator[Runtime]:
             dist.destroy_process_group()
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's generators. Weights do not depend on them (models/initialization.py)."""
+def seed_everything(seed: int, groups: ProcessGroupCollection) -> None:
+    """Seed Python's, NumPy's, torch's and Megatron-Core's generators.
+
+    Weights and the order of data do not depend on them (models/initialization.py, data/loader.py).
+    """
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, tp_rank=groups.tp.rank(), ep_rank=0, etp_rank=0)
 
 
 def _choose_device() -> torch.device:

@@ -22,7 +22,8 @@ from megatron_kd.config import dump_yaml
 from megatron_kd.data.artefact_folder import write_file
 from megatron_kd.data.batch import Batch, make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.data.loader import BatchSchedule, ChunkOrder, prefetch
+from megatron_kd.data.loader import BatchSchedule, ChunkOrder
+from megatron_kd.data.prefetch import prefetch
 from megatron_kd.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from megatron_kd.metrics.tracker import RunTracker
 from megatron_kd.models.architecture import ModelArchitecture, architecture_by_name
@@ -259,7 +260,7 @@ def plan_layout(config: TrainConfig, architecture: ModelArchitecture, data: Chun
 def build_student(config: TrainConfig, architecture: ModelArchitecture, data: ChunkDataset, layout: ParallelLayout,
                   groups: ProcessGroupCollection, runtime: Runtime) -> list[DistributedDataParallel]:
     """The trainable model: chunks with their initial weights, wrapped in Megatron-Core's DDP."""
-    seed_everything(config.training.seed)
+    seed_everything(config.training.seed, groups)
     chunks = build_model(architecture, layout, groups, precision=config.training.precision, device=runtime.device,
                          layer_spec=config.model.layer_spec,
                          max_sequence_length=config.data.seq_length or data.seq_length)

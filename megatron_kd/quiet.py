@@ -1,0 +1,19 @@
+"""Silence for what libraries say about accelerators that a user may well not have; faults are never silenced."""
+
+import logging
+import warnings
+
+_MESSAGES = (
+    ".*Apex is not installed.*", ".*Apex are not installed.*", ".*[Tt]ransformer.?[Ee]ngine.*", ".*CPU RNG state.*",
+    ".*full scope is deprecated.*", ".*The .grad attribute of a Tensor that is not a leaf.*",
+    ".*torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor).* is deprecated.*",
+    ".*CUDA is not available.*", ".*User provided device_type of 'cuda'.*",
+)
+
+
+def silence_known_noise() -> None:
+    """Call before Megatron-Core is imported: most of these warnings come at import."""
+    for message in _MESSAGES:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)

@@ -14,8 +14,6 @@ import torch
 
 from megatron_kd.data.chunk_dataset import ChunkDataset
 
-MASK_RULE = "input_is_not_pad"
-
 
 @dataclass(frozen=True)
 class Batch:

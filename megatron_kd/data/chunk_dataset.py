@@ -22,6 +22,7 @@ KIND = "chunk_dataset"
 CHUNK_IDS_NAME = "chunk_ids.npy"
 TOKEN_BYTES_NAME = "token_byte_lengths.npy"
 DEFAULT_CHUNKS_PER_SHARD = 1_000_000
+MASK_RULE = "input_is_not_pad"
 
 
 class ChunkDataset:
@@ -104,6 +105,26 @@ class ChunkDataset:
         self._blocks[shard].touch(start, stop)
         return reader.buffer[start:stop].view(self.dtype)
 
+    def read_runs(self, shard: int, indices: np.ndarray) -> np.ndarray:
+        """The bytes of some chunks of one shard, one after another, uint8; runs of neighbours are read as one range.
+
+        Args:
+            shard: number of the shard.
+            indices: chunk numbers inside the shard, ascending, at least one.
+
+        Raises:
+            DataError: a block on disk is damaged.
+        """
+        reader = self.shards[shard]
+        breaks = np.flatnonzero(np.diff(indices) != 1) + 1
+        firsts = np.concatenate([indices[:1], indices[breaks]])
+        lasts = np.concatenate([indices[breaks - 1], indices[-1:]])
+        starts = reader.pointers[firsts].tolist()
+        stops = (reader.pointers[lasts] + reader.lengths[lasts].astype(np.int64) * self.dtype.itemsize).tolist()
+        for start, stop in zip(starts, stops):
+            self._blocks[shard].touch(start, stop)
+        return np.concatenate([reader.buffer[start:stop] for start, stop in zip(starts, stops)])
+
     def gather(self, indices: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Several chunks as the rows of a matrix, right-padded with ``pad_id``.
 
@@ -135,6 +156,10 @@ class ChunkDataset:
             lengths[row] = len(chunk)
         return ids, lengths
 
+    def has_unmasked_position(self, index: int) -> bool:
+        """Whether any position of a chunk counts in a loss (``MASK_RULE``: the input is real and not pad)."""
+        return bool((self[index][:-1] != self.pad_id).any())
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """Ids per chunk, int32 ``[num_chunks]``."""
@@ -147,6 +172,11 @@ class ChunkDataset:
         if self.is_root:
             return np.arange(self.num_chunks, dtype=np.int64)
         return np.load(self.path / CHUNK_IDS_NAME, mmap_mode="r")
+
+    def root_ids(self, indices: np.ndarray) -> np.ndarray:
+        """The ids in the root dataset of some chunks, int64 ``[n]``."""
+        indices = np.asarray(indices, dtype=np.int64)
+        return indices if self.is_root else np.asarray(self.chunk_ids[indices])
 
     @property
     def is_root(self) -> bool:

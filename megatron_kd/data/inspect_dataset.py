@@ -1,0 +1,112 @@
+"""What a chunk dataset or score file is, where it comes from, what is in it, and whether it is whole.
+
+    python tools/inspect_dataset.py path=… [verify=true] [samples=3]
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_kd.data.checksums import Checksums
+from megatron_kd.data.chunk_dataset import KIND as CHUNK_DATASET
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.manifest import read_manifest
+from megatron_kd.data.tokenization import load_tokenizer
+from megatron_kd.errors import DataError
+from megatron_kd.scoring.score_file import KIND as SCORE_FILE
+from megatron_kd.scoring.score_file import ScoreFile
+
+SAMPLE_CHARACTERS = 300
+
+
+@dataclass(frozen=True)
+class InspectDatasetConfig:
+    """Keys of ``inspect_dataset``: the artefact, whether to verify every checksum, how many chunks to decode."""
+
+    path: str
+    verify: bool = False
+    samples: int = 3
+
+    def validate(self) -> Iterator[str]:
+        """Yield what is wrong."""
+        if self.samples < 0:
+            yield f"samples must not be negative, not {self.samples}"
+
+
+def run(config: InspectDatasetConfig) -> None:
+    """Print the description of an artefact.
+
+    Raises:
+        DataError: it is missing, or damaged (with ``verify=true``: anywhere).
+    """
+    manifest, checksums = read_manifest(config.path)
+    describe = {CHUNK_DATASET: _describe_dataset, SCORE_FILE: _describe_scores}.get(manifest["kind"], _describe_other)
+    lines = [f"{config.path}: {manifest['kind'].replace('_', ' ')}, fingerprint {manifest.get('fingerprint', 'none')}"]
+    lines += describe(config, manifest)
+    lines += [f"  made by      {manifest.get('producer', {}).get('tool', 'unknown')}"]
+    lines += [f"  lineage      {line}" for line in lineage(manifest)]
+    if config.verify:
+        lines += [_verify(Path(config.path), checksums)]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def lineage(manifest: dict[str, Any], depth: int = 0) -> Iterator[str]:
+    """One line per ancestor, indented by generation; those no longer on disk, or changed, are marked."""
+    for parent in manifest.get("parents", []):
+        role = f" ({parent['role']})" if "role" in parent else ""
+        line = f"{'  ' * depth}← {parent['kind'].replace('_', ' ')}{role} {parent['path']} {parent['fingerprint'][:12]}"
+        try:
+            above, _ = read_manifest(parent["path"], parent["kind"])
+        except DataError:
+            yield f"{line} (not there any more, or not readable)"
+            continue
+        if above["fingerprint"] != parent["fingerprint"]:
+            yield f"{line} (now another: {above['fingerprint'][:12]})"
+            continue
+        yield line
+        yield from lineage(above, depth + 1)
+
+
+def _describe_dataset(config: InspectDatasetConfig, manifest: dict[str, Any]) -> list[str]:
+    dataset = ChunkDataset.open(config.path)
+    lengths = dataset.lengths
+    root = "its own" if dataset.is_root else dataset.root_fingerprint
+    lines = [
+        f"  chunks       {dataset.num_chunks:,} in {len(dataset.shards)} shards, {dataset.num_tokens:,} ids of {dataset.dtype}",
+        f"  lengths      {lengths.min()} to {lengths.max()}, mean {lengths.mean():.1f}; seq_length {dataset.seq_length}",
+        f"  tokenizer    {dataset.vocab_size:,} ids, eos {dataset.eos_id}, hash {dataset.tokenizer_hash}",
+        f"  chunk ids    refer to {root}",
+    ]
+    if dataset.tokenizer_path.is_dir() and config.samples:
+        backend = load_tokenizer(dataset.tokenizer_path).backend
+        for index in np.unique(np.linspace(0, dataset.num_chunks - 1, config.samples).astype(np.int64)).tolist():
+            text = backend.decode(dataset[index].tolist(), skip_special_tokens=False)[:SAMPLE_CHARACTERS]
+            lines.append(f"  chunk {index:<7}{text!r}")
+    return lines
+
+
+def _describe_scores(config: InspectDatasetConfig, manifest: dict[str, Any]) -> list[str]:
+    scores = ScoreFile.open(config.path)
+    known = scores.scores[np.isfinite(scores.scores)]
+    spread = f"mean {known.mean(dtype=np.float64):.4f}, {known.min():.4f} to {known.max():.4f}" if len(known) else "none"
+    return [
+        f"  scores       {len(scores.scores):,}: {spread} nats per token; {len(scores.unscored)} unscored",
+        f"  model        {manifest['model'].get('path', 'unknown')}, fingerprint {scores.model_fingerprint}",
+        f"  seen with    " + ", ".join(f"{key}={value}" for key, value in scores.view.items()),
+    ]
+
+
+def _describe_other(config: InspectDatasetConfig, manifest: dict[str, Any]) -> list[str]:
+    return [f"  {key:<12} {value}" for key, value in manifest.items() if isinstance(value, (str, int, float))]
+
+
+def _verify(path: Path, checksums: Checksums) -> str:
+    total = sum(entry.size for entry in checksums.files.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None) as bar:
+        for name in checksums.files:
+            checksums.verify_file(path, name, bar.update)
+    return f"  verified     {len(checksums.files)} files, {total:,} bytes: every checksum agrees"

@@ -21,13 +21,7 @@ from megatron_kd.errors import ConfigError, LayoutError
 from megatron_kd.losses import separate_softmaxes, shared_softmax
 from megatron_kd.losses.chunk_terms import Chunk, Problem, TokenLosses, row_tiles
 from megatron_kd.losses.collectives import TensorParallel
-from megatron_kd.losses.logits import (
-    TILE_ELEMENTS,
-    HeadLogits,
-    bytes_per_logit,
-    widens_by_block,
-    work_dtype,
-)
+from megatron_kd.losses.logits import ChunkPlan, HeadLogits, widens_by_block, work_dtype
 from megatron_kd.losses.types import (
     LM_ONLY,
     DenseKnowledge,
@@ -67,8 +61,8 @@ def linear_distillation_loss(
         knowledge: what the teacher says; None for the LM loss alone.
         tp_group: the tensor-parallel group over which the head's rows are sharded; None for one rank.
         sequence_parallel: ``hidden`` is this rank's part of the sequence.
-        chunk_bytes: memory of the logit chunks of both models (:func:`~megatron_kd.losses.logits.bytes_per_logit`
-            says what is counted); None for 256 MiB on CUDA and 64 MiB on CPU.
+        chunk_bytes: memory of the logit chunks of both models and their temporaries
+            (:mod:`~megatron_kd.losses.logits` says what is counted); None for ``DEFAULT_CHUNK_BYTES``.
         backend: ``torch``, ``triton`` or ``auto``.
         gradient_scale: the gradient that will arrive at ``loss_sum``. It must be right if the weight has
             ``main_grad``, which is added to before backward; backward checks it.
@@ -138,11 +132,11 @@ class _Run:
         self._check_tokens(tokens)
         self.student = HeadLogits(self.head, 0, self.head.rows_below(self.problem.student_vocab_size))
         self.teacher = self._teacher_logits()
-        self._prepare_gradients(hidden, tokens)
         self._make_buffers(tokens)
+        self._prepare_gradients(hidden, tokens)
         losses = []
-        for start in range(0, tokens.shape[0], self.chunk_length):
-            losses.append(self._chunk(tokens, slice(start, min(start + self.chunk_length, tokens.shape[0]))))
+        for start in range(0, tokens.shape[0], self.plan.tokens):
+            losses.append(self._chunk(tokens, slice(start, min(start + self.plan.tokens, tokens.shape[0]))))
         self._buffers = None
         return self._sum_up(losses)
 
@@ -211,20 +205,18 @@ class _Run:
         if hidden.requires_grad:
             self.grad_hidden = torch.empty_like(tokens)
         if head.weight.requires_grad:
-            self.weight_gradient = WeightGradient(head.weight, self.student.weight.shape[0])
+            self.weight_gradient = WeightGradient(head.weight, self.student.weight.shape[0], self.plan.temporary_bytes)
         if head.bias is not None and head.bias.requires_grad:
             self.grad_bias = torch.zeros(head.bias.shape, dtype=work_dtype(head.bias.dtype), device=head.bias.device)
 
     def _make_buffers(self, tokens: Tensor) -> None:
         weight, size = self.head.weight, self.tensor_parallel.size
         budget = self.chunk_bytes or DEFAULT_CHUNK_BYTES["cuda" if weight.is_cuda else "cpu"]
-        self.chunk_length = chunk_length(
-            tokens.shape[0], budget, bytes_per_logit(weight, self.teacher is not None, size) * weight.shape[0]
-        )
+        self.plan = ChunkPlan.of(budget, tokens.shape[0], weight, self.teacher is not None, size)
         self.by_block = widens_by_block(weight, size)
         dtype = weight.dtype if self.by_block else work_dtype(weight.dtype)
         self._buffers = [
-            None if logits is None else torch.empty((self.chunk_length, logits.weight.shape[0]), dtype=dtype,
+            None if logits is None else torch.empty((self.plan.tokens, logits.weight.shape[0]), dtype=dtype,
                                                     device=weight.device)
             for logits in (self.student, self.teacher)
         ]  # fmt: skip
@@ -238,7 +230,7 @@ class _Run:
         if self.tensor_parallel.size > 1:
             parts = [slice(0, n)]  # collectives are once a chunk
         else:
-            parts = list(row_tiles(n, max(1, student.shape[1]), TILE_ELEMENTS))  # stays in the processor's cache
+            parts = list(row_tiles(n, max(1, student.shape[1]), self.plan.tile_elements))  # stays in the processor's cache
         losses = [self._block(student, teacher, rows.start, part) for part in parts]
         if self.with_gradient:
             self._linear_gradients(student, tokens, rows)
@@ -258,7 +250,7 @@ class _Run:
             known = self.knowledge
             chunk.sparse = replace(known, ids=known.ids[at], weights=known.weights[at], tail_mass=known.tail_mass[at])
         path = shared_softmax if shared_softmax.applies(self.problem, teacher is not None) else separate_softmaxes
-        losses = path.evaluate(chunk, self.problem, self.tensor_parallel, self.with_gradient, TILE_ELEMENTS)
+        losses = path.evaluate(chunk, self.problem, self.tensor_parallel, self.with_gradient, self.plan.tile_elements)
         if self.with_gradient and self.by_block:
             student[part].copy_(chunk.student)
         return losses
@@ -292,13 +284,6 @@ class _Run:
             token_lm_losses=None if self.with_gradient else torch.where(counted, losses.lm, 0.0),
         )  # fmt: skip
         return loss_sum
-
-
-def chunk_length(tokens: int, budget: int, bytes_per_token: int) -> int:
-    """Tokens a chunk: what the budget holds, at least one, spread evenly over the chunks."""
-    longest = max(1, budget // max(1, bytes_per_token))
-    chunks = max(1, -(-tokens // longest))
-    return max(1, -(-tokens // chunks))
 
 
 def _problem(

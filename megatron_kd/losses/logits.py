@@ -3,12 +3,18 @@
 The matrix product runs in the head's dtype; all that follows is fp32 (fp64 for fp64 heads). For a 16-bit head on CPU
 the product is 16-bit too, as in the model itself, and is widened block by block; on CUDA it is written in fp32.
 
-Memory of a chunk of C tokens, R rows a rank, as :func:`bytes_per_logit` counts it:
+The byte budget of a call is everything that grows with C or R beside inputs, gradients and rows of n numbers. A quarter
+of it is for temporaries (of the divergence, and of the weight gradient of 16-bit weights), three quarters for chunks,
+whose bytes for each of the C * R logits :func:`bytes_per_logit` counts:
 
-    fp32                            4 bytes (student) + 4 (teacher)
-    16-bit, one rank on CPU         2 + 2, and a block of at most TILE_ELEMENTS fp32 numbers each
+    fp32                            4 (student) + 4 (teacher)
+    16-bit, one rank on CPU         2 + 2, widened tile by tile
     16-bit, several ranks or CUDA   4 + 4, and 2 for the product or the gradient in 16 bits
+
+One token a chunk is the least, whatever the budget.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +22,8 @@ from torch import Tensor
 from megatron_kd.errors import ConfigError
 from megatron_kd.losses.types import OutputHead
 
-TILE_ELEMENTS = 1 << 20
+MOST_TEMPORARIES = 8  # tiles that are alive at a time in the divergence with the most of them, a mixture
+LARGEST_TILE = 1 << 20  # numbers; beyond, a tile leaves the processor's cache
 MATMUL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LOGIT_FLOOR = -1.0e5  # what a bias of -inf makes of a logit: its probability is exactly 0, and 0 * LOGIT_FLOOR is 0
 
@@ -42,6 +49,29 @@ def bytes_per_logit(student: Tensor, has_teacher: bool, tensor_parallel_size: in
     if widens_by_block(student, tensor_parallel_size):
         return 2 * models
     return work_dtype(student.dtype).itemsize * models + (2 if is_narrow(student.dtype) else 0)
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """How a byte budget is used: ``tokens`` a chunk, temporaries of ``tile_elements`` numbers, ``temporary_bytes`` in all."""
+
+    tokens: int
+    tile_elements: int
+    temporary_bytes: int
+
+    @staticmethod
+    def of(budget: int, tokens: int, student: Tensor, has_teacher: bool, tensor_parallel_size: int) -> "ChunkPlan":
+        """The same on all ranks: it depends on the padded rows of the student's ``weight`` [R, h], not on valid ones."""
+        temporary = budget // 4
+        number = work_dtype(student.dtype).itemsize
+        per_token = bytes_per_logit(student, has_teacher, tensor_parallel_size) * student.shape[0]
+        longest = max(1, (budget - temporary) // max(1, per_token))
+        chunks = max(1, -(-tokens // longest))
+        return ChunkPlan(
+            tokens=max(1, -(-tokens // chunks)),  # spread evenly
+            tile_elements=min(LARGEST_TILE, max(1, temporary // (MOST_TEMPORARIES * number))),
+            temporary_bytes=temporary,
+        )
 
 
 class HeadLogits:

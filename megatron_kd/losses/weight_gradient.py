@@ -20,9 +20,6 @@ from torch import Tensor
 
 from megatron_kd.losses.logits import is_narrow, work_dtype
 
-TILE_BYTES = 32 << 20
-
-
 @functools.cache
 def fused_kernel() -> ModuleType | None:
     """Apex's fused accumulation kernel, or None where it is not installed."""
@@ -34,11 +31,15 @@ def fused_kernel() -> ModuleType | None:
 
 
 class WeightGradient:
-    """Accumulates ``gradient.T @ hidden`` over chunks for the first ``rows`` rows of ``weight``."""
+    """Accumulates ``gradient.T @ hidden`` over chunks for the first ``rows`` rows of ``weight``.
 
-    def __init__(self, weight: Tensor, rows: int) -> None:
+    Where a product cannot be added in one call it is formed in tiles of at most ``tile_bytes``.
+    """
+
+    def __init__(self, weight: Tensor, rows: int, tile_bytes: int) -> None:
         self.weight = weight
         self.rows = rows
+        self.tile_bytes = tile_bytes
         self.into_main_grad = getattr(weight, "main_grad", None) is not None
         if self.into_main_grad:
             self._sum = weight.main_grad
@@ -64,9 +65,8 @@ class WeightGradient:
         self.weight.grad_added_to_main_grad = True
         return torch.empty_like(self.weight)  # never read; autograd keeps it without a copy and the hook drops it
 
-    @staticmethod
-    def _add_tiled(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-        step = max(1, TILE_BYTES // (4 * hidden.shape[1]))
+    def _add_tiled(self, total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+        step = max(1, self.tile_bytes // (4 * hidden.shape[1]))
         for start in range(0, total.shape[0], step):
             columns = gradient[:, start : start + step].t()
             if gradient.is_cuda and is_narrow(gradient.dtype) and total.dtype == torch.float32:

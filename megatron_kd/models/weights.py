@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -87,7 +87,12 @@ def load_weights(chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollecti
 
 def sharded_weights(chunk: torch.nn.Module, groups: ProcessGroupCollection) -> dict[str, Any]:
     """Megatron-Core's sharded state dict of one model chunk."""
-    return chunk.sharded_state_dict(metadata=sharding_metadata(groups))
+    # The tied output layer of a pipeline's last stage asks global state, not the groups, which replica it is.
+    parallel_state.set_data_parallel_rank(groups.dp_cp.rank())
+    try:
+        return chunk.sharded_state_dict(metadata=sharding_metadata(groups))
+    finally:
+        parallel_state.set_data_parallel_rank(None)
 
 
 def sharding_metadata(groups: ProcessGroupCollection) -> dict[str, Any]:

@@ -194,7 +194,7 @@ def run_fused(
             teacher_weight, start = inputs.teacher_weight[rows], rows.start
         teacher = OutputHead(teacher_weight, case.teacher_vocab, start, final_softcap=case.teacher_softcap)
         knowledge = DenseKnowledge(inputs.teacher_hidden, teacher)
-    options.setdefault("chunk_bytes", case.chunk_tokens * share * 8)
+    options.setdefault("chunk_bytes", -(-case.chunk_tokens * share * 8 * 4 // 3))  # fp32 with a dense teacher
     output = linear_distillation_loss(
         hidden, head, inputs.labels, inputs.weights, case.objective, knowledge, tp_group=group,
         sequence_parallel=sequence_parallel, **options,

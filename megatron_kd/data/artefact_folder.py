@@ -11,12 +11,14 @@ import fcntl
 import os
 import secrets
 import shutil
+import time
 from pathlib import Path
 from typing import Iterator
 
 from megatron_kd.errors import DataError
 
 LOCK_NAME = ".writer.lock"
+_STARTING_SECONDS = 60
 
 
 @contextlib.contextmanager
@@ -71,9 +73,10 @@ def remove_abandoned(output: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
         except BlockingIOError:
             continue
-        except FileNotFoundError:
-            if folder.is_dir() and not any(folder.iterdir()):
-                shutil.rmtree(folder, ignore_errors=True)
+        except FileNotFoundError:  # killed, or another writer's that is about to take its lock
+            with contextlib.suppress(OSError):
+                if time.time() - folder.stat().st_mtime > _STARTING_SECONDS:
+                    folder.rmdir()
 
 
 def glob_escape(name: str) -> str:

@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_kd.losses import OutputHead
+from megatron_kd.losses import OutputHead, run_forward_pre_hooks
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.models.layer_specs import LayerSpecName, choose_layer_spec, decoder_layer_spec
 from megatron_kd.parallel.groups import is_first_stage, is_last_stage
@@ -58,9 +58,7 @@ class HiddenStateGPTModel(GPTModel):
 
     def _postprocess(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         if self.post_process:
-            # The head's weight is used outside its module's forward: run what waits on it (overlapped gathers).
-            for hook in self.output_layer._forward_pre_hooks.values():
-                hook(self.output_layer, (hidden_states,))
+            run_forward_pre_hooks(self.output_layer)  # the loss uses its weight outside its forward
         return hidden_states
 
     def output_head(self) -> OutputHead:

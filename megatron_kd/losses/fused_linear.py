@@ -98,15 +98,16 @@ class _FormGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, run: "_Run") -> Tensor:
         ctx.run = run
+        ctx.save_for_backward(hidden)
         return run.forward(hidden)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor):
-        run, ctx.run = ctx.run, None
-        if run is None:
-            raise RuntimeError("the distillation loss forms its gradients once: backward cannot run twice on it")
-        return *run.backward(upstream), None
+        (hidden,) = ctx.saved_tensors
+        if ctx.run.delivered:  # gradients are handed over, not copied; a retained graph forms them again
+            ctx.run.forward(hidden)
+        return *ctx.run.backward(upstream), None
 
 
 @dataclass
@@ -123,6 +124,10 @@ class _Run:
     chunk_bytes: int | None
     with_gradient: bool
     output: LossOutput | None = None
+    delivered: bool = False
+    grad_hidden: Tensor | None = None
+    grad_bias: Tensor | None = None
+    weight_gradient: WeightGradient | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Walk the chunks; the loss sum. Leaves ``output`` and, with gradients, what ``backward`` delivers."""
@@ -143,6 +148,7 @@ class _Run:
     def backward(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of hidden states, weight and bias."""
         scale = self.problem.gradient_scale
+        self.delivered = True
         if self.weight_gradient is not None and self.weight_gradient.into_main_grad and upstream.item() != scale:
             raise RuntimeError(
                 f"the gradient that arrived at the loss is {upstream.item()}, but gradient_scale={scale} was declared "
@@ -151,7 +157,7 @@ class _Run:
         factor = upstream / scale
         grad_hidden = grad_weight = grad_bias = None
         if self.grad_hidden is not None:
-            grad_hidden = self.grad_hidden.mul_(factor)
+            grad_hidden, self.grad_hidden = self.grad_hidden.mul_(factor), None
             if self.sequence_parallel:
                 grad_hidden = grad_hidden.reshape(-1, *self.shape[1:])
                 grad_hidden = self.tensor_parallel.scatter_sequence(grad_hidden)
@@ -199,12 +205,13 @@ class _Run:
 
     def _prepare_gradients(self, hidden: Tensor, tokens: Tensor) -> None:
         head = self.head
-        self.grad_hidden = self.weight_gradient = self.grad_bias = None
         if not self.with_gradient:
             return
         if hidden.requires_grad:
             self.grad_hidden = torch.empty_like(tokens)
         if head.weight.requires_grad:
+            if self.delivered and self.weight_gradient is not None and self.weight_gradient.into_main_grad:
+                raise RuntimeError("backward cannot run twice on a loss whose gradient has gone into main_grad")
             self.weight_gradient = WeightGradient(head.weight, self.student.weight.shape[0], self.plan.temporary_bytes)
         if head.bias is not None and head.bias.requires_grad:
             self.grad_bias = torch.zeros(head.bias.shape, dtype=work_dtype(head.bias.dtype), device=head.bias.device)

@@ -59,7 +59,8 @@ class WeightGradient:
     def deliver(self, factor: Tensor) -> Tensor | None:
         """What ``backward`` returns for the weight: the gradient times ``factor``, a dummy, or nothing."""
         if not self.into_main_grad:
-            return self._sum.mul_(factor).to(self.weight.dtype)
+            total, self._sum = self._sum, None  # given away: autograd keeps it without a copy
+            return total.mul_(factor).to(self.weight.dtype)
         if not hasattr(self.weight, "grad_added_to_main_grad") or getattr(self.weight, "zero_out_wgrad", False):
             return None
         self.weight.grad_added_to_main_grad = True

@@ -132,7 +132,7 @@ def _sparse(case: LossCase, inputs: LossInputs, generator: torch.Generator) -> S
 
 def reference(case: LossCase, inputs: LossInputs) -> dict[str, Tensor | None]:
     """Sums and gradients in float64 from whole logits."""
-    leaves = [t.double().requires_grad_() for t in (inputs.hidden, inputs.weight, inputs.bias) if t is not None]
+    leaves = [t.double().clone().requires_grad_() for t in (inputs.hidden, inputs.weight, inputs.bias) if t is not None]
     hidden, weight, bias = (*leaves, None)[:3]
     z_s = naive_losses.logits(hidden, weight, bias, case.scale, case.softcap)
     if case.knowledge_kind == "none":

@@ -73,10 +73,10 @@ def remove_abandoned(output: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
         except BlockingIOError:
             continue
-        except FileNotFoundError:  # killed, or another writer's that is about to take its lock
+        except FileNotFoundError:  # killed at its very start or end; or a live one's that has just started or is done
             with contextlib.suppress(OSError):
                 if time.time() - folder.stat().st_mtime > _STARTING_SECONDS:
-                    folder.rmdir()
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def glob_escape(name: str) -> str:

@@ -68,9 +68,11 @@ def make_batch(dataset: ChunkDataset, chunk_indices: np.ndarray, seq_length: int
     """
     chunk_indices = np.asarray(chunk_indices, dtype=np.int64)
     ids, lengths = dataset.gather(chunk_indices, seq_length + 1)
-    inputs, labels = np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
+    inputs, labels = ids[:, :-1].copy(), ids[:, 1:].copy()
     positions = np.arange(seq_length, dtype=np.int64)
-    mask = (positions < lengths[:, None] - 1) & (inputs != dataset.pad_id)
+    real = positions < lengths[:, None] - 1
+    inputs[~real] = dataset.pad_id  # a short chunk's last id is a label only
+    mask = real & (inputs != dataset.pad_id)
     return Batch(
         tokens=torch.from_numpy(inputs),
         labels=torch.from_numpy(labels),

@@ -1,0 +1,62 @@
+import logging
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_kd.data import encoder
+from megatron_kd.data.encoder import HARD_TEXTS, DocumentEncoder, choose_engine
+from megatron_kd.data.tokenization import LoadedTokenizer, encode_with_tokenizers
+
+
+def test_gigatoken_is_chosen_and_the_sample_recorded(tokenizer: LoadedTokenizer, texts: list[str]) -> None:
+    check = choose_engine(tokenizer, texts)
+    assert check.engine == "gigatoken" and check.reason == ""
+    assert check.documents == len(HARD_TEXTS) + len(texts)
+    assert check.text_bytes == sum(len(text.encode()) for text in [*HARD_TEXTS, *texts])
+    assert check.as_mapping()["documents"] == check.documents
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), max_size=8))
+def test_both_engines_agree_on_any_text(tokenizer: LoadedTokenizer, texts: list[str]) -> None:
+    fast = DocumentEncoder(tokenizer, "gigatoken").encode(texts)
+    slow = DocumentEncoder(tokenizer, "tokenizers").encode(texts)
+    for one, other in zip(fast, slow):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("fault", ["another id", "another length"])
+def test_any_difference_falls_back(
+    tokenizer: LoadedTokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    def wrong(self: DocumentEncoder, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids, lengths = encode_with_tokenizers(tokenizer.backend, texts)
+        if fault == "another id":
+            ids[-1] += 1
+        else:
+            lengths[-1] -= 1
+            ids = ids[:-1]
+        return ids, lengths
+
+    monkeypatch.setattr(encoder.DocumentEncoder, "encode", wrong)
+    with caplog.at_level(logging.WARNING):
+        check = choose_engine(tokenizer, ["fine", "the last one"])
+    assert check.engine == "tokenizers"
+    assert "differ from tokenizers' on the sample, first on 'the last one'" in check.reason
+    assert check.reason in caplog.text
+
+
+def test_without_gigatoken_or_its_support_it_falls_back(
+    tokenizer: LoadedTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gigatoken", None)  # as if it were not installed
+    check = choose_engine(tokenizer, ["text"])
+    assert check.engine == "tokenizers" and "gigatoken cannot encode with this tokenizer" in check.reason
+
+
+def test_it_is_not_tried_when_not_wanted(tokenizer: LoadedTokenizer) -> None:
+    assert choose_engine(tokenizer, ["text"], "tokenizers").reason == "the configuration asks for tokenizers"

@@ -87,6 +87,7 @@ ARCHITECTURES: dict[str, ModelArchitecture] = {
     "qwen_toy_reference": _qwen(2, 96, 256, 4, vocab=0, rope_theta=10_000.0),
     "qwen_toy_student": _qwen(4, 128, 352, 4, vocab=0, rope_theta=10_000.0),
     "qwen_toy_teacher": _qwen(6, 256, 704, 8, vocab=0, rope_theta=10_000.0),
+    "qwen_toy_untied": _qwen(4, 96, 256, 4, vocab=0, groups=2, rope_theta=10_000.0, tie_word_embeddings=False),
     "qwen_21m": _qwen(6, 256, 704, 4, vocab=32_000, tie_word_embeddings=False),
 }
 

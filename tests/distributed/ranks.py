@@ -87,7 +87,7 @@ class Ranks:
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_work, args=(rank, self.world_size, str(store), theirs, list(sys.path)), daemon=True
+                target=_work, args=(rank, self.world_size, str(store), theirs, list(sys.path))
             )
             process.start()
             theirs.close()

@@ -1,0 +1,68 @@
+"""Every parallel layout trains as one rank does: 20 losses and gradient norms within 1e-4 relative (fp32)."""
+
+import pytest
+
+from tests.distributed.training.runs import LAYOUTS, largest_relative_difference, train_in_ranks
+
+TOLERANCE = 1e-4
+OTHER_LAYOUTS = [name for name in LAYOUTS if name != "TP1 PP1"]
+COMMON = ["model.name=qwen_toy_student", "training.train_iters=20", "training.global_batch_size=8",
+          "training.micro_batch_size=2", "optimizer.lr_warmup_iters=3"]
+OBJECTIVES = {
+    "lm": [],
+    "vanilla_kd": ["distillation.method=vanilla_kd", "teacher.placement=colocated"],
+    "sequence means": ["training.loss_reduction=sequence"],
+    "untied": ["model.name=qwen_toy_untied"],
+}
+
+
+def settings(objective, dataset, teacher):
+    keys = [f"data.path={dataset.path}", *COMMON, *OBJECTIVES[objective]]
+    return keys + ([f"teacher.path={teacher}"] if objective == "vanilla_kd" else [])
+
+
+@pytest.fixture(scope="module")
+def one_rank(dataset, teacher, tmp_path_factory):
+    """Metrics of the one-rank run of each objective, computed at first use."""
+    runs = {}
+
+    def metrics(objective):
+        if objective not in runs:
+            folder = tmp_path_factory.mktemp("one-rank") / "run"
+            runs[objective] = train_in_ranks("TP1 PP1", settings(objective, dataset, teacher), folder)
+        return runs[objective]
+
+    return metrics
+
+
+@pytest.mark.parametrize("layout", OTHER_LAYOUTS)
+@pytest.mark.parametrize("objective", ["lm", "vanilla_kd"])
+def test_layout_agrees_with_one_rank(layout, objective, one_rank, dataset, teacher, tmp_path):
+    ours = train_in_ranks(layout, settings(objective, dataset, teacher), tmp_path / "run")
+    for key in ("loss", "lm_loss", "grad_norm"):
+        assert largest_relative_difference(ours, one_rank(objective), key) < TOLERANCE, key
+    assert [row["tokens"] for row in ours] == [row["tokens"] for row in one_rank(objective)]
+
+
+@pytest.mark.parametrize("objective", ["sequence means", "untied"])
+@pytest.mark.parametrize("layout", ["DP2", "TP2 PP2"])
+def test_other_objectives_agree_with_one_rank(layout, objective, one_rank, dataset, teacher, tmp_path):
+    ours = train_in_ranks(layout, settings(objective, dataset, teacher), tmp_path / "run")
+    for key in ("loss", "grad_norm"):
+        assert largest_relative_difference(ours, one_rank(objective), key) < TOLERANCE, key
+
+
+def test_training_learns_and_kd_differs_from_lm(one_rank):
+    """The comparison above would also hold for runs that do nothing."""
+    lm, kd = one_rank("lm"), one_rank("vanilla_kd")
+    assert lm[-1]["loss"] < lm[0]["loss"] - 0.3
+    assert kd[-1]["kd_loss"] > 0 and kd[-1]["teacher_entropy"] > 0
+    assert kd[-1]["loss"] == pytest.approx(0.5 * kd[-1]["lm_loss"] + 0.5 * kd[-1]["kd_loss"], rel=1e-5)
+    assert kd[5]["lm_loss"] != lm[5]["lm_loss"]
+
+
+def test_micro_batches_change_nothing(one_rank, dataset, teacher, tmp_path):
+    whole = settings("lm", dataset, teacher) + ["training.micro_batch_size=8"]
+    ours = train_in_ranks("TP1 PP1", whole, tmp_path / "run")
+    for key in ("loss", "grad_norm"):
+        assert largest_relative_difference(ours, one_rank("lm"), key) < TOLERANCE, key

@@ -82,7 +82,7 @@ def _run_verb(name: str, arguments: Sequence[str]) -> int:
     except UserError as error:
         return _refuse(name, str(error))
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return _refuse(name, f"the disk is full while writing {error.filename or 'the output'}: free space and run again")
         raise
     return 0

@@ -5,6 +5,7 @@ dataset selected from another keeps in ``chunk_ids.npy`` the id that each of its
 computed for the root serves the selection. See ``docs/file_formats.md``.
 """
 
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Iterable, Sequence
@@ -271,6 +272,12 @@ class ChunkDatasetWriter:
         self._checksums.files.update(shard.close())
         self._shards.append({"name": shard.prefix.name, "chunks": shard.num_chunks, "tokens": shard.num_tokens})
 
+    def close(self) -> None:
+        """Close what is open, whether finished or given up."""
+        shard, self._shard = self._shard, None
+        if shard is not None:
+            shard.abort()
+
     def add_extra_file(self, name: str, contents: bytes) -> None:
         """Write a further small file into the dataset and checksum it; it is no part of the fingerprint."""
         (self.folder / name).write_bytes(contents)
@@ -330,8 +337,10 @@ def write_chunk_dataset(
     chunks_per_shard: int = DEFAULT_CHUNKS_PER_SHARD,
 ) -> ChunkDataset:
     """Write chunks that are in memory, whole or not at all, and open the result."""
-    with building(output) as folder:
-        writer = ChunkDatasetWriter(folder, tokenizer, seq_length, chunks_per_shard)
+    with (
+        building(output) as folder,
+        closing(ChunkDatasetWriter(folder, tokenizer, seq_length, chunks_per_shard)) as writer,
+    ):
         for chunk in chunks:
             writer.add(chunk, np.array([len(chunk)]))
         writer.finish({"tool": "write_chunk_dataset"})

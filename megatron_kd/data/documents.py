@@ -18,6 +18,7 @@ import zstandard
 from megatron_kd.errors import DataError
 
 BLOCK_BYTES = 4 << 20
+_PIECE_BYTES = 1 << 20
 _RAW_PIECE_BYTES = 64 << 10
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -95,7 +96,7 @@ def read_blocks(path: str, block_bytes: int = BLOCK_BYTES) -> Iterator[LineBlock
     pending_bytes = 0
     first_line = 1
     raw_bytes = 0
-    for piece, raw in _pieces(path):
+    for piece, raw in _pieces(path, min(block_bytes, _PIECE_BYTES)):
         pending.append(piece)
         pending_bytes += len(piece)
         raw_bytes += raw
@@ -196,17 +197,20 @@ def _lookup(row: Any, keys: list[str]) -> Any:
     return row
 
 
-def _pieces(path: str) -> Iterator[tuple[bytes, int]]:
+def _pieces(path: str, piece_bytes: int) -> Iterator[tuple[bytes, int]]:
     """Decompressed pieces of a file, each with the raw bytes read for it; by the file's magic, else its extension."""
     with open(path, "rb") as file:
         head = file.read(4)
         file.seek(0)
-        if head.startswith(_GZIP_MAGIC) or (path.endswith(".gz") and head):
+        is_gzip, is_zstd = head.startswith(_GZIP_MAGIC), head == _ZSTD_MAGIC
+        if head and not is_gzip and not is_zstd:
+            is_gzip, is_zstd = path.endswith(".gz"), path.endswith((".zst", ".zstd"))
+        if is_gzip:
             yield from _decompress(path, file, _gzip_member, "gzip")
-        elif head == _ZSTD_MAGIC or (path.endswith((".zst", ".zstd")) and head):
+        elif is_zstd:
             yield from _decompress(path, file, _zstd_frame, "zstandard")
         else:
-            while piece := file.read(1 << 20):
+            while piece := file.read(piece_bytes):
                 yield piece, len(piece)
 
 
@@ -220,18 +224,20 @@ def _zstd_frame() -> Any:
 
 def _decompress(path: str, file: Any, new_stream: Any, name: str) -> Iterator[tuple[bytes, int]]:
     stream = None
+    members = 0
     try:
         while raw := file.read(_RAW_PIECE_BYTES):
             size = len(raw)
             while raw:
                 if stream is None:
+                    if members and name == "gzip" and not (raw := raw.lstrip(b"\0")):
+                        break  # zero padding after a member
                     stream = new_stream()
                 piece = stream.decompress(raw)
                 raw = b""
                 if stream.eof:
                     raw, stream = stream.unused_data, None
-                    if name == "gzip" and not raw.strip(b"\0"):
-                        raw = b""  # zero padding after the last member
+                    members += 1
                 yield piece, size
                 size = 0
     except (zlib.error, zstandard.ZstdError) as error:

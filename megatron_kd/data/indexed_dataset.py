@@ -5,6 +5,7 @@ length n + 1, int32 lengths ``[n]``, int64 byte pointers ``[n]``, int64 document
 and one document per chunk. All little-endian. ``megatron.core.datasets.indexed_dataset.IndexedDataset`` reads it.
 """
 
+import contextlib
 import os
 import struct
 from pathlib import Path
@@ -75,7 +76,9 @@ class IndexedDatasetWriter:
 
     def close(self) -> dict[str, FileChecksums]:
         """Finish both files; returns the checksums of ``<name>.bin`` and ``<name>.idx``."""
-        _flush_and_close(self._bin)
+        with self._bin as file:
+            file.flush()
+            os.fsync(file.fileno())
         lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.int32)
         index = write_index(_temporary(self.prefix, ".idx"), lengths, self.dtype)
         for extension in (".bin", ".idx"):
@@ -84,7 +87,8 @@ class IndexedDatasetWriter:
 
     def abort(self) -> None:
         """Give up: remove the temporary files."""
-        self._bin.close()
+        with contextlib.suppress(OSError):  # closing writes what is buffered, and the disk may be full
+            self._bin.close()
         for extension in (".bin", ".idx"):
             _temporary(self.prefix, extension).unlink(missing_ok=True)
 
@@ -180,9 +184,3 @@ def _map_bytes(path: Path) -> np.ndarray:
 
 def _temporary(prefix: Path, extension: str) -> Path:
     return prefix.with_name(f"{prefix.name}{extension}.tmp")
-
-
-def _flush_and_close(file) -> None:  # noqa: ANN001 - any binary file object
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()

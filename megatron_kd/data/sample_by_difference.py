@@ -10,6 +10,7 @@ every chunk, its id in the root dataset.
 
 import json
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator
@@ -25,7 +26,7 @@ from megatron_kd.errors import DataError
 from megatron_kd.scoring.score_file import ScoreFile
 
 COPY_BYTES = 32 << 20
-HISTOGRAM_BINS = 200
+MAX_BINS = 200
 _COUNTING_PIECE = 1 << 22
 
 
@@ -73,8 +74,12 @@ def run(config: SampleByDifferenceConfig) -> str:
     if not len(kept):
         raise DataError(f"{config.data.path}: ratio {config.ratio} of {dataset.num_chunks} chunks keeps none; raise ratio")
     facts = selection_facts(difference, kept)
-    with building(config.output) as folder:
-        writer = ChunkDatasetWriter(folder, dataset.tokenizer_info(), dataset.seq_length, _chunks_per_shard(dataset))
+    with (
+        building(config.output) as folder,
+        closing(
+            ChunkDatasetWriter(folder, dataset.tokenizer_info(), dataset.seq_length, _chunks_per_shard(dataset))
+        ) as writer,
+    ):
         copy_chunks(dataset, kept, writer)
         writer.add_extra_file("selection.json", (json.dumps({"ratio": config.ratio, **facts}, indent=2) + "\n").encode())
         _plot(difference, kept, folder / "selection.png")
@@ -189,7 +194,7 @@ def _plot(difference: np.ndarray, kept: np.ndarray, path: Path) -> None:
     from matplotlib.figure import Figure
 
     low, high = _plot_range(difference)
-    edges = np.linspace(low, high, HISTOGRAM_BINS + 1)
+    edges = np.linspace(low, high, int(np.clip(np.sqrt(len(difference)), 10, MAX_BINS)) + 1)
     everything = _histogram(difference, edges)
     chosen = _histogram(difference[kept], edges)
     figure = Figure(figsize=(8, 4.5), layout="constrained")

@@ -5,6 +5,7 @@ chunks arrive they are appended to the bucket that the key's top bits name; at t
 by key and written out. Every byte is written and read twice, in sequence.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -66,6 +67,12 @@ class ShuffleSpool:
         id_file, record_file = self._files[bucket]
         id_file.write(memoryview(ids).cast("B") if len(ids) else b"")
         record_file.write(records.tobytes())
+
+    def close(self) -> None:
+        """Close what is open, whether drained or given up."""
+        for file in (file for pair in self._files for file in pair):
+            with contextlib.suppress(OSError):  # closing writes what is buffered, and the disk may be full
+                file.close()
 
     def drain(self, writer: ChunkDatasetWriter) -> None:
         """Write all chunks to ``writer`` in shuffled order and remove the bucket files."""

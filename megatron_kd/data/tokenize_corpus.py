@@ -161,7 +161,11 @@ class _Split:
     ) -> Iterator["_Split"]:
         if role in to_make:
             with building(to_make[role]) as folder:
-                yield cls(role, config, to_make[role], folder, tokenizer)
+                split = cls(role, config, to_make[role], folder, tokenizer)
+                try:
+                    yield split
+                finally:
+                    split._close()
         else:
             yield cls(role, config, getattr(config, "output" if role == "train" else f"{role}_output"), None, tokenizer)
 
@@ -171,6 +175,11 @@ class _Split:
 
     def _collect(self, chunks: Chunks) -> None:
         (self._spool or self._writer).add(chunks.ids, chunks.lengths)
+
+    def _close(self) -> None:
+        self._writer.close()
+        if self._spool is not None:
+            self._spool.close()
 
     def finish(self, producer: dict[str, Any], recipe: str) -> str:
         if self._folder is None:

@@ -1,0 +1,299 @@
+import errno
+import gzip
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_kd.cli import main
+from megatron_kd.config import from_mapping
+from megatron_kd.data import indexed_dataset
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.manifest import MANIFEST_NAME
+from megatron_kd.data.tokenization import LoadedTokenizer, append_eos, encode_with_tokenizers
+from megatron_kd.data.tokenize_corpus import TokenizeCorpusConfig, run
+from megatron_kd.errors import ConfigError, DataError
+from tests.unit.data.conftest import write_jsonl
+
+TOOL = Path(__file__).parents[3] / "tools" / "tokenize_corpus.py"
+
+
+def config(corpus: Path, tokenizer: Path, output: Path, **changes: object) -> TokenizeCorpusConfig:
+    tree = {"input": str(corpus), "tokenizer": str(tokenizer), "output": str(output), "data": {"seq_length": 64}}
+    return from_mapping(TokenizeCorpusConfig, {**tree, **changes}, "test")
+
+
+def contents(dataset: ChunkDataset) -> list[list[int]]:
+    return [dataset[index].tolist() for index in range(len(dataset))]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_packed_without_shuffle_is_the_corpus_cut(
+    tmp_path: Path, corpus: Path, tokenizer: LoadedTokenizer, tokenizer_folder: Path, texts: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run(config(corpus, tokenizer_folder, tmp_path / "out", shuffle=False, flush_leftovers=True))
+    stream, _ = append_eos(*encode_with_tokenizers(tokenizer.backend, texts), 0)
+    dataset = ChunkDataset.open(tmp_path / "out")
+    expected = [stream[start : start + 65].tolist() for start in range(0, len(stream), 65)]
+    assert contents(dataset) == expected
+    assert dataset.manifest["producer"]["documents"] == len(texts)
+    assert dataset.manifest["producer"]["corpus_tokens"] == dataset.num_tokens == len(stream)
+    assert dataset.manifest["producer"]["engine_check"]["engine"] == "gigatoken"
+    assert dataset.tokenizer_hash == tokenizer.info.hash
+    assert dataset.token_byte_lengths.tolist() == tokenizer.info.token_byte_lengths.tolist()
+    assert (dataset.tokenizer_path / "tokenizer.json").is_file()
+    assert dataset.token_byte_lengths[stream].sum() == sum(len(text.encode()) for text in texts) - 1  # NFC: é, 3 bytes to 2
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_shuffle_keeps_the_chunks_and_changes_their_order(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
+    orders = []
+    for name, changes in (("plain", {"shuffle": False}), ("s0", {}), ("s1", {"seed": 1})):
+        run(config(corpus, tokenizer_folder, tmp_path / name, **changes))
+        orders.append(contents(ChunkDataset.open(tmp_path / name)))
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+@pytest.mark.parametrize("chunking", ["packed", "sentence_end"])
+def test_workers_and_engine_change_no_byte(
+    tmp_path: Path, tokenizer_folder: Path, texts: list[str], chunking: str
+) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", texts * 4)
+    settings = {"chunking": chunking, "domain_field": "meta.set", "chunks_per_shard": 200}
+    results = []
+    for changes in ({"workers": 1}, {"workers": 2}, {"engine": "tokenizers"}):
+        run(config(corpus, tokenizer_folder, tmp_path / "out", **settings, **changes))
+        dataset = ChunkDataset.open(tmp_path / "out")
+        assert len(dataset.shards) > 1
+        results.append((dataset.fingerprint, {k: v for k, v in files_of(dataset.path).items() if k != MANIFEST_NAME}))
+        shutil.rmtree(tmp_path / "out")
+    assert results[0] == results[1] == results[2]
+
+
+def test_the_split_is_by_document_and_disjoint(
+    tmp_path: Path, tokenizer: LoadedTokenizer, tokenizer_folder: Path
+) -> None:
+    documents = [f"document number {number}." for number in range(600)] * 2
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", documents)
+    settings = {"heldout_fraction": 0.2, "reference_fraction": 0.1, "shuffle": False, "flush_leftovers": True}
+    outputs = {"heldout_output": str(tmp_path / "heldout"), "reference_output": str(tmp_path / "reference")}
+    made = run(config(corpus, tokenizer_folder, tmp_path / "train", **settings, **outputs))
+    assert set(made) == {"train", "heldout", "reference"}
+    found = {}
+    for role, path in made.items():
+        dataset = ChunkDataset.open(path)
+        text = tokenizer.backend.decode([i for chunk in contents(dataset) for i in chunk], skip_special_tokens=False)
+        found[role] = text.split("<|endoftext|>")[:-1]
+        assert dataset.manifest["producer"]["role"] == role
+        assert dataset.manifest["producer"]["config"]["heldout_fraction"] == 0.2
+    assert sorted(text for part in found.values() for text in part) == sorted(documents)
+    sets = {role: set(part) for role, part in found.items()}
+    assert sum(map(len, sets.values())) == 600  # both copies of a document are on the same side
+    assert 85 < len(sets["heldout"]) < 155 and 35 < len(sets["reference"]) < 90
+
+
+def test_what_is_already_made_is_kept_and_anything_else_refused(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"heldout_fraction": 0.3, "heldout_output": str(tmp_path / "heldout"), "flush_leftovers": True}
+    run(config(corpus, tokenizer_folder, tmp_path / "out", **settings))
+    before = files_of(tmp_path)
+    run(config(corpus, tokenizer_folder, tmp_path / "out", **settings, workers=2))
+    assert "already made" in capsys.readouterr().out
+    assert files_of(tmp_path) == before
+    with pytest.raises(DataError, match="already exists and is not this same artefact"):
+        run(config(corpus, tokenizer_folder, tmp_path / "out", **settings, seed=1))
+    shutil.rmtree(tmp_path / "out")  # one of two is made again, the same; the other is left alone
+    stamp = (tmp_path / "heldout" / MANIFEST_NAME).stat().st_mtime_ns
+    run(config(corpus, tokenizer_folder, tmp_path / "out", **settings))
+    assert files_of(tmp_path) == before
+    assert (tmp_path / "heldout" / MANIFEST_NAME).stat().st_mtime_ns == stamp
+    os.utime(corpus, (time.time() + 5, time.time() + 5))
+    with pytest.raises(DataError, match="made before .*corpus.jsonl was last changed"):
+        run(config(corpus, tokenizer_folder, tmp_path / "out", **settings))
+
+
+def test_bad_lines_go_to_quarantine_up_to_a_limit(
+    tmp_path: Path, tokenizer_folder: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", texts)
+    good = corpus.read_bytes()
+    corpus.write_bytes(b'{"text": 1}\n' + good + b"\xff\n")
+    with pytest.raises(DataError, match=r"corpus.jsonl:1: field 'text' is int.*skip_bad_lines=true"):
+        run(config(corpus, tokenizer_folder, tmp_path / "out"))
+    with pytest.raises(DataError, match=r"corpus.jsonl:17: not UTF-8.*bad line 2, more than max_bad_lines=1"):
+        run(config(corpus, tokenizer_folder, tmp_path / "out", skip_bad_lines=True, max_bad_lines=1))
+    assert os.listdir(tmp_path) == ["corpus.jsonl"]
+    run(config(corpus, tokenizer_folder, tmp_path / "out", skip_bad_lines=True, max_bad_lines=2))
+    assert "2 bad lines skipped" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(row["path"], row["line"]) for row in rows] == [(str(corpus), 1), (str(corpus), len(texts) + 2)]
+    assert rows[1]["reason"] == "not UTF-8 (byte 0xff at column 1)"
+    ChunkDataset.open(tmp_path / "out").verify()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"seq_length": 0}}, "data.seq_length must be at least 1, not 0"),
+        ({"heldout_fraction": 0.5}, "heldout_output .None. go together"),
+        ({"reference_output": "x"}, "reference_fraction .0.0. and reference_output"),
+        ({"heldout_fraction": 1.5, "heldout_output": "x"}, "below 1, not 1.5"),
+        ({"heldout_fraction": 0.5, "heldout_output": "x", "reference_fraction": 0.5, "reference_output": "y"}, "leaves nothing"),
+        ({"heldout_fraction": 0.5, "heldout_output": "/o/../o"}, "must differ"),
+        ({"workers": -1}, "workers must not be negative, not -1"),
+        ({"chunking": "sentences"}, "'chunking' must be one of packed, sentence_end"),
+        ({"prepend_bos": True}, "prepend_bos=true needs chunking=sentence_end"),
+        ({"data": {}}, "'data.seq_length' is required"),
+        ({"chunk_per_shard": 3}, "did you mean 'chunks_per_shard'"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(Path("c"), Path("t"), Path("/o"), **changes)
+
+
+BAD_INPUTS = {
+    "missing corpus": ([], lambda p: (p / "corpus.jsonl").unlink(), "no such file"),
+    "empty corpus": ([], lambda p: (p / "corpus.jsonl").write_bytes(b"\n"), "holds no document"),
+    "malformed line": ([], lambda p: (p / "corpus.jsonl").write_bytes(b'{"text": "a"}\n{"te'), "corpus.jsonl:2: not valid JSON"),
+    "not UTF-8": ([], lambda p: (p / "corpus.jsonl").write_bytes(b'{"text": "\xe9"}\n'), "corpus.jsonl:1: not UTF-8"),
+    "truncated gzip": ([], lambda p: (p / "corpus.jsonl").write_bytes(gzip.compress(b"x" * 999)[:-9]), "truncated gzip"),
+    "no tokenizer": (["tokenizer=none"], None, "none: no such tokenizer"),
+    "unknown key": (["txt_field=x"], None, "unknown key 'txt_field' (did you mean 'text_field'?)"),
+    "too little text": (["data.seq_length=1000000"], None, "make no whole chunk"),
+    "output exists": ([], lambda p: (p / "out").mkdir(), "already exists"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_is_one_line_and_status_2_and_leaves_nothing(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, case: str
+) -> None:
+    arguments, spoil, message = BAD_INPUTS[case]
+    if spoil:
+        spoil(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    result = tool(tmp_path, corpus, tokenizer_folder, arguments)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("tokenize_corpus: ")
+    assert message in result.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_file_size_limit_is_reported_as_a_full_disk(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    result = tool(tmp_path, corpus, tokenizer_folder, ["data.seq_length=64"], preexec_fn=limit)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1
+    assert f"the disk is full while writing {tmp_path}/out" in result.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("shuffle", ["true", "false"])
+def test_a_disk_that_fills_at_any_write_leaves_nothing(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, shuffle: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Every flush to the disk in turn fails with ENOSPC, until one run needs no more of them."""
+    before = sorted(tmp_path.iterdir())
+    flush = os.fsync
+    failed = 0
+    while True:
+        remaining = failed
+
+        def full(descriptor: int) -> None:
+            nonlocal remaining
+            if remaining == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            remaining -= 1
+            flush(descriptor)
+
+        monkeypatch.setattr(indexed_dataset.os, "fsync", full)
+        arguments = [f"input={corpus}", f"output={tmp_path}/out", f"tokenizer={tokenizer_folder}", f"shuffle={shuffle}"]
+        with pytest.raises(SystemExit) as ended:
+            main("tokenize_corpus", [*arguments, "data.seq_length=64"])
+        if ended.value.code == 0:
+            break
+        assert ended.value.code == 2
+        assert f"the disk is full while writing {tmp_path}/out" in capsys.readouterr().err
+        if not (tmp_path / "out").exists():  # the very last flush, of the parent folder, comes after the rename
+            assert sorted(tmp_path.iterdir()) == before
+        else:
+            ChunkDataset.open(tmp_path / "out").verify()
+            break
+        failed += 1
+    assert failed >= 5
+    ChunkDataset.open(tmp_path / "out").verify()
+
+
+def test_killed_at_random_moments_and_run_again_gives_the_same_bytes(
+    tmp_path: Path, tokenizer_folder: Path, texts: list[str]
+) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", texts * 30)
+    started = time.monotonic()
+    assert tool(tmp_path, corpus, tokenizer_folder, ["workers=1"]).returncode == 0
+    seconds = time.monotonic() - started
+    expected = files_of(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    seed = random.SystemRandom().randrange(10**6)
+    print("seed", seed)
+    generator = random.Random(seed)
+    unfinished = 0
+    for _ in range(8):
+        process = start_tool(tmp_path, corpus, tokenizer_folder, ["workers=1"])
+        time.sleep(generator.uniform(0.3, 1.1) * seconds)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if (tmp_path / "out").exists():
+            assert files_of(tmp_path / "out") == expected
+            shutil.rmtree(tmp_path / "out")
+        else:
+            unfinished += 1
+    assert unfinished
+    assert tool(tmp_path, corpus, tokenizer_folder, ["workers=1"]).returncode == 0
+    assert files_of(tmp_path / "out") == expected
+
+
+def start_tool(
+    folder: Path, corpus: Path, tokenizer: Path, arguments: list[str], **keywords: object
+) -> subprocess.Popen[str]:
+    command = [sys.executable, str(TOOL), f"input={corpus}", f"output={folder}/out", f"tokenizer={tokenizer}"]
+    if not any(argument.startswith("data.seq_length") for argument in arguments):
+        arguments = [*arguments, "data.seq_length=64"]
+    environment = {**os.environ, "PYTHONPATH": str(TOOL.parents[1])}
+    return subprocess.Popen(
+        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment,
+        **keywords,
+    )  # fmt: skip
+
+
+def tool(
+    folder: Path, corpus: Path, tokenizer: Path, arguments: list[str], **keywords: object
+) -> subprocess.CompletedProcess[str]:
+    process = start_tool(folder, corpus, tokenizer, arguments, **keywords)
+    output, errors = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def test_seq_length_bounds_every_chunk(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
+    settings = {"chunking": "sentence_end", "domain_field": "meta.set", "flush_leftovers": True}
+    run(config(corpus, tokenizer_folder, tmp_path / "out", **settings))
+    dataset = ChunkDataset.open(tmp_path / "out")
+    assert 2 <= dataset.lengths.min() and dataset.lengths.max() <= 65
+    assert len(np.unique(dataset.lengths)) > 10

@@ -1,0 +1,212 @@
+"""Runs steps that depend on each other as processes, a few at a time, and remembers which are done.
+
+A step is done when it exited with 0 and its outputs exist; that is written to ``<state>/<name>.json`` with a key made
+from its command, the text of its configuration files and the keys of the steps that it needs. A later run skips a
+step whose key is still the same, and makes again what has changed and all that follows from it. An interrupted step
+with the same key starts over its own output only if it cannot continue from it (``resumable``).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable, Mapping, Sequence
+
+from megatron_kd.data.artefact_folder import write_file
+from megatron_kd.errors import UserError
+
+POLL_SECONDS = 0.2
+STOP_SECONDS = 10
+LOG_TAIL_LINES = 25
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process.
+
+    Attributes:
+        name: unique; names the log and the state file.
+        command: what to run.
+        needs: names of steps that must be done before.
+        outputs: what it leaves behind; removed before it is made again.
+        configs: files whose text is part of the step's identity.
+        seconds: what it takes on the machine where the quickstart was tuned; for order and ETA only.
+        metrics: run folder whose ``metrics.jsonl`` tells how far it is, and the number of training steps.
+        resumable: continues from its own half-made output.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    outputs: tuple[Path, ...] = ()
+    configs: tuple[Path, ...] = ()
+    seconds: float = 1.0
+    metrics: tuple[Path, int] | None = None
+    resumable: bool = False
+
+
+class StepFailed(UserError):
+    """A step exited with an error; the message holds the end of its log."""
+
+    def __init__(self, step: Step, status: int, log: Path):
+        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        super().__init__(
+            f"step '{step.name}' failed with exit status {status}. The end of {log}:\n"
+            + "\n".join(f"    {line}" for line in tail)
+            + f"\nIts command: {' '.join(step.command)}"
+        )
+        self.status = status
+
+
+@dataclass
+class Schedule:
+    """What is done, running and waiting.
+
+    Attributes:
+        steps: every step, in an order in which each comes after what it needs.
+        done: names, with the seconds that each took (of an earlier run where it was skipped).
+        skipped: names of those that an earlier run had done.
+        running: name → when it started.
+    """
+
+    steps: Sequence[Step]
+    done: dict[str, float] = field(default_factory=dict)
+    skipped: set[str] = field(default_factory=set)
+    running: dict[str, float] = field(default_factory=dict)
+
+    def next_step(self) -> Step | None:
+        """Of the steps that could start, the one at the head of the longest chain of work."""
+        ready = [step for step in self.steps if step.name not in self.done and step.name not in self.running
+                 and all(need in self.done for need in step.needs)]
+        return max(ready, key=lambda step: self._chain_seconds(step.name), default=None)
+
+    def _chain_seconds(self, name: str) -> float:
+        own = next(step.seconds for step in self.steps if step.name == name)
+        return own + max((self._chain_seconds(step.name) for step in self.steps if name in step.needs), default=0.0)
+
+
+class StepRunner:
+    """Runs a schedule to its end.
+
+    Args:
+        steps: each after those that it needs.
+        state: folder for state files. logs: folder for the steps' output.
+        processes: how many at a time.
+        environment: of the processes, over this one's.
+        on_progress: called a few times a second.
+    """
+
+    def __init__(self, steps: Sequence[Step], *, state: Path, logs: Path, processes: int,
+                 environment: Mapping[str, str] | None = None, on_progress: Callable[[Schedule], None] | None = None):
+        _check_order(steps)
+        self._state, self._logs, self._slots = state, logs, processes
+        self._environment = {**os.environ, **(environment or {})}
+        self._on_progress = on_progress or (lambda _: None)
+        self._keys = step_keys(steps)
+        self._processes: dict[str, subprocess.Popen] = {}
+        self.schedule = Schedule(steps)
+
+    def run(self) -> Schedule:
+        """Run everything.
+
+        Raises:
+            StepFailed: a step exited with an error; the others were stopped.
+        """
+        self._state.mkdir(parents=True, exist_ok=True)
+        self._logs.mkdir(parents=True, exist_ok=True)
+        try:
+            while len(self.schedule.done) < len(self.schedule.steps):
+                self._start_ready()
+                self._on_progress(self.schedule)
+                if self._processes:
+                    time.sleep(POLL_SECONDS)
+                    self._collect_finished()
+            self._on_progress(self.schedule)
+        finally:
+            self._stop_all()
+        return self.schedule
+
+    def _start_ready(self) -> None:
+        while len(self._processes) < self._slots and (step := self.schedule.next_step()) is not None:
+            record = self._record(step)
+            if record.get("seconds") is not None and all(path.exists() for path in step.outputs):
+                self.schedule.done[step.name] = record["seconds"]
+                self.schedule.skipped.add(step.name)
+                continue
+            if not (record and step.resumable):
+                _remove(step.outputs)
+            self._write_record(step, None)
+            with open(self._logs / f"{step.name}.log", "wb") as log:
+                self._processes[step.name] = subprocess.Popen(
+                    step.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=self._environment)
+            self.schedule.running[step.name] = time.monotonic()
+
+    def _collect_finished(self) -> None:
+        for step in self.schedule.steps:
+            process = self._processes.get(step.name)
+            if process is None or process.poll() is None:
+                continue
+            del self._processes[step.name]
+            seconds = time.monotonic() - self.schedule.running.pop(step.name)
+            missing = [str(path) for path in step.outputs if not path.exists()]
+            log = self._logs / f"{step.name}.log"
+            if process.returncode == 0 and missing:
+                with open(log, "a", encoding="utf-8") as file:
+                    file.write(f"\nexited with 0 but left no {', '.join(missing)}\n")
+            if process.returncode != 0 or missing:
+                raise StepFailed(step, process.returncode, log)
+            self._write_record(step, seconds)
+            self.schedule.done[step.name] = seconds
+
+    def _stop_all(self) -> None:
+        for process in self._processes.values():
+            process.terminate()
+        for process in self._processes.values():
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _record(self, step: Step) -> dict:
+        """What an earlier run noted of this same step: {} if nothing, ``seconds`` None if it did not end."""
+        try:
+            record = json.loads((self._state / f"{step.name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return record if record.get("key") == self._keys[step.name] else {}
+
+    def _write_record(self, step: Step, seconds: float | None) -> None:
+        text = json.dumps({"key": self._keys[step.name], "seconds": seconds})
+        write_file(self._state / f"{step.name}.json", text + "\n")
+
+
+def step_keys(steps: Sequence[Step]) -> dict[str, str]:
+    """The identity of every step: its command, its configuration files, and those of the steps before it."""
+    keys: dict[str, str] = {}
+    for step in steps:
+        parts = [*step.command, *(path.read_text(encoding="utf-8") for path in step.configs),
+                 *(keys[need] for need in step.needs)]
+        keys[step.name] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return keys
+
+
+def _check_order(steps: Sequence[Step]) -> None:
+    known: set[str] = set()
+    for step in steps:
+        unknown = set(step.needs) - known
+        if unknown or step.name in known:
+            raise ValueError(f"step '{step.name}' is there twice or needs {sorted(unknown)}, which no step before it is")
+        known.add(step.name)
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,91 @@
+"""The quickstart's corpus: the Python standard library's own sources and documentation, as JSONL.
+
+    python -m megatron_kd.quickstart.text OUTPUT.jsonl
+
+A document is a source file, or a topic of the built-in documentation (``help("topics")``). Tables of character codes
+and files that one document would let dominate a split are left out. The order is that of the hash of a document's
+name, so it is mixed and the same on every machine with the same Python.
+"""
+
+import hashlib
+import importlib.util
+import json
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Iterator
+
+from megatron_kd.data.artefact_folder import write_file
+from megatron_kd.errors import DataError
+
+MAX_DOCUMENT_BYTES = 160_000
+MIN_DOCUMENT_BYTES = 200
+# Not text that a model should learn from: installed packages, tests (not everywhere), tables, the topics' own file.
+LEFT_OUT_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"})
+LEFT_OUT_FILES = frozenset({"topics.py"})
+
+
+def standard_library_documents(root: Path | None = None) -> list[tuple[str, str]]:
+    """(name, text) of every document, in the order of the names' hashes.
+
+    Args:
+        root: the library's folder; None means that of the running interpreter, and adds the documentation topics.
+
+    Raises:
+        DataError: there is no readable source below ``root``.
+    """
+    documents = dict(_sources(Path(sysconfig.get_path("stdlib")) if root is None else root))
+    if not documents:
+        raise DataError(f"{root or sysconfig.get_path('stdlib')}: holds no Python source; is this a full Python?")
+    if root is None:
+        documents.update(_topics())
+    return sorted(documents.items(), key=lambda document: hashlib.sha256(document[0].encode()).digest())
+
+
+def write_jsonl(documents: list[tuple[str, str]], output: Path) -> int:
+    """Write one ``{"name", "text"}`` a line, whole or not at all; returns the UTF-8 bytes of the texts."""
+    lines = [json.dumps({"name": name, "text": text}, ensure_ascii=False) for name, text in documents]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_file(output, "".join(f"{line}\n" for line in lines))
+    return sum(len(text.encode("utf-8")) for _, text in documents)
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """The texts of a file that :func:`write_jsonl` wrote."""
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)["text"]
+
+
+def _sources(root: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if LEFT_OUT_FOLDERS.intersection(name.parts[:-1]) or name.name in LEFT_OUT_FILES:
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):  # a few sources declare another encoding
+            continue
+        if MIN_DOCUMENT_BYTES <= len(text.encode("utf-8")) <= MAX_DOCUMENT_BYTES:
+            yield f"source:{name.as_posix()}", text
+
+
+def _topics() -> Iterator[tuple[str, str]]:
+    if importlib.util.find_spec("pydoc_data.topics") is None:
+        return
+    from pydoc_data.topics import topics
+
+    for name, text in topics.items():
+        if len(text.encode("utf-8")) >= MIN_DOCUMENT_BYTES:
+            yield f"topic:{name}", text
+
+
+def main() -> None:
+    """Write the corpus to the path given as the only argument."""
+    documents = standard_library_documents()
+    size = write_jsonl(documents, Path(sys.argv[1]))
+    sys.stdout.write(f"{len(documents)} documents, {size / 1e6:.1f} MB of text\n")
+
+
+if __name__ == "__main__":
+    main()

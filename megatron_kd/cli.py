@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, NoReturn, Sequence
 
 from megatron_kd.config import dump_yaml, load_config
-from megatron_kd.errors import UserError
+from megatron_kd.errors import ConfigError, UserError
 from megatron_kd.quiet import silence_known_noise
 
 EXIT_BAD_INPUT = 2
@@ -63,9 +63,16 @@ def _choose_verb(arguments: list[str]) -> str:
     sys.exit(EXIT_BAD_INPUT)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line on one line, like every other refusal."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"the command line: {message} (--help shows the usage)")
+
+
 def _run_verb(name: str, arguments: Sequence[str]) -> int:
     verb = VERBS[name]
-    parser = argparse.ArgumentParser(prog=name, description=verb.summary)
+    parser = _Parser(prog=name, description=verb.summary)
     parser.add_argument("--config", metavar="FILE", help="YAML file with the verb's keys")
     parser.add_argument("--dry-run", action="store_true", help="check and print the resolved configuration, do nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the file, dotted keys")

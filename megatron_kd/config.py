@@ -25,6 +25,15 @@ ConfigT = TypeVar("ConfigT")
 MAX_BASE_DEPTH = 8
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without dates: ``name: 2026-11-21`` is a string here."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def load_config(schema: type[ConfigT], path: str | Path | None, overrides: Sequence[str] = ()) -> ConfigT:
     """Read a configuration of type ``schema``.
 
@@ -39,12 +48,7 @@ def load_config(schema: type[ConfigT], path: str | Path | None, overrides: Seque
     """
     where = str(path) if path is not None else "the command line"
     tree = _read_yaml(Path(path)) if path is not None else {}
-    try:
-        merged = OmegaConf.merge(OmegaConf.create(tree), OmegaConf.create(_parse_overrides(overrides)))
-        container = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {_first_line(error)}") from None
-    return from_mapping(schema, container, where)
+    return from_mapping(schema, _lay_over(tree, _parse_overrides(overrides), where, resolve=True), where)
 
 
 def from_mapping(schema: type[ConfigT], tree: Mapping[str, Any], where: str) -> ConfigT:
@@ -76,7 +80,7 @@ def _read_yaml(path: Path, depth: int = 0) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot read the configuration file ({_first_line(error)})") from None
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML ({_first_line(error)})") from None
     if tree is None:
@@ -86,8 +90,16 @@ def _read_yaml(path: Path, depth: int = 0) -> dict[str, Any]:
     base = tree.pop("base", None)
     if base is None:
         return tree
-    below = _read_yaml(path.parent / str(base), depth + 1)
-    return OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(below), OmegaConf.create(tree)))
+    return _lay_over(_read_yaml(path.parent / str(base), depth + 1), tree, str(path), resolve=False)
+
+
+def _lay_over(below: dict[str, Any], above: dict[str, Any], where: str, resolve: bool) -> dict[str, Any]:
+    """Merge two trees, the second on top; ``resolve`` replaces ``${…}`` by the values that they name."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(below), OmegaConf.create(above))
+        return OmegaConf.to_container(merged, resolve=resolve)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {_first_line(error)}") from None
 
 
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -103,7 +115,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             if not isinstance(node, dict):
                 raise ConfigError(f"the command line: '{override}' goes below a key that was given a plain value")
         try:
-            node[leaf] = yaml.safe_load(value) if value else ""
+            node[leaf] = yaml.load(value, _Loader) if value else ""
         except yaml.YAMLError:
             node[leaf] = value
     return tree

@@ -17,19 +17,22 @@ LINES = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS)
 
 def compressed(name: str, data: bytes) -> bytes:
     if name == "gzip":
-        return gzip.compress(data[: len(data) // 2]) + gzip.compress(data[len(data) // 2 :]) + b"\0" * 7
+        return gzip.compress(data[: len(data) // 2]) + gzip.compress(data[len(data) // 2 :]) + b"\0" * 70_000
     if name == "zstd":
         whole = zstandard.ZstdCompressor()
         return whole.compress(data[: len(data) // 2]) + whole.compress(data[len(data) // 2 :])
     return data
 
 
-@pytest.mark.parametrize("kind", ["plain", "gzip", "zstd"])
-@pytest.mark.parametrize("extension", ["jsonl", "jsonl.gz", "jsonl.zst", "anything"])
+@pytest.mark.parametrize(
+    ("kind", "extension"),
+    [
+        ("plain", "jsonl"), ("plain", "anything"), ("gzip", "jsonl.gz"), ("gzip", "jsonl"), ("gzip", "jsonl.zst"),
+        ("zstd", "jsonl.zst"), ("zstd", "jsonl"), ("zstd", "jsonl.gz"),
+    ],
+)  # fmt: skip
 def test_documents_with_their_places(tmp_path: Path, kind: str, extension: str) -> None:
     """The content's magic decides; members and frames after the first are read; line numbers count blank lines."""
-    if (kind, extension) in (("plain", "jsonl.gz"), ("plain", "jsonl.zst")):
-        pytest.skip("a misnamed file is an error, tested below")
     path = tmp_path / f"a.{extension}"
     path.write_bytes(compressed(kind, b"\xef\xbb\xbf" + LINES[:-1] + b"\n\n  \n" + b'{"text": "last"}'))
     found = list(read_documents([str(path)]))

@@ -76,9 +76,9 @@ def _run_verb(name: str, arguments: Sequence[str]) -> int:
     parser.add_argument("--config", metavar="FILE", help="YAML file with the verb's keys")
     parser.add_argument("--dry-run", action="store_true", help="check and print the resolved configuration, do nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the file, dotted keys")
-    options = parser.parse_intermixed_args(arguments)
     silence_known_noise()
     try:
+        options = parser.parse_intermixed_args(arguments)
         module = importlib.import_module(verb.module)
         config = load_config(getattr(module, verb.config), options.config, options.overrides)
         if options.dry_run:

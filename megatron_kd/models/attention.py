@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_kd.errors import ConfigError
+from megatron_kd.models.blocked_attention import MAX_SEQUENCE, blocked_causal_attention
 
 
 class SDPACoreAttention(torch.nn.Module):
@@ -41,6 +42,8 @@ class SDPACoreAttention(torch.nn.Module):
         Returns:
             [sequence, batch, heads x width].
         """
+        if self._suits_blocks(query, attention_mask):
+            return self._attend_in_blocks(query, key, value)
         mask = None if attention_mask is None else ~attention_mask
         context = scaled_dot_product_attention(
             query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), attn_mask=mask,
@@ -48,3 +51,13 @@ class SDPACoreAttention(torch.nn.Module):
             enable_gqa=self.is_grouped,
         )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _suits_blocks(self, query: Tensor, attention_mask: Tensor | None) -> bool:
+        return (query.device.type == "cpu" and query.dtype == torch.float32 and query.shape[0] <= MAX_SEQUENCE
+                and attention_mask is None and not self.is_grouped and not (self.training and self.dropout))
+
+    def _attend_in_blocks(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        length, batch, heads, width = query.shape
+        context = blocked_causal_attention(*(x.reshape(length, batch * heads, width) for x in (query, key, value)),
+                                           self.softmax_scale)
+        return context.view(length, batch, heads * width)

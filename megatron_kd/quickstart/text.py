@@ -4,11 +4,12 @@
 
 A document is a source file, or a topic of the built-in documentation (``help("topics")``). Tables of character codes
 and files that one document would let dominate a split are left out. The order is that of the hash of a document's
-name, so it is mixed and the same on every machine with the same Python.
+name, so it is mixed and the same on every machine with the same Python; the first 7 MB in that order are taken.
 """
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import sys
 import sysconfig
@@ -19,6 +20,7 @@ from megatron_kd.data.artefact_folder import write_file
 from megatron_kd.errors import DataError
 
 MAX_DOCUMENT_BYTES = 160_000
+MAX_CORPUS_BYTES = 7_000_000
 MIN_DOCUMENT_BYTES = 200
 # Not text that a model should learn from: installed packages, tests (not everywhere), tables, the topics' own file.
 LEFT_OUT_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"})
@@ -40,6 +42,12 @@ def standard_library_documents(root: Path | None = None) -> list[tuple[str, str]
     if root is None:
         documents.update(_topics())
     return sorted(documents.items(), key=lambda document: hashlib.sha256(document[0].encode()).digest())
+
+
+def within_budget(documents: list[tuple[str, str]], max_bytes: int) -> list[tuple[str, str]]:
+    """The first documents that have at most ``max_bytes`` UTF-8 bytes of text together."""
+    ends = itertools.accumulate(len(text.encode("utf-8")) for _, text in documents)
+    return [document for document, end in zip(documents, ends) if end <= max_bytes]
 
 
 def write_jsonl(documents: list[tuple[str, str]], output: Path) -> int:
@@ -82,7 +90,7 @@ def _topics() -> Iterator[tuple[str, str]]:
 
 def main() -> None:
     """Write the corpus to the path given as the only argument."""
-    documents = standard_library_documents()
+    documents = within_budget(standard_library_documents(), MAX_CORPUS_BYTES)
     size = write_jsonl(documents, Path(sys.argv[1]))
     sys.stdout.write(f"{len(documents)} documents, {size / 1e6:.1f} MB of text\n")
 

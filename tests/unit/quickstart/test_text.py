@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_kd.errors import DataError
-from megatron_kd.quickstart.text import read_texts, standard_library_documents, write_jsonl
+from megatron_kd.quickstart.text import read_texts, standard_library_documents, within_budget, write_jsonl
 
 LONG = "x = 1  # " + "a" * 300 + "\n"
 
@@ -48,3 +48,10 @@ def test_jsonl_round_trip(tmp_path: Path) -> None:
     size = write_jsonl(documents, tmp_path / "deep" / "corpus.jsonl")
     assert list(read_texts(tmp_path / "deep" / "corpus.jsonl")) == [text for _, text in documents]
     assert size == sum(len(text.encode()) for _, text in documents)
+
+
+def test_budget_counts_bytes_not_characters() -> None:
+    documents = [("a", "éé"), ("b", "xx"), ("c", "y")]
+    assert within_budget(documents, 6) == documents[:2]
+    assert within_budget(documents, 5) == documents[:1]
+    assert within_budget(documents, 7) == documents

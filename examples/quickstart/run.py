@@ -1,0 +1,81 @@
+"""``make quickstart``: from raw text to distilled students, every step a tool of its own.
+
+    python examples/quickstart/run.py [--output FOLDER] [--processes N]
+
+Steps that are done are skipped; an interrupted run continues. See megatron_kd/quickstart/plan.py for the steps,
+examples/quickstart/*.yaml for their settings, and runs/quickstart/logs for what they said.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+
+from megatron_kd.errors import UserError  # noqa: E402 - the checkout comes first, installed or not
+from megatron_kd.quickstart import plan  # noqa: E402
+from megatron_kd.quickstart.progress import ProgressDisplay  # noqa: E402
+from megatron_kd.quickstart.steps import Schedule, StepFailed, StepRunner  # noqa: E402
+
+MAX_PROCESSES = 4  # about 0.7 GB each
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
+}
+
+
+def main() -> int:
+    """Run, report, and say whether the table means anything; the exit status is 1 if not."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path.cwd(), help="folder that gets runs/quickstart (default: .)")
+    parser.add_argument("--processes", type=int, default=min(MAX_PROCESSES, len(os.sched_getaffinity(0))))
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    os.chdir(options.output)
+    try:
+        return quickstart(max(1, options.processes))
+    except StepFailed as failure:
+        sys.stderr.write(f"\nquickstart: {failure}\n")
+        return failure.status or 1
+    except UserError as error:
+        sys.stderr.write(f"\nquickstart: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("\nquickstart: stopped; run it again to continue\n")
+        return 130
+
+
+def quickstart(processes: int) -> int:
+    """Every step, then the report."""
+    started = time.monotonic()
+    sys.stdout.write(f"Quickstart: {processes} steps at a time, results in {plan.ROOT.absolute()}\n")
+    display = ProgressDisplay(width=shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
+    runner = StepRunner(plan.quickstart_steps(REPOSITORY), state=plan.ROOT / "state", logs=plan.ROOT / "logs",
+                        processes=processes, environment=ENVIRONMENT, on_progress=display)
+    schedule = runner.run()
+    display.finish()
+    return report(schedule, time.monotonic() - started)
+
+
+def report(schedule: Schedule, seconds: float) -> int:
+    """Write the report, print the table and the checks."""
+    from megatron_kd.evaluation.report import result_table, write_report
+    from megatron_kd.quickstart.results import collect_report
+
+    result = collect_report(seconds)
+    write_report(plan.ROOT, result)
+    sys.stdout.write(f"\n{result_table(result)}\n\n")
+    checks = result.checks()
+    for check in checks:
+        sys.stdout.write(f"{'ok ' if check.holds else 'NOT SO'} {check.claim}\n")
+    skipped = f", {len(schedule.skipped)} steps done before" if schedule.skipped else ""
+    sys.stdout.write(f"\n{plan.ROOT / 'report.md'}, report.json, report.png; {seconds:.0f} s{skipped}\n")
+    return 0 if all(check.holds for check in checks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""From the quickstart's run folders to a :class:`~megatron_kd.evaluation.report.Report`."""
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.manifest import versions
+from megatron_kd.errors import DataError
+from megatron_kd.evaluation.bigram import fit_bigram, score_bigram
+from megatron_kd.evaluation.report import CurvePoint, ModelResult, Report
+from megatron_kd.metrics.tracker import read_metrics
+from megatron_kd.models.weights import open_checkpoint
+from megatron_kd.planning.flops import difference_sampling_flops
+from megatron_kd.quickstart import plan
+
+# Whole steps cannot match exactly: half a step of the dearest method is the most that rounding costs.
+FLOPS_TOLERANCE = 0.01
+
+
+def model_result(name: str, run: Path, hf: Path | None = None, offline_flops: int = 0) -> ModelResult:
+    """A finished run, from its metrics and its newest checkpoint.
+
+    Raises:
+        DataError: the run has no evaluation at its last step.
+    """
+    rows = read_metrics(run)
+    steps = [row for row in rows if "loss" in row]
+    evaluations = [row for row in rows if "eval_loss" in row]
+    if not steps or not evaluations or evaluations[-1]["step"] != steps[-1]["step"]:
+        raise DataError(f"{run}: metrics.jsonl has no evaluation at the last step; set data.eval_path and train again")
+    info, last = open_checkpoint(run), evaluations[-1]
+    training = info.manifest["config"]["training"]
+    return ModelResult(
+        name=name,
+        run_path=str(run),
+        hf_path=str(hf) if hf else None,
+        parameters=info.architecture.parameters,
+        steps=last["step"],
+        train_tokens=last["step"] * training["global_batch_size"] * info.manifest["seq_length"],
+        train_flops=last["train_flops"],
+        offline_flops=offline_flops,
+        heldout_loss=last["eval_loss"],
+        bits_per_byte=last["bits_per_byte"],
+        seconds=steps[-1]["seconds"],
+        curve=tuple(CurvePoint(row["train_flops"], row["eval_loss"]) for row in evaluations),
+    )
+
+
+def collect_report(seconds: float) -> Report:
+    """Read what the steps left behind.
+
+    Args:
+        seconds: wall-clock time of the whole quickstart.
+
+    Raises:
+        DataError: a run is not finished, or the students did not get equal training FLOPs.
+    """
+    corpus, heldout = ChunkDataset.open(plan.TRAIN_DATA), ChunkDataset.open(plan.HELDOUT_DATA)
+    teacher = model_result("Teacher", plan.run_folder("teacher"))
+    reference = model_result("Reference", plan.run_folder("reference"))
+    offline = difference_sampling_flops(teacher.parameters, reference.parameters, corpus.num_tokens,
+                                        reference.train_tokens)
+    students = tuple(
+        model_result(student.method, plan.run_folder(student.step), plan.hf_folder(student.step),
+                     offline if "sample" in student.needs else 0)
+        for student in plan.STUDENTS
+    )
+    second = plan.SECOND_SEED_RUN
+    second_seed = model_result(second.method, plan.run_folder(second.step), plan.hf_folder(second.step))
+    _require_equal_flops((*students, second_seed))
+    bigram = score_bigram(fit_bigram(corpus), heldout)
+    return Report(
+        heldout=str(plan.HELDOUT_DATA), students=students, second_seed=second_seed, teacher=teacher,
+        reference=reference, bigram_loss=bigram.loss, bigram_bits_per_byte=bigram.bits_per_byte, seconds=seconds,
+        facts=_facts(corpus, heldout, bigram.tokens),
+    )
+
+
+def _require_equal_flops(students: tuple[ModelResult, ...]) -> None:
+    costs = {student.name: student.train_flops for student in students}
+    if max(costs.values()) > min(costs.values()) * (1 + FLOPS_TOLERANCE):
+        shown = ", ".join(f"{name} {cost:.3e}" for name, cost in costs.items())
+        raise DataError(f"the students' training FLOPs differ by more than {FLOPS_TOLERANCE:.0%}: {shown}")
+
+
+def _facts(corpus: ChunkDataset, heldout: ChunkDataset, heldout_predictions: int) -> dict[str, Any]:
+    sampled, reference = ChunkDataset.open(plan.SAMPLED_DATA), ChunkDataset.open(plan.REFERENCE_DATA)
+    config = json.loads(json.dumps(open_checkpoint(plan.run_folder("pretrain")).manifest["config"]))
+    return {
+        "corpus": f"{corpus.num_tokens:,} tokens, of which difference sampling kept {sampled.num_tokens:,}",
+        "reference split": f"{reference.num_tokens:,} tokens",
+        "held-out split": f"{heldout_predictions:,} predicted tokens",
+        "vocabulary": f"{corpus.vocab_size:,} ids",
+        "student precision": config["training"]["precision"],
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }

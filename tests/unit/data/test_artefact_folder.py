@@ -8,6 +8,9 @@ import pytest
 from megatron_kd.data.artefact_folder import building, write_file
 from megatron_kd.errors import DataError
 
+# the forked children use numpy and files alone, never the threads of the parent
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
 
 def test_appears_whole_under_its_name(tmp_path: Path) -> None:
     output = tmp_path / "deep" / "output"

@@ -14,6 +14,9 @@ from megatron_kd.data.chunk_dataset import ChunkDataset, ChunkDatasetWriter, wri
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import DataError
 
+# the forked children use numpy and files alone, never the threads of the parent
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
 
 def test_reads_what_was_written(dataset: ChunkDataset, chunks: list[np.ndarray]) -> None:
     assert len(dataset) == dataset.num_chunks == 40

@@ -132,7 +132,9 @@ def test_missing_input_is_refused(tmp_path: Path, pattern: str, message: str) ->
         expand_inputs([str(tmp_path / pattern)])
 
 
-@pytest.mark.parametrize("data", [b"", b"\n\n  \n", gzip.compress(b""), b"\xef\xbb\xbf"])
+@pytest.mark.parametrize(
+    "data", [b"", b"\n\n  \n", gzip.compress(b""), b"\xef\xbb\xbf"], ids=["nothing", "blank lines", "gzip of nothing", "mark"]
+)
 def test_an_empty_corpus_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.jsonl").write_bytes(data)
     with pytest.raises(DataError, match="the corpus holds no document"):

@@ -22,6 +22,9 @@ from megatron_kd.scoring.score_file import write_score_file
 # −log p, −log p_ref and r of the paper's instance table: three that it keeps, one that it discards
 PAPER = [(1.26, 4.20, 2.94), (2.36, 5.59, 3.23), (0.16, 2.73, 2.57), (1.24, 1.28, 0.04)]
 
+# the forked children use numpy and files alone, never the threads of the parent
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
 
 def score(folder: Path, values: np.ndarray, dataset: ChunkDataset, model: str, **changes: bool) -> Path:
     producer = {"tool": "test"}
@@ -235,6 +238,7 @@ def test_killed_at_any_write_leaves_nothing_and_runs_again(tmp_path: Path, score
                 flush(descriptor)
 
             os.fsync = counted
+            sample_by_difference._plot = lambda difference, kept, path: path.write_bytes(b"drawn elsewhere")
             run(config(tmp_path))
             os._exit(0)
         _, status = os.waitpid(child, 0)

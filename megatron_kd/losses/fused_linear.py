@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_kd.errors import ConfigError, LayoutError
 from megatron_kd.losses import separate_softmaxes, shared_softmax
+from megatron_kd.losses.buffers import allocate
 from megatron_kd.losses.chunk_terms import Chunk, Problem, TokenLosses, row_tiles
 from megatron_kd.losses.collectives import TensorParallel
 from megatron_kd.losses.logits import ChunkPlan, HeadLogits, widens_by_block, work_dtype
@@ -223,10 +224,9 @@ class _Run:
         self.by_block = widens_by_block(weight, size)
         dtype = weight.dtype if self.by_block else work_dtype(weight.dtype)
         self._buffers = [
-            None if logits is None else torch.empty((self.plan.tokens, logits.weight.shape[0]), dtype=dtype,
-                                                    device=weight.device)
+            logits and allocate((self.plan.tokens, logits.weight.shape[0]), dtype, weight.device)
             for logits in (self.student, self.teacher)
-        ]  # fmt: skip
+        ]
 
     def _chunk(self, tokens: Tensor, rows: slice) -> TokenLosses:
         n = rows.stop - rows.start
@@ -234,10 +234,9 @@ class _Run:
         self.student.product(tokens[rows], student)
         if teacher is not None:
             self.teacher.product(self.teacher_tokens[rows], teacher)
-        if self.tensor_parallel.size > 1:
-            parts = [slice(0, n)]  # collectives are once a chunk
-        else:
-            parts = list(row_tiles(n, max(1, student.shape[1]), self.plan.tile_elements))  # stays in the processor's cache
+        parts = [slice(0, n)]
+        if self.by_block:
+            parts = list(row_tiles(n, student.shape[1], self.plan.tile_elements))
         losses = [self._block(student, teacher, rows.start, part) for part in parts]
         if self.with_gradient:
             self._linear_gradients(student, tokens, rows)

@@ -1,8 +1,9 @@
 """A chunk at temperature 1 where LM and KD share one softmax of the student: the fast path.
 
-Covers the LM loss alone, with forward KL to a dense teacher, and with every sparse target. Exponentials replace the
-logits in place and become the gradient in place: each is taken once. Collectives: one MAX and one SUM all-reduce of
-a few rows, none after. A temporary of ``tile_elements`` numbers is the only memory beyond the chunk.
+Covers the LM loss alone, with forward KL to a dense teacher, and with every sparse target. Logits become this rank's
+softmax in place, which becomes the gradient in place: each exponential is taken once. A softmax over this rank's ids
+with maximum m has 1 / (its largest entry) as the sum Z of exp(z - m), so that no pass is spent on the sum.
+Collectives: one MAX and one SUM all-reduce of a few rows, none after. Temporaries hold ``tile_elements`` numbers.
 """
 
 import torch
@@ -27,91 +28,83 @@ def evaluate(
     """Token losses; ``chunk.student`` becomes the gradient of the weighted loss with respect to the raw logits."""
     label = LabelLogits.of(chunk, problem)
     sparse = None if chunk.sparse is None else SparseTerm(chunk.sparse, chunk.student, problem, 1.0)
-    maxima, sums = _first_pass(chunk, sparse, tile_elements)
-    local_maxima = maxima.clone()
-    tensor_parallel.max_(maxima)
-    sums = _stack(sums, local_maxima, maxima, label, sparse)
-    tensor_parallel.sum_(sums)
+    local_maxima, local = _first_pass(chunk, sparse, tile_elements)
+    maxima = tensor_parallel.max_(local_maxima.clone())
+    shift = local_maxima - maxima
+    rescaled_z = shift.exp() * local[: len(maxima)]
+    rows = [rescaled_z[0], label.relative_to(maxima[0])]
+    if chunk.teacher is not None:
+        teacher_dot, student_dot = local[2] + shift[1], local[3] + shift[0]  # relative to the maxima over all ranks
+        rows += [rescaled_z[1], teacher_dot * rescaled_z[1], (teacher_dot - student_dot) * rescaled_z[1]]
+    if sparse is not None:
+        rows += sparse.rows_to_sum(maxima[0], rescaled_z[0])
+    sums = tensor_parallel.sum_(torch.stack(rows))
     log_z = sums[0].log()
     losses = TokenLosses(label.loss(sums[1], log_z))
     if chunk.teacher is not None:
         log_z_t = sums[2].log()
-        losses.kd = sums[3] / sums[2] - log_z_t + log_z
-        losses.entropy = log_z_t - sums[4] / sums[2]
+        losses.entropy = log_z_t - sums[3] / sums[2]
+        losses.kd = sums[4] / sums[2] - log_z_t + log_z
     if sparse is not None:
         losses.kd, losses.entropy = sparse.loss(log_z, sums[2:])
     if with_gradient:
-        _gradient(chunk, problem, label, sparse, (local_maxima - maxima).exp_(), sums, tile_elements)
+        _gradient(chunk, problem, label, sparse, rescaled_z / sums[: 2 * len(maxima) : 2], tile_elements)
     return losses
 
 
-def _first_pass(chunk: Chunk, sparse: SparseTerm | None, tile_elements: int) -> tuple[Tensor, list[Tensor]]:
-    """Replace logits by exponentials; (maxima [1 or 2, n], local sums relative to them)."""
+def _first_pass(chunk: Chunk, sparse: SparseTerm | None, tile_elements: int) -> tuple[Tensor, Tensor]:
+    """Replace logits by softmaxes over this rank's ids.
+
+    Returns maxima [1 or 2, n], and rows [1 or 4, n]: Z of each model relative to its maximum, then with a teacher the
+    means of its and the student's logits relative to their maxima, under the teacher's softmax.
+    """
     student, teacher = chunk.student, chunk.teacher
-    n, columns = student.shape
-    maxima = student.new_empty((1 if teacher is None else 2, n))
-    sums = student.new_empty((1 if teacher is None else 4, n))
-    for rows in row_tiles(n, columns, tile_elements):
-        s = student[rows]
-        maxima[0, rows] = row_max(s)
-        s.sub_(maxima[0, rows].unsqueeze(1))
-        if teacher is not None:
-            t = teacher[rows]
-            maxima[1, rows] = row_max(t)
+    n = student.shape[0]
+    if teacher is None:
+        maxima = row_max(student).unsqueeze(0)
+        torch.softmax(student, -1, out=student)
+        local = _z_of_softmax(student).unsqueeze(0)
+    else:
+        maxima, local = student.new_empty((2, n)), student.new_empty((4, n))
+        for rows in row_tiles(*student.shape, tile_elements):
+            s, t = student[rows], teacher[rows]
+            maxima[0, rows], maxima[1, rows] = row_max(s), row_max(t)
+            s.sub_(maxima[0, rows].unsqueeze(1))
             t.sub_(maxima[1, rows].unsqueeze(1))
-            difference = t - s
-            exponential = t.exp()
-            sums[3, rows] = torch.linalg.vecdot(exponential, t)
-            t.copy_(exponential)
-            sums[1, rows] = t.sum(-1)
-            sums[2, rows] = difference.mul_(t).sum(-1)
-        s.exp_()
-        sums[0, rows] = s.sum(-1)
+            p = torch.softmax(t, -1)
+            local[2, rows] = torch.linalg.vecdot(p, t)
+            local[3, rows] = torch.linalg.vecdot(p, s)
+            t.copy_(p)
+            torch.softmax(s, -1, out=s)
+            local[0, rows], local[1, rows] = _z_of_softmax(s), _z_of_softmax(t)
     if sparse is not None:
         sparse.sum_outside(student)
-    return maxima, list(sums)
+    return maxima, local
 
 
-def _stack(
-    local: list[Tensor], local_maxima: Tensor, maxima: Tensor, label: LabelLogits, sparse: SparseTerm | None
-) -> Tensor:
-    """Rows to be summed over the ranks: Z, label logit, then what the KD term needs."""
-    shift = local_maxima - maxima
-    rescale = shift.exp()
-    rows = [local[0] * rescale[0], label.relative_to(maxima[0])]
-    if len(local) > 1:
-        _, z_t, cross, teacher_dot = local
-        rows.append(z_t * rescale[1])
-        rows.append((cross + z_t * (shift[1] - shift[0])) * rescale[1])
-        rows.append((teacher_dot + z_t * shift[1]) * rescale[1])
-    if sparse is not None:
-        rows.extend(sparse.rows_to_sum(maxima[0], rescale[0]))
-    return torch.stack(rows)
+def _z_of_softmax(probabilities: Tensor) -> Tensor:
+    """[n] sum of exp(z - max z), of a softmax [n, R]; 0 where R is 0."""
+    if probabilities.shape[1] == 0:
+        return probabilities.new_zeros(probabilities.shape[:1])
+    return probabilities.amax(-1).reciprocal_()
 
 
 def _gradient(
-    chunk: Chunk,
-    problem: Problem,
-    label: LabelLogits,
-    sparse: SparseTerm | None,
-    rescale: Tensor,
-    sums: Tensor,
-    tile_elements: int,
+    chunk: Chunk, problem: Problem, label: LabelLogits, sparse: SparseTerm | None, factors: Tensor, tile_elements: int
 ) -> None:
+    """``factors`` [1 or 2, n] make probabilities over all ranks' ids of this rank's softmaxes."""
     objective = problem.objective
     scaled = chunk.weights * (problem.head_scale * problem.gradient_scale)
     lm, kd = scaled * objective.lm_weight, scaled * objective.kd_factor
-    student_factor = rescale[0] / sums[0]  # exponentials to probabilities
     if chunk.teacher is not None:
-        teacher_factor = kd * rescale[1] / sums[2]
-        student_factor = student_factor * (lm + kd)
+        student_factor, teacher_factor = factors[0] * (lm + kd), factors[1] * kd
         for rows in row_tiles(*chunk.student.shape, tile_elements):
             s, t = chunk.student[rows], chunk.teacher[rows]
             s.mul_(student_factor[rows].unsqueeze(1))
             s.addcmul_(t, teacher_factor[rows].unsqueeze(1), value=-1)
     elif sparse is not None:
-        chunk.student.mul_((student_factor * (lm + kd * sparse.dense_coefficient())).unsqueeze(1))
-        sparse.add_entries(chunk.student, student_factor, lm, kd)
+        chunk.student.mul_((factors[0] * (lm + kd * sparse.dense_coefficient())).unsqueeze(1))
+        sparse.add_entries(chunk.student, factors[0], lm, kd)
     else:
-        chunk.student.mul_((student_factor * lm).unsqueeze(1))
+        chunk.student.mul_((factors[0] * lm).unsqueeze(1))
     label.subtract_one_hot(chunk.student, lm)

@@ -18,6 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from megatron_kd.losses.buffers import allocate
 from megatron_kd.losses.logits import is_narrow, work_dtype
 
 @functools.cache
@@ -44,7 +45,7 @@ class WeightGradient:
         if self.into_main_grad:
             self._sum = weight.main_grad
         else:
-            self._sum = torch.zeros(weight.shape, dtype=work_dtype(weight.dtype), device=weight.device)
+            self._sum = allocate(weight.shape, work_dtype(weight.dtype), weight.device, zero=True)
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
         """Add a chunk: ``gradient`` [n, rows] with respect to the matrix product's result, ``hidden`` [n, h]."""

@@ -96,7 +96,7 @@ def _describe_scores(config: InspectDatasetConfig, manifest: dict[str, Any]) -> 
     return [
         f"  scores       {len(scores.scores):,}: {spread} nats per token; {len(scores.unscored)} unscored",
         f"  model        {manifest['model'].get('path', 'unknown')}, fingerprint {scores.model_fingerprint}",
-        f"  seen with    " + ", ".join(f"{key}={value}" for key, value in scores.view.items()),
+        "  seen with    " + ", ".join(f"{key}={value}" for key, value in scores.view.items()),
     ]
 
 

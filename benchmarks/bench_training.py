@@ -33,9 +33,10 @@ from megatron_kd.models.architecture import ModelArchitecture, architecture_by_n
 from megatron_kd.parallel.groups import create_process_groups  # noqa: E402
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout  # noqa: E402
 from megatron_kd.parallel.runtime import distributed_runtime  # noqa: E402
+from megatron_kd.training.build import build_student, unwrap  # noqa: E402
+from megatron_kd.training.config import TrainConfig  # noqa: E402
 from megatron_kd.training.objective import MicroBatchLoss, build_objective  # noqa: E402
 from megatron_kd.training.optimizer import build_optimizer  # noqa: E402
-from megatron_kd.training.run import TrainConfig, build_student, unwrap  # noqa: E402
 from megatron_kd.training.train_step import TrainStep  # noqa: E402
 
 

@@ -10,8 +10,9 @@ import errno
 import importlib
 import os
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, NoReturn, Sequence
+from typing import Any, NoReturn
 
 from megatron_kd.config import dump_yaml, load_config
 from megatron_kd.errors import ConfigError, UserError
@@ -35,7 +36,9 @@ VERBS: dict[str, Verb] = {
     "train": Verb("megatron_kd.training.run", "TrainConfig", "pre-train or distil a model"),
     "score_corpus": Verb("megatron_kd.scoring.run", "ScoreCorpusConfig", "mean NLL of every chunk under a model"),
     "sample_by_difference": Verb(
-        "megatron_kd.data.sample_by_difference", "SampleByDifferenceConfig", "keep the chunks that the teacher finds easier"
+        "megatron_kd.data.sample_by_difference",
+        "SampleByDifferenceConfig",
+        "keep the chunks that the teacher finds easier",
     ),
     "convert_to_hf": Verb("megatron_kd.conversion.export_hf", "ConvertToHFConfig", "checkpoint to Hugging Face folder"),
     "evaluate": Verb("megatron_kd.evaluation.run", "EvaluateConfig", "held-out loss and bits per byte"),
@@ -87,17 +90,19 @@ def _run_verb(name: str, arguments: Sequence[str]) -> int:
         run: Callable[[Any], Any] = getattr(module, verb.run)
         run(config)
     except UserError as error:
-        return _refuse(name, str(error))
+        return _refuse(name, str(error), error.is_reported)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return _refuse(name, f"the disk is full while writing {error.filename or 'the output'}: free space and run again")
+            return _refuse(
+                name, f"the disk is full while writing {error.filename or 'the output'}: free space and run again"
+            )
         raise
     return 0
 
 
-def _refuse(name: str, message: str) -> int:
-    """One line on stderr, from one rank only under torchrun."""
-    if os.environ.get("RANK", "0") == "0":
+def _refuse(name: str, message: str, is_reported: bool | None = None) -> int:
+    """One line on stderr, from one rank only under torchrun: rank 0 where the ranks have not agreed on one."""
+    if not is_reported if is_reported is not None else os.environ.get("RANK", "0") == "0":
         sys.stderr.write(f"{name}: {' '.join(message.split())}\n")
         sys.stderr.flush()
     return EXIT_BAD_INPUT

@@ -5,7 +5,12 @@ Anything else that is raised is a fault of this project and shows its traceback.
 
 
 class UserError(Exception):
-    """Bad input: the message says what is wrong, where, and what to do about it, on one line."""
+    """Bad input: the message says what is wrong, where, and what to do about it, on one line.
+
+    ``is_reported`` is True where another rank of the same world prints it.
+    """
+
+    is_reported: bool | None = None
 
 
 class ConfigError(UserError):

@@ -17,3 +17,5 @@ def silence_known_noise() -> None:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    # What its writers could not write is reported by the one line of training/checkpoint.py.
+    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""Weights of a model from a checkpoint folder, under any layout; what a checkpoint's manifest says.
+"""Weights of a model from a checkpoint or a Hugging Face folder, under any layout; what a checkpoint's manifest says.
 
 A checkpoint is Megatron-Core's ``torch_dist`` format with a ``manifest.json`` and ``checksums.json`` beside it. A path
 may name the folder itself, a run folder, or its ``checkpoints/``: the last two mean the newest whole checkpoint.
@@ -14,13 +14,17 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_kd.conversion.hf_folder import HFFolder, is_hf_folder
 from megatron_kd.data.checksums import Checksums
 from megatron_kd.data.manifest import read_manifest
+from megatron_kd.data.tokenization import load_tokenizer
 from megatron_kd.errors import CheckpointError, DataError
 from megatron_kd.models.architecture import ModelArchitecture
+from megatron_kd.parallel.agreement import on_main_rank
 
 CHECKPOINT_KIND = "checkpoint"
 LATEST_NAME = "latest"
+_WITHOUT_EFFECT_ON_WEIGHTS = ("init_std", "max_position_embeddings", "hf_model_type")
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,9 @@ class CheckpointInfo:
     path: Path
     architecture: ModelArchitecture
     manifest: Mapping[str, Any]
+    """Of a Hugging Face folder: what it tells of the same things."""
     checksums: Checksums
+    hf_folder: HFFolder | None = None
 
     @property
     def tokenizer_hash(self) -> str:
@@ -56,6 +62,8 @@ def open_checkpoint(path: str | Path) -> CheckpointInfo:
     Raises:
         CheckpointError: nothing is there, it is not a checkpoint, or its manifest is damaged.
     """
+    if is_hf_folder(Path(path)):
+        return _open_hf_folder(Path(path))
     folder = _resolve(Path(path))
     try:
         manifest, checksums = read_manifest(folder, CHECKPOINT_KIND)
@@ -64,6 +72,19 @@ def open_checkpoint(path: str | Path) -> CheckpointInfo:
     fields = {field.name for field in dataclasses.fields(ModelArchitecture)}
     architecture = ModelArchitecture(**{key: value for key, value in manifest["architecture"].items() if key in fields})
     return CheckpointInfo(folder, architecture, manifest, checksums)
+
+
+def check_same_architecture(info: CheckpointInfo, architecture: ModelArchitecture) -> None:
+    """Raise :class:`CheckpointError`, naming what differs, if a checkpoint is not of this architecture.
+
+    Loading alone would not notice fewer layers or another RoPE base.
+    """
+    faults = [f"{name} {getattr(info.architecture, name)} where {getattr(architecture, name)} is asked for"
+              for name in (field.name for field in dataclasses.fields(architecture))
+              if name not in _WITHOUT_EFFECT_ON_WEIGHTS
+              and getattr(info.architecture, name) != getattr(architecture, name)]
+    if faults:
+        raise CheckpointError(f"{info.path} is of another model: {', '.join(faults)}")
 
 
 def checkpoint_folders(checkpoints: Path) -> list[Path]:
@@ -76,9 +97,12 @@ def load_weights(chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollecti
     """Fill ``chunks`` from a checkpoint written under any layout. Collective over the world.
 
     Raises:
-        CheckpointError: the checkpoint lacks a parameter or has another shape of it.
+        CheckpointError: the checkpoint is damaged, lacks a parameter, or has another shape of it.
     """
-    info.verify()
+    if info.hf_folder is not None:
+        info.hf_folder.load_into(chunks)
+        return
+    on_main_rank(info.verify)
     state = {f"model{i}": sharded_weights(chunk, groups) for i, chunk in enumerate(chunks)}
     loaded = load_sharded_state(state, info.path)
     for i, chunk in enumerate(chunks):
@@ -113,6 +137,20 @@ def load_sharded_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 - torch and Megatron-Core raise a dozen types here
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"checkpoint {path} cannot be loaded into this model: {reason}") from error
+
+
+def _open_hf_folder(path: Path) -> CheckpointInfo:
+    folder = HFFolder(path)
+    try:
+        tokenizer = load_tokenizer(path)
+    except DataError as error:
+        raise CheckpointError(f"{path}: its tokenizer cannot be compared with the dataset's: {error}") from None
+    dtype = folder.config.get("dtype") or folder.config.get("torch_dtype")
+    manifest = {
+        "tokenizer_hash": tokenizer.info.hash, "precision": "bf16" if dtype in ("bfloat16", "float16") else "fp32",
+        "dataset_fingerprint": None,
+    }
+    return CheckpointInfo(path, folder.architecture, manifest, Checksums(), folder)
 
 
 def _resolve(path: Path) -> Path:

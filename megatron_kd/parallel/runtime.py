@@ -13,7 +13,9 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from megatron_kd.errors import UserError
 from megatron_kd.parallel import cpu_backend
+from megatron_kd.parallel.agreement import another_rank_failed, first_to_fail
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Runtime:
 def distributed_runtime(timeout_minutes: float = 30.0) -> Iterator[Runtime]:
     """Join the torchrun world (NCCL on CUDA, gloo on CPU) or make a world of one; leave it at the end.
 
-    An already initialised world (a test's) is used as it is and left standing.
+    An already initialised world (a test's) is used as it is and left standing. Of the ranks that stop on bad input the
+    first is marked to report it.
     """
     device = _choose_device()
     owns_world = not dist.is_initialized()
@@ -42,6 +45,15 @@ def distributed_runtime(timeout_minutes: float = 30.0) -> Iterator[Runtime]:
         _join_world(device, timedelta(minutes=timeout_minutes))
     try:
         yield Runtime(device=device, rank=dist.get_rank(), world_size=dist.get_world_size())
+    except UserError as error:
+        error.is_reported = not first_to_fail()
+        raise
+    except RuntimeError as error:  # a collective whose other end is gone
+        if not another_rank_failed():
+            raise
+        stopped = UserError(f"another rank stopped ({' '.join(str(error).split())[:100]})")
+        stopped.is_reported = True
+        raise stopped from None
     finally:
         if owns_world:
             dist.destroy_process_group()

@@ -13,13 +13,14 @@ import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_kd.data.artefact_folder import building, write_file
 from megatron_kd.data.checksums import Checksums
@@ -38,10 +39,12 @@ from megatron_kd.models.weights import (
     sharded_weights,
     sharding_metadata,
 )
+from megatron_kd.parallel.agreement import on_main_rank
 from megatron_kd.parallel.groups import create_process_groups
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_kd.parallel.runtime import distributed_runtime
 
+_UNTOLD = "another rank could not write"
 FORMAT = {"backend": "torch_dist", "layout": "fully_reshardable"}
 
 
@@ -70,14 +73,13 @@ def save_checkpoint(checkpoints: Path, progress: Progress, model: Sequence[torch
         UserError: rank 0 could not write (a full disk, say); the previous checkpoint is untouched.
     """
     final = checkpoints / f"step_{progress.step}"
-    if _on_main(lambda: final.exists()):
-        return final
+    on_main_rank(lambda: _remove_passed_over(checkpoints, progress.step))
     state = training_state(model, optimizer, groups, is_loading=False)
-    with _building_on_main(final) as folder:
-        failure = _save_sharded(state, folder) or _on_main(lambda: _describe(folder, progress, architecture, about))
+    with _buildingon_main_rank(final) as folder:
+        failure = _save_sharded(state, folder) or on_main_rank(lambda: _describe(folder, progress, architecture, about))
         if failure is not None:
             raise UserError(f"checkpoint {final} could not be written: {failure}")
-    _on_main(lambda: _publish(checkpoints, final, keep))
+    on_main_rank(lambda: _publish(checkpoints, final, keep))
     return final
 
 
@@ -85,10 +87,12 @@ def load_checkpoint(info: CheckpointInfo, model: Sequence[torch.nn.Module], opti
                     groups: ProcessGroupCollection) -> Progress:
     """Fill model and optimizer from a checkpoint of any layout. Collective over the world.
 
+    Args:
+        info: as :func:`newest_whole_checkpoint` gives it, its checksums compared.
+
     Raises:
-        CheckpointError: it is damaged or of another model.
+        CheckpointError: it is of another model.
     """
-    info.verify()
     loaded = load_sharded_state(training_state(model, optimizer, groups, is_loading=True), info.path)
     for i, chunk in enumerate(model):
         chunk.module.load_state_dict(loaded[f"model{i}"], strict=False)
@@ -97,22 +101,15 @@ def load_checkpoint(info: CheckpointInfo, model: Sequence[torch.nn.Module], opti
 
 
 def newest_whole_checkpoint(checkpoints: Path) -> CheckpointInfo | None:
-    """The newest checkpoint that passes its checksums; damaged ones are passed over and named on the way.
+    """The newest checkpoint that passes its checksums. Collective over the world; rank 0 reads the files.
+
+    Newer ones that are damaged are passed over, each with a line on stderr.
 
     Raises:
         CheckpointError: there are checkpoints and all are damaged.
     """
-    faults = []
-    for folder in checkpoint_folders(checkpoints):
-        try:
-            info = open_checkpoint(folder)
-            info.verify()
-            return info
-        except CheckpointError as error:
-            faults.append(str(error))
-    if faults:
-        raise CheckpointError(f"{checkpoints}: no whole checkpoint is left: {'; '.join(faults)}")
-    return None
+    folder = on_main_rank(lambda: _find_whole(checkpoints))
+    return None if folder is None else open_checkpoint(folder)
 
 
 def training_state(model: Sequence[torch.nn.Module], optimizer: ChainedOptimizer, groups: ProcessGroupCollection, *,
@@ -148,16 +145,54 @@ def load_whole_model(path: str | Path) -> tuple[HiddenStateGPTModel, CheckpointI
     return chunks[0].eval(), info
 
 
+def _find_whole(checkpoints: Path) -> Path | None:
+    faults = []
+    for folder in checkpoint_folders(checkpoints):
+        try:
+            open_checkpoint(folder).verify()
+        except CheckpointError as error:
+            faults.append(str(error))
+            continue
+        for fault in faults:
+            sys.stderr.write(f"train: a damaged checkpoint is passed over, going on from {folder.name}: {fault}\n")
+        return folder
+    if faults:
+        raise CheckpointError(f"{checkpoints}: no whole checkpoint is left: {'; '.join(faults)}")
+    return None
+
+
+def _remove_passed_over(checkpoints: Path, step: int) -> None:
+    """Remove what is there of ``step`` and later ones: a run only comes here if they were damaged when it started."""
+    for folder in checkpoint_folders(checkpoints):
+        if int(folder.name.removeprefix("step_")) >= step:
+            shutil.rmtree(folder)
+
+
 def _save_sharded(state: dict[str, Any], folder: Path) -> str | None:
-    """Save on all ranks; the first failure of any rank, or None."""
+    """Save on all ranks; why it failed, the same text on every rank, or None.
+
+    Raises:
+        UserError: this rank alone could not go on; the others are still waiting for it inside the save.
+    """
     failure = None
     try:
         dist_checkpointing.save(state, str(folder), content_metadata=FORMAT)
-    except Exception as error:  # noqa: BLE001 - reported to the user below, on every rank
-        failure = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    except CheckpointException as error:  # raised on every rank, with the reasons on one of them
+        failure = min((_root_cause(reason) for reason, _ in error.failures.values()), default=_UNTOLD)
+    except Exception as error:  # noqa: BLE001 - torch and Megatron-Core raise a dozen types here
+        raise UserError(f"checkpoint {folder.name.split('.tmp')[0]} could not be written: {_root_cause(error)}") from error
     failures: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
-    return next((text for text in failures if text), None)
+    return min((text for text in failures if text), key=lambda text: text == _UNTOLD, default=None)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The text of the first error in a chain; an operating system's error is the one to know."""
+    chain = [error]
+    while (below := chain[-1].__cause__ or chain[-1].__context__) is not None and below not in chain:
+        chain.append(below)
+    cause = next((link for link in chain if isinstance(link, OSError)), chain[-1])
+    return " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
 
 
 def _describe(folder: Path, progress: Progress, architecture: ModelArchitecture, about: Mapping[str, Any]) -> str | None:
@@ -183,30 +218,13 @@ def _publish(checkpoints: Path, final: Path, keep: int | None) -> None:
 
 
 @contextmanager
-def _building_on_main(final: Path) -> Iterator[Path]:
+def _buildingon_main_rank(final: Path) -> Iterator[Path]:
     """A folder that rank 0 makes and, if every rank gets through the block, renames to ``final``."""
     stack = ExitStack()
-    folder = Path(_on_main(lambda: str(stack.enter_context(building(final)))))
+    folder = Path(on_main_rank(lambda: str(stack.enter_context(building(final)))))
     try:
         yield folder
     except BaseException:
         stack.__exit__(*sys.exc_info())
         raise
-    _on_main(stack.close)
-
-
-def _on_main(action: Callable[[], Any]) -> Any:
-    """``action()`` on rank 0; its value on every rank. An error of rank 0 is raised on every rank."""
-    outcome: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            outcome = [("value", action())]
-        except UserError as error:
-            outcome = [("error", str(error))]
-        except OSError as error:
-            outcome = [("error", f"{error.strerror} ({error.filename})")]
-    dist.broadcast_object_list(outcome, src=0)
-    kind, value = outcome[0]
-    if kind == "error":
-        raise UserError(value)
-    return value
+    on_main_rank(stack.close)

@@ -1,0 +1,46 @@
+"""How ranks agree on what only one of them knows: work of the main rank, and which rank reports a failure."""
+
+from typing import Any, Callable
+
+import torch.distributed as dist
+
+from megatron_kd.errors import UserError
+
+_FAILURES_KEY = "megatron_kd/failures"
+
+
+def on_main_rank(action: Callable[[], Any]) -> Any:
+    """``action()`` on rank 0; its value on every rank. Collective over the world.
+
+    Raises:
+        UserError: rank 0 raised one, or an OSError (on every rank, of the same type and text).
+    """
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [("value", action())]
+        except UserError as error:
+            outcome = [("error", error)]
+        except OSError as error:
+            outcome = [("error", UserError(f"{error.strerror or error} ({error.filename or 'output'})"))]
+    dist.broadcast_object_list(outcome, src=0)
+    kind, value = outcome[0]
+    if kind == "error":
+        raise value
+    return value
+
+
+def first_to_fail() -> bool:
+    """Whether no other rank has failed before this one: the first one reports, the others end quietly."""
+    try:
+        return dist.distributed_c10d._get_default_store().add(_FAILURES_KEY, 1) == 1
+    except Exception:  # noqa: BLE001 - the store went away with the rank that failed first
+        return False
+
+
+def another_rank_failed() -> bool:
+    """Whether a rank has reported a failure: what this rank ran into is then its consequence."""
+    try:
+        return dist.distributed_c10d._get_default_store().add(_FAILURES_KEY, 0) > 0
+    except Exception:  # noqa: BLE001 - nothing is known of the others
+        return False

@@ -1,0 +1,72 @@
+"""What ``train`` reads: the ``data.*`` and ``training.*`` keys, and the tree of all of them."""
+
+from dataclasses import dataclass, field
+from typing import Iterator
+
+from megatron_kd.models.gpt import ModelConfig, Precision
+from megatron_kd.parallel.layout import ParallelConfig
+from megatron_kd.teachers.interface import TeacherConfig
+from megatron_kd.training.objective import DistillationConfig, LossReduction
+from megatron_kd.training.optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class TrainingDataConfig:
+    """The ``data.*`` keys of training."""
+
+    path: str
+    eval_path: str | None = None
+    seq_length: int | None = None
+    """None means the dataset's."""
+    shuffle: bool = True
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The ``training.*`` keys."""
+
+    train_iters: int = 1000
+    global_batch_size: int = 8
+    micro_batch_size: int = 8
+    seed: int = 10
+    loss_reduction: LossReduction = "token"
+    precision: Precision = "fp32"
+    eval_interval: int | None = None
+    """None evaluates at the end only (where ``data.eval_path`` is given)."""
+    save_interval: int | None = None
+    """None saves at the end only."""
+    keep_checkpoints: int | None = 2
+
+    def validate(self) -> Iterator[str]:
+        """Faults in the values, one message each."""
+        for name in ("train_iters", "global_batch_size", "micro_batch_size", "eval_interval", "save_interval",
+                     "keep_checkpoints"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield f"'training.{name}' must be at least 1, not {value}"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that ``train`` reads."""
+
+    data: TrainingDataConfig
+    output: str
+    """The run folder."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+
+    def validate(self) -> Iterator[str]:
+        """Faults in the values together, one message each."""
+        if self.distillation.method != "none" and self.teacher.placement == "none":
+            yield f"'distillation.method' {self.distillation.method} needs 'teacher.placement' (colocated) and its path"
+        if self.distillation.method == "none" and self.teacher.placement != "none":
+            yield f"'teacher.placement' is {self.teacher.placement}, but 'distillation.method' none does not use a teacher"
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            own, student = getattr(self.teacher, name), getattr(self.parallel, name)
+            if own is not None and own != student:
+                yield f"'teacher.{name}' {own} differs from the student's {student}: not available yet"

@@ -1,0 +1,79 @@
+"""The run folder: whether a run can start or go on there, from which step, and what it says at its start."""
+
+import sys
+from pathlib import Path
+
+from megatron.core.distributed import DistributedDataParallel
+
+from megatron_kd.config import dump_yaml
+from megatron_kd.data.artefact_folder import write_file
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.errors import CheckpointError, ConfigError
+from megatron_kd.models.architecture import ModelArchitecture
+from megatron_kd.models.gpt import parameter_count
+from megatron_kd.models.layer_specs import choose_layer_spec
+from megatron_kd.models.weights import CheckpointInfo, check_same_architecture
+from megatron_kd.parallel.agreement import on_main_rank
+from megatron_kd.parallel.layout import ParallelLayout
+from megatron_kd.parallel.runtime import Runtime
+from megatron_kd.training.checkpoint import Progress, newest_whole_checkpoint
+from megatron_kd.training.config import TrainConfig
+
+
+_SAME_TRAINING_KEYS = ("seed", "global_batch_size")
+
+
+def checkpoint_to_resume(config: TrainConfig, architecture: ModelArchitecture, data: ChunkDataset) -> CheckpointInfo | None:
+    """The checkpoint from which the run folder goes on; None where it starts. Collective over the world.
+
+    Raises:
+        ConfigError: ``output`` is something else than a folder.
+        CheckpointError: the run was made with another dataset, order, batch size or model, or every checkpoint is damaged.
+    """
+    folder = Path(config.output)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output {folder} is not a folder: choose another run folder")
+    info = newest_whole_checkpoint(folder / "checkpoints")
+    if info is None:
+        return None
+    before = info.manifest["config"]
+    pairs = [("dataset", info.manifest["dataset_fingerprint"], data.fingerprint),
+             ("data.shuffle", before["data"]["shuffle"], config.data.shuffle),
+             ("sequence length", info.manifest["seq_length"], config.data.seq_length or data.seq_length)]
+    pairs += [(f"training.{name}", before["training"][name], getattr(config.training, name))
+              for name in _SAME_TRAINING_KEYS]
+    faults = [f"{name} {had} where {asked} is asked for" for name, had, asked in pairs if had != asked]
+    if faults:
+        raise CheckpointError(f"{info.path} was made with {', '.join(faults)}: choose another output or the same settings")
+    check_same_architecture(info, architecture)
+    return info
+
+
+def prepare_run_folder(config: TrainConfig) -> Path:
+    """Create the run folder with its ``config.yaml``. Collective over the world."""
+    folder = Path(config.output)
+
+    def create() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise ConfigError(f"output {folder} cannot be a run folder: {error.strerror}") from None
+        write_file(folder / "config.yaml", dump_yaml(config))
+
+    on_main_rank(create)
+    return folder
+
+
+def announce(config: TrainConfig, architecture: ModelArchitecture, layout: ParallelLayout,
+             model: list[DistributedDataParallel], data: ChunkDataset, runtime: Runtime, progress: Progress) -> None:
+    """One line at the start: what is trained on what, and which accelerated parts are in use."""
+    if not runtime.is_main:
+        return
+    spec = choose_layer_spec(config.model.layer_spec)
+    start = f", resumed at step {progress.step}" if progress.step else ""
+    teacher = f", teacher {config.teacher.placement} {config.teacher.path}" if config.teacher.path else ""
+    sys.stderr.write(
+        f"train: {config.model.name} ({architecture.parameters:,} parameters, {parameter_count(model):,} on this rank), "
+        f"{layout.describe()} on {runtime.device.type}, {spec} layers, {config.training.precision}, "
+        f"{data.num_chunks:,} chunks{teacher}{start}\n"
+    )

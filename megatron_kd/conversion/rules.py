@@ -117,15 +117,20 @@ def hf_to_mcore(
         CheckpointError: a tensor is missing, unknown, or of another shape than the architecture's.
     """
     expanded = expand(rules, architecture.num_layers)
-    ignored = {"lm_head.weight"} if architecture.tie_word_embeddings else set()
-    names = {name for name in state if name not in ignored and not name.endswith("rotary_emb.inv_freq")}
-    _require_same({name for rule in expanded for name in rule.hf}, names, "the Hugging Face folder")
+    check_hf_names(expanded, architecture, set(state), "the Hugging Face folder")
     for rule in expanded:
         tensors = [state[name] for name in rule.hf]
         try:
             yield rule.mcore, rule.to_mcore(tensors, architecture, vocab_rows)
         except RuntimeError as error:
             raise _wrong_shape(rule.hf[0], tensors[0], error) from None
+
+
+def check_hf_names(expanded: Sequence[Rename], architecture: ModelArchitecture, names: set[str], where: str) -> None:
+    """Raise :class:`CheckpointError`, listing the names, unless HF tensors are just those of the expanded table."""
+    ignored = {"lm_head.weight"} if architecture.tie_word_embeddings else set()
+    found = {name for name in names if name not in ignored and not name.endswith("rotary_emb.inv_freq")}
+    _require_same({name for rule in expanded for name in rule.hf}, found, where)
 
 
 def expand(rules: Sequence[Rename], num_layers: int) -> list[Rename]:

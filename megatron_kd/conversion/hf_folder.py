@@ -1,0 +1,109 @@
+"""A Hugging Face folder as a source of weights: read tensor by tensor, straight into a sharded model.
+
+Only safetensors are read, and only files inside the folder. Every rank reads what it holds: a whole tensor is in
+memory one at a time.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Sequence
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_kd.conversion.qwen2 import architecture_from_hf, qwen2_rules, uses_fused_norms
+from megatron_kd.conversion.rules import check_hf_names, expand
+from megatron_kd.errors import CheckpointError
+from megatron_kd.models.architecture import ModelArchitecture
+from megatron_kd.models.placement import global_indices, global_parameter_name, take_local_part
+
+CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+
+def is_hf_folder(path: Path) -> bool:
+    """Whether ``path`` looks like an exported model."""
+    return (path / CONFIG_NAME).is_file()
+
+
+class HFFolder:
+    """The configuration and the tensors of a Hugging Face folder.
+
+    Attributes:
+        path: the folder.
+        architecture: as config.json describes it.
+        config: config.json.
+
+    Raises:
+        CheckpointError: no weights, another family, or tensors that do not fit the architecture (lists them).
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = _read_json(path / CONFIG_NAME)
+        self.architecture: ModelArchitecture = architecture_from_hf(self.config, str(path / CONFIG_NAME))
+        self._files = _locate_tensors(path)
+        check_hf_names(expand(qwen2_rules(self.architecture), self.architecture.num_layers), self.architecture,
+                       set(self._files), str(path))
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+        try:
+            with safe_open(self._files[name], framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self._files[name]}: cannot read '{name}' ({error})") from None
+
+    @torch.no_grad()
+    def load_into(self, chunks: Sequence[torch.nn.Module]) -> None:
+        """Fill this rank's model chunks.
+
+        Raises:
+            CheckpointError: a tensor cannot be read or has another shape than the model's.
+        """
+        for chunk in chunks:
+            parameters = dict(chunk.named_parameters())
+            rules = {rule.mcore: rule for rule in expand(
+                qwen2_rules(self.architecture, uses_fused_norms(parameters)), self.architecture.num_layers)}
+            for local_name, parameter in parameters.items():
+                name = global_parameter_name(chunk, local_name)
+                rule = rules[name]
+                try:
+                    whole = rule.to_mcore([self.tensor(part) for part in rule.hf], self.architecture,
+                                          self.architecture.vocab_size)
+                    parameter.copy_(take_local_part(whole, global_indices(name, parameter, chunk)))
+                except (RuntimeError, IndexError) as error:
+                    raise CheckpointError(f"{self.path}: '{rule.hf[0]}' does not fit the architecture in "
+                                          f"{CONFIG_NAME}: {str(error).splitlines()[0]}") from None
+
+
+def _locate_tensors(path: Path) -> dict[str, Path]:
+    """Tensor name -> file."""
+    if (path / INDEX_NAME).is_file():
+        located = {}
+        for name, file in _read_json(path / INDEX_NAME).get("weight_map", {}).items():
+            if Path(file).name != file:
+                raise CheckpointError(f"{path / INDEX_NAME}: names '{file}', which is not a file of its folder")
+            located[name] = path / file
+        missing = sorted({str(file) for file in located.values() if not file.is_file()})
+        if missing:
+            raise CheckpointError(f"{path / INDEX_NAME}: names files that are missing: {', '.join(missing)}")
+        return located
+    if not (path / WEIGHTS_NAME).is_file():
+        raise CheckpointError(f"{path}: has a {CONFIG_NAME} but neither {WEIGHTS_NAME} nor {INDEX_NAME}: only "
+                              "safetensors are read")
+    try:
+        with safe_open(path / WEIGHTS_NAME, framework="pt") as file:
+            return {name: path / WEIGHTS_NAME for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path / WEIGHTS_NAME}: not a readable safetensors file ({error})") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: must hold an object, not {type(content).__name__}")
+    return content

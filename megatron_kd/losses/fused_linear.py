@@ -33,7 +33,7 @@ from megatron_kd.losses.types import (
 )
 from megatron_kd.losses.weight_gradient import WeightGradient
 
-DEFAULT_CHUNK_BYTES = {"cuda": 256 << 20, "cpu": 64 << 20}
+DEFAULT_CHUNK_BYTES = {"cuda": 256 << 20, "cpu": 128 << 20}
 BACKENDS = ("auto", "torch", "triton")
 
 

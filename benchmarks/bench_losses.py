@@ -1,0 +1,326 @@
+"""Time and memory of the fused distillation loss, beside bare matrix products and other public losses.
+
+    python benchmarks/bench_losses.py --quick          # seconds, small shapes
+    python benchmarks/bench_losses.py                  # the shapes of docs/losses.md, minutes
+
+Every row is one whole training call: student and teacher logits from hidden states, forward KL, gradients of the
+student's hidden states and output weight; ours computes the LM loss as well. The floor is the four matrix products
+alone (two of logits, two of gradients), whole or in chunks, whichever is faster. Runs of all rows alternate; times
+are medians. Memory is the peak of torch's allocations during one more call, without inputs, the two gradients and
+``main_grad``; workspace inside of libraries is not seen. Peers are used as installed from PyPI; the rows of absent
+ones, and CUDA rows on a machine without a GPU, say 'not measured'.
+"""
+
+import argparse
+import gc
+import importlib.util
+import json
+import statistics
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.provenance import provenance  # noqa: E402
+from megatron_kd.losses import (  # noqa: E402
+    DEFAULT_CHUNK_BYTES,
+    DenseKnowledge,
+    DistillationObjective,
+    OutputHead,
+    divergence_from_config,
+    linear_distillation_loss,
+)
+from tests.reference.peak_memory import measure  # noqa: E402
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
+FLOOR_CHUNKS = (256,)
+RESULTS = Path(__file__).resolve().parent / "results"
+NOT_MEASURED = "not measured"
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """tokens × (student hidden, teacher hidden) × vocabulary."""
+
+    tokens: int
+    hidden: int
+    teacher_hidden: int
+    vocabulary: int
+    dtype: torch.dtype = torch.float32
+
+    def describe(self) -> str:
+        return (
+            f"{self.tokens} tokens, hidden {self.hidden} / {self.teacher_hidden}, V = {self.vocabulary}, "
+            f"{str(self.dtype).removeprefix('torch.')}"
+        )
+
+
+CPU_SHAPE = Shape(1024, 1024, 2048, 151_936)
+CPU_MEMORY_SHAPES = [Shape(n, 1024, 2048, 151_936) for n in (512, 1024, 4096)] + [Shape(1024, 1024, 2048, 32_000)]
+QUICK_SHAPE = Shape(256, 128, 256, 8_192)
+QUICK_MEMORY_SHAPES = [Shape(n, 128, 256, 8_192) for n in (128, 256, 1024)] + [Shape(256, 128, 256, 2_048)]
+CUDA_SHAPE = Shape(8192, 4096, 4096, 128_256, torch.bfloat16)
+
+
+class Inputs:
+    """Tensors of a shape; the student's weight has ``main_grad``, as under data parallelism."""
+
+    def __init__(self, shape: Shape, device: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*size: int, scale: float) -> Tensor:
+            return (torch.randn(size, generator=generator) * scale).to(device, shape.dtype)
+
+        self.shape = shape
+        self.hidden = normal(shape.tokens, shape.hidden, scale=1.0).requires_grad_()
+        self.weight = torch.nn.Parameter(normal(shape.vocabulary, shape.hidden, scale=0.02))
+        self.weight.main_grad = torch.zeros(self.weight.shape, device=device)
+        self.teacher_hidden = normal(shape.tokens, shape.teacher_hidden, scale=1.0)
+        self.teacher_weight = normal(shape.vocabulary, shape.teacher_hidden, scale=0.02)
+        self.labels = torch.randint(0, shape.vocabulary, (shape.tokens,), generator=generator).to(device)
+        self.token_weights = torch.ones(shape.tokens, device=device)
+
+    def clear(self) -> None:
+        self.hidden.grad = self.weight.grad = None
+
+    def logits(self) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            teacher = self.teacher_hidden @ self.teacher_weight.t()
+        return self.hidden @ self.weight.t(), teacher
+
+
+Call = Callable[[], None]
+
+
+def bare_products(inputs: Inputs, chunk: int) -> Call:
+    """The four matrix products in chunks of tokens, with buffers made beforehand."""
+    shape = inputs.shape
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+    buffers = [hidden.new_empty((chunk, shape.vocabulary)) for _ in range(2)]
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+
+    def call() -> None:
+        for start in range(0, shape.tokens, chunk):
+            rows = slice(start, min(start + chunk, shape.tokens))
+            student, teacher = (buffer[: rows.stop - rows.start] for buffer in buffers)
+            torch.mm(hidden[rows], weight.t(), out=student)
+            torch.mm(inputs.teacher_hidden[rows], inputs.teacher_weight.t(), out=teacher)
+            torch.mm(student, weight, out=grad_hidden[rows])
+            grad_weight.addmm_(student.t(), hidden[rows])
+
+    return call
+
+
+def fused(inputs: Inputs, divergence: str, chunk_bytes: int | None = None) -> Call:
+    """This project's loss: LM and the divergence."""
+    objective = DistillationObjective(0.5, 0.5, divergence_from_config(divergence))
+    head = OutputHead(inputs.weight, inputs.shape.vocabulary)
+    knowledge = DenseKnowledge(inputs.teacher_hidden, OutputHead(inputs.teacher_weight, inputs.shape.vocabulary))
+
+    def call() -> None:
+        linear_distillation_loss(
+            inputs.hidden, head, inputs.labels, inputs.token_weights, objective, knowledge, chunk_bytes=chunk_bytes
+        ).loss_sum.backward()
+
+    return call
+
+
+def plain_torch(inputs: Inputs) -> Call:
+    """Whole logits, log_softmax and kl_div, as training scripts on Hugging Face models do it."""
+
+    def call() -> None:
+        student, teacher = inputs.logits()
+        log_q, log_p = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
+        F.kl_div(log_q, log_p, reduction="sum", log_target=True).backward()
+
+    return call
+
+
+def modelopt(inputs: Inputs) -> Call | None:
+    """NVIDIA ModelOpt's LogitsKLLoss on whole logits."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from megatron.core.transformer import TransformerConfig
+            from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
+    except ImportError:
+        return None
+    loss = LogitsKLLoss(TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=1))
+
+    def call() -> None:
+        student, teacher = inputs.logits()
+        value = loss(student.unsqueeze(1), teacher.unsqueeze(1))
+        (value[0] if isinstance(value, tuple) else value).sum().backward()
+
+    return call
+
+
+def torchtune(inputs: Inputs) -> Call | None:
+    """torchtune's chunked forward KL, from its own file (its package imports torchao at start)."""
+    package = importlib.util.find_spec("torchtune")
+    if package is None:
+        return None
+    path = Path(package.submodule_search_locations[0]) / "modules" / "loss" / "kd_losses.py"
+    spec = importlib.util.spec_from_file_location("torchtune_kd_losses", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    chunks = 8
+    loss = module.ForwardKLWithChunkedOutputLoss(num_output_chunks=chunks)
+
+    def call() -> None:
+        labels = inputs.labels.unsqueeze(0).chunk(chunks, 1)
+        student = [part.unsqueeze(0) @ inputs.weight.t() for part in inputs.hidden.chunk(chunks)]
+        with torch.no_grad():
+            teacher = [part.unsqueeze(0) @ inputs.teacher_weight.t() for part in inputs.teacher_hidden.chunk(chunks)]
+        loss(student, teacher, torch.cat(labels, 1)).backward()
+
+    return call
+
+
+def liger(inputs: Inputs) -> Call | None:
+    """Liger-Kernel's fused linear JSD at its forward-KL end; CUDA only."""
+    if inputs.hidden.device.type != "cuda":
+        return None
+    try:
+        from liger_kernel.transformers import LigerFusedLinearJSD
+    except ImportError:
+        return None
+    loss = LigerFusedLinearJSD(jsd_beta=0.0)
+    return lambda: loss(
+        inputs.hidden, inputs.weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.labels
+    ).backward()
+
+
+def median_times(calls: dict[str, Call | None], inputs: Inputs, repeats: int) -> dict[str, list[float] | None]:
+    """Seconds of every run of every call, alternating."""
+    times: dict[str, list[float] | None] = {name: None if call is None else [] for name, call in calls.items()}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            if call is None:
+                continue
+            inputs.clear()
+            gc.collect()
+            _wait(inputs)
+            start = time.perf_counter()
+            call()
+            _wait(inputs)
+            if turn:  # the first turn warms up
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def memory_beyond_gradients(call: Call, inputs: Inputs) -> float:
+    """MiB at the peak of one call without the gradient of the hidden states and, where it is made, of the weight."""
+    inputs.clear()
+    if inputs.hidden.device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        peak = measure(call).peak
+    gradients = sum(t.grad.nbytes for t in (inputs.hidden, inputs.weight) if t.grad is not None)
+    inputs.clear()
+    return (peak - gradients) / MIB
+
+
+def time_table(shape: Shape, repeats: int, device: str, all_divergences: bool) -> list[dict[str, Any]]:
+    """Rows of time and memory at one shape."""
+    inputs = Inputs(shape, device)
+    calls: dict[str, Call | None] = {
+        f"four bare products, {chunk} tokens a chunk": bare_products(inputs, chunk)
+        for chunk in (*(c for c in FLOOR_CHUNKS if c < shape.tokens), shape.tokens)
+    }
+    floors = list(calls)
+    for divergence in DIVERGENCES if all_divergences else DIVERGENCES[:1]:
+        calls[f"ours, LM + {divergence}"] = fused(inputs, divergence)
+    calls["log_softmax + kl_div, whole logits"] = plain_torch(inputs)
+    calls["ModelOpt LogitsKLLoss"] = modelopt(inputs)
+    calls["torchtune ForwardKLWithChunkedOutputLoss"] = torchtune(inputs)
+    calls["Liger-Kernel LigerFusedLinearJSD"] = liger(inputs)
+    times = median_times(calls, inputs, repeats)
+    floor = min(statistics.median(times[name]) for name in floors)
+    rows = []
+    for name, call in calls.items():
+        row: dict[str, Any] = {"loss": name, "shape": shape.describe()}
+        if call is None:
+            row.update(seconds=NOT_MEASURED, times_floor=NOT_MEASURED, memory_mib=NOT_MEASURED)
+        else:
+            median = statistics.median(times[name])
+            row.update(seconds=round(median, 4), times_floor=round(median / floor, 3), runs=len(times[name]))
+            row["fastest"], row["slowest"] = round(min(times[name]), 4), round(max(times[name]), 4)
+            row["memory_mib"] = None if name in floors else round(memory_beyond_gradients(call, inputs), 1)
+        rows.append(row)
+    return rows
+
+
+def memory_table(shapes: list[Shape], device: str) -> list[dict[str, Any]]:
+    """Our memory at several token counts and vocabularies, beside the budget."""
+    rows = []
+    for shape in shapes:
+        inputs = Inputs(shape, device)
+        for divergence in ("forward_kl", "jsd"):
+            used = memory_beyond_gradients(fused(inputs, divergence), inputs)
+            rows.append({
+                "loss": f"ours, LM + {divergence}", "shape": shape.describe(), "memory_mib": round(used, 1),
+                "budget_mib": DEFAULT_CHUNK_BYTES[device] / MIB,
+                "two_logit_tensors_mib": round(2 * shape.tokens * shape.vocabulary * shape.dtype.itemsize / MIB, 1),
+            })  # fmt: skip
+    return rows
+
+
+def print_table(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    """Aligned columns."""
+    print(f"\n{title}")
+    cells = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def _wait(inputs: Inputs) -> None:
+    if inputs.hidden.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small shapes, three repeats")
+    parser.add_argument("--repeats", type=int, default=None, help="alternations (default 5; 3 with --quick)")
+    parser.add_argument("--all-divergences", action="store_true", help="time every divergence, not only forward KL")
+    arguments = parser.parse_args()
+    repeats = arguments.repeats or (3 if arguments.quick else 5)
+    shape = QUICK_SHAPE if arguments.quick else CPU_SHAPE
+    shapes = QUICK_MEMORY_SHAPES if arguments.quick else CPU_MEMORY_SHAPES
+    rows = time_table(shape, repeats, "cpu", arguments.all_divergences or arguments.quick)
+    columns = ("loss", "seconds", "times_floor", "memory_mib")
+    print_table(f"CPU: {shape.describe()}; medians of {repeats}", rows, columns)
+    memory = memory_table(shapes, "cpu")
+    print_table("CPU: memory beyond inputs and gradients", memory,
+                ("loss", "shape", "memory_mib", "budget_mib", "two_logit_tensors_mib"))  # fmt: skip
+    if torch.cuda.is_available():
+        cuda = time_table(CUDA_SHAPE, repeats, "cuda", arguments.all_divergences)
+    else:
+        cuda = [{"loss": name, "shape": CUDA_SHAPE.describe(), "seconds": NOT_MEASURED, "times_floor": NOT_MEASURED,
+                 "memory_mib": NOT_MEASURED} for name in ("ours, LM + forward_kl", "Liger-Kernel LigerFusedLinearJSD")]
+    print_table(f"CUDA: {CUDA_SHAPE.describe()}", cuda, columns)
+    record = {"benchmark": "losses", "provenance": provenance() | {"threads": torch.get_num_threads()},
+              "cpu_time": rows, "cpu_memory": memory, "cuda_time": cuda}  # fmt: skip
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / ("losses_quick.json" if arguments.quick else "losses.json")
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(f"\nwrote benchmarks/results/{path.name}")
+
+
+if __name__ == "__main__":
+    main()

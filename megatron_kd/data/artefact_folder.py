@@ -12,8 +12,8 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 from megatron_kd.errors import DataError
 

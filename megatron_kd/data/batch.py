@@ -1,9 +1,9 @@
 """Chunks to tensors: inputs, labels and the loss mask.
 
-Shapes: b rows (chunks), s = ``seq_length`` positions. Input = chunk[:-1], label = chunk[1:], right-padded. The loss mask
-is 1 where the position is real and the *input* is not pad; since pad = eos, the position that predicts eos counts, the
-one whose input is eos (it would predict the first token of an unrelated document) does not. Positions are not reset and
-attention crosses documents inside a chunk.
+Shapes: b rows (chunks), s = ``seq_length`` positions. Input = chunk[:-1], label = chunk[1:], right-padded. The loss
+mask is 1 where the position is real and the *input* is not pad; since pad = eos, the position that predicts eos counts,
+the one whose input is eos (it would predict the first token of an unrelated document) does not. Positions are not reset
+and attention crosses documents inside a chunk.
 """
 
 import hashlib

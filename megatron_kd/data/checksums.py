@@ -7,9 +7,9 @@ block by block at first touch (:class:`LazyBlocks`), everything on request (:met
 
 import json
 import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Mapping
 
 import numpy as np
 
@@ -107,7 +107,9 @@ class Checksums:
         if entry is None:
             raise DataError(f"{path}: not listed in {SIDECAR_NAME}; the artefact is damaged, make it again")
         if not path.is_file():
-            raise DataError(f"{path}: missing, though {SIDECAR_NAME} lists it; copy it again or make the artefact again")
+            raise DataError(
+                f"{path}: missing, though {SIDECAR_NAME} lists it; copy it again or make the artefact again"
+            )
         size = path.stat().st_size
         if size != entry.size:
             raise DataError(f"{path}: {size} bytes where {entry.size} were written; copy it again")

@@ -5,10 +5,11 @@ dataset selected from another keeps in ``chunk_ids.npy`` the id that each of its
 computed for the root serves the selection. See ``docs/file_formats.md``.
 """
 
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -122,9 +123,9 @@ class ChunkDataset:
         lasts = np.concatenate([indices[breaks - 1], indices[-1:]])
         starts = reader.pointers[firsts].tolist()
         stops = (reader.pointers[lasts] + reader.lengths[lasts].astype(np.int64) * self.dtype.itemsize).tolist()
-        for start, stop in zip(starts, stops):
+        for start, stop in zip(starts, stops, strict=True):
             self._blocks[shard].touch(start, stop)
-        return np.concatenate([reader.buffer[start:stop] for start, stop in zip(starts, stops)])
+        return np.concatenate([reader.buffer[start:stop] for start, stop in zip(starts, stops, strict=True)])
 
     def gather(self, indices: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Several chunks as the rows of a matrix, right-padded with ``pad_id``.
@@ -146,7 +147,7 @@ class ChunkDataset:
         lengths = np.zeros(len(indices), dtype=np.int64)
         owners = np.searchsorted(self._starts, indices, side="right") - 1
         local = indices - self._starts[owners]
-        for row, (shard, index) in enumerate(zip(owners.tolist(), local.tolist())):
+        for row, (shard, index) in enumerate(zip(owners.tolist(), local.tolist(), strict=True)):
             chunk = self._view(shard, index)
             if len(chunk) > width:
                 raise DataError(

@@ -13,9 +13,9 @@ that complete them arrive: the result does not depend on how the documents are c
 """
 
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Callable, Sequence
 
 import numpy as np
 
@@ -89,7 +89,7 @@ class SentenceEnds:
         if self._pair_has_space is None:
             ends[inner] = self._has_space[ids[inner]] | self._has_space[ids[inner + 1]]
         else:
-            pairs = zip(ids[inner].tolist(), ids[inner + 1].tolist())
+            pairs = zip(ids[inner].tolist(), ids[inner + 1].tolist(), strict=True)
             ends[inner] = [self._pair_has_space(first, second) for first, second in pairs]
         ends[candidates[len(inner) :]] = True
         return ends
@@ -187,7 +187,7 @@ class DomainChunker:
         if not self._prefix and (starts[1:] == stops[:-1]).all():
             return Chunks(stream[starts[0] : stops[-1]], stops - starts)
         prefix = np.full(self._prefix, self._bos_id or 0, dtype=stream.dtype)
-        parts = [part for start, stop in zip(starts, stops) for part in (prefix, stream[start:stop])]
+        parts = [part for start, stop in zip(starts, stops, strict=True) for part in (prefix, stream[start:stop])]
         return Chunks(np.concatenate(parts), stops - starts + self._prefix)
 
 

@@ -9,9 +9,9 @@ import glob
 import json
 import os
 import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 import zstandard
 
@@ -159,7 +159,7 @@ def read_documents(
             documents = parse_block(block, text_field, domain_field)
             if documents.bad:
                 raise DataError(str(documents.bad[0]))
-            for text, line in zip(documents.texts, documents.lines):
+            for text, line in zip(documents.texts, documents.lines, strict=True):
                 found = True
                 yield text, path, line
     if not found:

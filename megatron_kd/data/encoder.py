@@ -6,8 +6,9 @@ it does not support the tokenizer, ``tokenizers`` is used.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -23,7 +24,8 @@ HARD_TEXTS = (
     "don't WE'LL I'M they'VE it's 'tis",
     "1234567890 3.14159 1e-9 0x1F",
     "e\u0301 \u00e9 \u212b \ufb01 \u1e9b\u0323 A\u030a",
-    "\u4f60\u597d\uff0c\u4e16\u754c \u3053\u3093\u306b\u3061\u306f \uc548\ub155 \u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd",
+    "\u4f60\u597d\uff0c\u4e16\u754c",
+    "\u3053\u3093\u306b\u3061\u306f \uc548\ub155 \u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd",
     "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \U0001f600",
     "\u00a0nbsp\u2003em space\u3000ideographic\u200bzero width\ufeffbom",
     "\x00\x01\x7f\x85\u2028\u2029 control",
@@ -111,5 +113,5 @@ def _fall_back(check: EngineCheck) -> EngineCheck:
 
 
 def _first_difference(ids: np.ndarray, lengths: np.ndarray, others: np.ndarray, other_lengths: np.ndarray) -> int:
-    pairs = zip(np.split(ids, np.cumsum(lengths)[:-1]), np.split(others, np.cumsum(other_lengths)[:-1]))
+    pairs = zip(np.split(ids, np.cumsum(lengths)[:-1]), np.split(others, np.cumsum(other_lengths)[:-1]), strict=True)
     return next(number for number, (one, other) in enumerate(pairs) if not np.array_equal(one, other))

@@ -8,8 +8,8 @@ and one document per chunk. All little-endian. ``megatron.core.datasets.indexed_
 import contextlib
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 
@@ -158,7 +158,8 @@ class IndexedDatasetReader:
         magic, version, code, count, documents = HEADER.unpack(index[: HEADER.size].tobytes())
         if magic != MAGIC or version != 1 or code not in DTYPE_CODES:
             raise DataError(
-                f"{self.index_path}: not a Megatron index of version 1 (magic {magic!r}, version {version}, dtype {code})"
+                f"{self.index_path}: not a Megatron index of version 1 "
+                f"(magic {magic!r}, version {version}, dtype {code})"
             )
         return DTYPE_CODES[code], count, documents
 

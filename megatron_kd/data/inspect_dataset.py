@@ -1,12 +1,13 @@
 """What a chunk dataset or score file is, where it comes from, what is in it, and whether it is whole.
 
-    python tools/inspect_dataset.py path=… [verify=true] [samples=3]
+python tools/inspect_dataset.py path=… [verify=true] [samples=3]
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -76,8 +77,10 @@ def _describe_dataset(config: InspectDatasetConfig, manifest: dict[str, Any]) ->
     lengths = dataset.lengths
     root = "its own" if dataset.is_root else dataset.root_fingerprint
     lines = [
-        f"  chunks       {dataset.num_chunks:,} in {len(dataset.shards)} shards, {dataset.num_tokens:,} ids of {dataset.dtype}",
-        f"  lengths      {lengths.min()} to {lengths.max()}, mean {lengths.mean():.1f}; seq_length {dataset.seq_length}",
+        f"  chunks       {dataset.num_chunks:,} in {len(dataset.shards)} shards, "
+        f"{dataset.num_tokens:,} ids of {dataset.dtype}",
+        f"  lengths      {lengths.min()} to {lengths.max()}, mean {lengths.mean():.1f}; "
+        f"seq_length {dataset.seq_length}",
         f"  tokenizer    {dataset.vocab_size:,} ids, eos {dataset.eos_id}, hash {dataset.tokenizer_hash}",
         f"  chunk ids    refer to {root}",
     ]
@@ -92,7 +95,9 @@ def _describe_dataset(config: InspectDatasetConfig, manifest: dict[str, Any]) ->
 def _describe_scores(config: InspectDatasetConfig, manifest: dict[str, Any]) -> list[str]:
     scores = ScoreFile.open(config.path)
     known = scores.scores[np.isfinite(scores.scores)]
-    spread = f"mean {known.mean(dtype=np.float64):.4f}, {known.min():.4f} to {known.max():.4f}" if len(known) else "none"
+    spread = (
+        f"mean {known.mean(dtype=np.float64):.4f}, {known.min():.4f} to {known.max():.4f}" if len(known) else "none"
+    )
     return [
         f"  scores       {len(scores.scores):,}: {spread} nats per token; {len(scores.unscored)} unscored",
         f"  model        {manifest['model'].get('path', 'unknown')}, fingerprint {scores.model_fingerprint}",

@@ -7,9 +7,10 @@ sidecar, so a flipped bit in either is found when the artefact is opened.
 import hashlib
 import json
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 from megatron_kd.data.artefact_folder import refuse_existing, write_file
 from megatron_kd.data.checksums import SIDECAR_NAME, Checksums
@@ -62,7 +63,9 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> tuple[dict[str
     if found != stated:
         raise DataError(f"{path}: damaged: its SHA-256 is {found[:16]}… where {str(stated)[:16]}… was written")
     if manifest.get("format_version", 0) > FORMAT_VERSION:
-        raise DataError(f"{path}: format version {manifest['format_version']}, this program reads up to {FORMAT_VERSION}")
+        raise DataError(
+            f"{path}: format version {manifest['format_version']}, this program reads up to {FORMAT_VERSION}"
+        )
     if kind is not None and manifest.get("kind") != kind:
         raise DataError(f"{folder}: is {_article(manifest.get('kind'))}, where {_article(kind)} is needed")
     sidecar = _read_text(folder / SIDECAR_NAME)

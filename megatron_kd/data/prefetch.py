@@ -2,7 +2,8 @@
 
 import queue
 import threading
-from typing import Callable, Iterator, TypeVar
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 ItemT = TypeVar("ItemT")
 

@@ -10,10 +10,11 @@ every chunk, its id in the root dataset.
 
 import json
 import sys
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -72,7 +73,9 @@ def run(config: SampleByDifferenceConfig) -> str:
     difference = np.subtract(reference.aligned_with(dataset), teacher.aligned_with(dataset), dtype=np.float32)
     kept = select_largest(difference, int(config.ratio * dataset.num_chunks))
     if not len(kept):
-        raise DataError(f"{config.data.path}: ratio {config.ratio} of {dataset.num_chunks} chunks keeps none; raise ratio")
+        raise DataError(
+            f"{config.data.path}: ratio {config.ratio} of {dataset.num_chunks} chunks keeps none; raise ratio"
+        )
     facts = selection_facts(difference, kept)
     with (
         building(config.output) as folder,
@@ -81,7 +84,9 @@ def run(config: SampleByDifferenceConfig) -> str:
         ) as writer,
     ):
         copy_chunks(dataset, kept, writer)
-        writer.add_extra_file("selection.json", (json.dumps({"ratio": config.ratio, **facts}, indent=2) + "\n").encode())
+        writer.add_extra_file(
+            "selection.json", (json.dumps({"ratio": config.ratio, **facts}, indent=2) + "\n").encode()
+        )
         _plot(difference, kept, folder / "selection.png")
         writer.add_extra_file("selection.png", (folder / "selection.png").read_bytes())
         fingerprint = writer.finish(
@@ -91,8 +96,8 @@ def run(config: SampleByDifferenceConfig) -> str:
             dataset.root_ids(kept),
         )
     _say(
-        f"kept {len(kept)} of {dataset.num_chunks} chunks ({writer.num_tokens / dataset.num_tokens:.1%} of the tokens), "
-        f"r ≥ {facts['threshold']:.4f} nats per token, {facts['share_negative']:.1%} of all chunks have r < 0; "
+        f"kept {len(kept)} of {dataset.num_chunks} chunks, {writer.num_tokens / dataset.num_tokens:.1%} of the ids, "
+        f"r ≥ {facts['threshold']:.4f} nats per token, {facts['share_negative']:.1%} of all have r < 0; "
         f"{config.output}, fingerprint {fingerprint[:12]}"
     )
     return config.output

@@ -6,10 +6,11 @@ where it supports the tokenizer and agrees with the ``tokenizers`` library on a 
 
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -127,7 +128,7 @@ def tokenizer_hash(content: dict[str, Any], eos_id: int) -> str:
 def token_byte_lengths(backend: Tokenizer) -> np.ndarray:
     """UTF-8 bytes that each id stands for, int32 ``[vocab_size]``; special tokens and unused ids 0.
 
-    Byte-level vocabularies write each byte as one character; others write a space as ``▁`` and a lone byte as ``<0x41>``.
+    Byte-level vocabularies write each byte as one character; others a space as ``▁`` and a lone byte as ``<0x41>``.
     """
     vocabulary = backend.get_vocab(with_added_tokens=True)
     lengths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int32)
@@ -178,7 +179,9 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, output: str | Pa
     tokenizer.train_from_iterator(texts, trainer)
     found = tokenizer.get_vocab_size(with_added_tokens=True)
     if found != vocab_size:
-        raise DataError(f"the training texts give only {found} ids of {vocab_size}; give more text or ask for fewer ids")
+        raise DataError(
+            f"the training texts give only {found} ids of {vocab_size}; give more text or ask for fewer ids"
+        )
     with building(output) as folder:
         (folder / TOKENIZER_JSON).write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
         (folder / TOKENIZER_CONFIG).write_text(_config_text(EOS_TOKEN), encoding="utf-8")

@@ -4,17 +4,19 @@
 
     JSONL files → blocks of lines → documents → ids + eos → split by document → chunks → shuffle → shards + manifest
 
-Memory is bounded whatever the size of the corpus. ``heldout_fraction`` and ``reference_fraction`` of the documents go to
-datasets of their own; which ones is decided by a hash of the text and the seed, so copies of a document stay together.
+Memory is bounded whatever the size of the corpus. ``heldout_fraction`` and ``reference_fraction`` of the documents
+go to datasets of their own; which ones is decided by a hash of the text and the seed, so copies of a document stay
+together.
 """
 
 import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Iterator, Literal
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -85,7 +87,8 @@ class TokenizeCorpusConfig:
             if (fraction > 0) != (output is not None):
                 yield f"{role}_fraction ({fraction}) and {role}_output ({output}) go together: give both or neither"
         if self.heldout_fraction + self.reference_fraction >= 1:
-            yield f"heldout_fraction + reference_fraction = {self.heldout_fraction + self.reference_fraction} leaves nothing"
+            total = self.heldout_fraction + self.reference_fraction
+            yield f"heldout_fraction + reference_fraction = {total} leaves nothing"
         outputs = [os.path.abspath(path) for path in (self.output, self.heldout_output, self.reference_output) if path]
         if len(set(outputs)) < len(outputs):
             yield f"output, heldout_output and reference_output must differ: {', '.join(outputs)}"
@@ -192,7 +195,8 @@ class _Split:
         if self._writer.num_chunks == 0:
             raise DataError(
                 f"{self.output}: the {self.role} documents make no whole chunk ({left} ids, a chunk has "
-                f"{self._config.data.seq_length + 1}); shorten data.seq_length, set flush_leftovers=true or give more text"
+                f"{self._config.data.seq_length + 1}); shorten data.seq_length, "
+                "set flush_leftovers=true or give more text"
             )
         own = {"role": self.role, "leftover_tokens": left, "recipe": f"{recipe}-{self.role}"}
         bad = producer["bad_lines"] if self.role == "train" else []
@@ -266,7 +270,7 @@ def _members_of(
 def _select(block: EncodedBlock, members: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
     if members.all():
         return block.ids, block.lengths, block.domains
-    domains = [domain for domain, member in zip(block.domains, members) if member]
+    domains = [domain for domain, member in zip(block.domains, members, strict=True) if member]
     return block.ids[np.repeat(members, block.lengths)], block.lengths[members], domains
 
 
@@ -283,7 +287,9 @@ def _recipe(config: TokenizeCorpusConfig, paths: list[str], tokenizer: LoadedTok
     irrelevant = ("output", "heldout_output", "reference_output", "workers", "engine", "tokenizer", "input")
     settings = {key: value for key, value in to_mapping(config).items() if key not in irrelevant}
     inputs = [[path, os.path.getsize(path)] for path in paths]
-    return recipe_of({"tool": "tokenize_corpus", "settings": settings, "inputs": inputs, "tokenizer": tokenizer.info.hash})
+    return recipe_of(
+        {"tool": "tokenize_corpus", "settings": settings, "inputs": inputs, "tokenizer": tokenizer.info.hash}
+    )
 
 
 def _is_made(output: str, recipe: str, paths: list[str]) -> bool:
@@ -292,7 +298,9 @@ def _is_made(output: str, recipe: str, paths: list[str]) -> bool:
     made_at = (Path(output) / MANIFEST_NAME).stat().st_mtime_ns
     newer = [path for path in paths if os.stat(path).st_mtime_ns > made_at]
     if newer:
-        raise DataError(f"{output}: already exists, made before {newer[0]} was last changed; remove it to make it again")
+        raise DataError(
+            f"{output}: already exists, made before {newer[0]} was last changed; remove it to make it again"
+        )
     ChunkDataset.open(output)
     return True
 

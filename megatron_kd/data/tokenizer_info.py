@@ -1,8 +1,8 @@
 """What a dataset records of its tokenizer; free of tokenizer libraries, so that training needs none."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Mapping
 
 import numpy as np
 

@@ -5,8 +5,9 @@ that count (``MASK_RULE``). A chunk without such a position has NaN and is liste
 other value that is not finite is refused when the file is written and when it is opened.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import numpy as np
 

@@ -1,9 +1,10 @@
 import errno
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 
@@ -55,7 +56,10 @@ def test_a_dry_run_prints_the_resolved_configuration_and_does_nothing(
 ) -> None:
     behaviour(lambda config: pytest.fail("ran"))
     (tmp_path / "c.yaml").write_text("path: from file\n")
-    for arguments in (["--config", f"{tmp_path}/c.yaml", "steps=5", "--dry-run"], ["steps=5", "--dry-run", f"--config={tmp_path}/c.yaml"]):
+    for arguments in (
+        ["--config", f"{tmp_path}/c.yaml", "steps=5", "--dry-run"],
+        ["steps=5", "--dry-run", f"--config={tmp_path}/c.yaml"],
+    ):
         assert call(capsys, *arguments) == (0, "path: from file\nsteps: 5\n", "")
 
 
@@ -63,7 +67,10 @@ def test_a_dry_run_prints_the_resolved_configuration_and_does_nothing(
     ("error", "line"),
     [
         (DataError("corpus.jsonl:3:\n  bad"), "toy: corpus.jsonl:3: bad\n"),
-        (OSError(errno.ENOSPC, "full", "out/x"), "toy: the disk is full while writing out/x: free space and run again\n"),
+        (
+            OSError(errno.ENOSPC, "full", "out/x"),
+            "toy: the disk is full while writing out/x: free space and run again\n",
+        ),
         (OSError(errno.EDQUOT, "quota"), "toy: the disk is full while writing the output: free space and run again\n"),
         (OSError(errno.EFBIG, "big", "out"), "toy: the disk is full while writing out: free space and run again\n"),
     ],
@@ -87,7 +94,9 @@ def test_other_errors_show_where_they_come_from(toy: None) -> None:
         cli.main("toy", ["path=p"])
 
 
-def test_one_rank_speaks_for_all(toy: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_rank_speaks_for_all(
+    toy: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for rank, lines in (("0", 1), ("3", 0)):
         monkeypatch.setenv("RANK", rank)
         status, _, errors = call(capsys, "nothing=1", "path=p")

@@ -1,6 +1,7 @@
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator, Literal
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -45,7 +46,9 @@ def write(path: Path, tree: object) -> Path:
 
 def test_a_file_with_overrides_laid_over_it(tmp_path: Path) -> None:
     path = write(tmp_path / "c.yaml", {**GOOD, "names": ["x", "y"], "limit": 7})
-    config = load_config(Outer, path, ["inner.rate=6e-4", "kind=b", "flag=true", "limit=null", "names=[z]", "extra={k: 1}"])
+    config = load_config(
+        Outer, path, ["inner.rate=6e-4", "kind=b", "flag=true", "limit=null", "names=[z]", "extra={k: 1}"]
+    )
     assert config == Outer(Inner("p", 6e-4), 3, "b", ("z",), True, None, {"k": 1})
 
 

@@ -1,6 +1,8 @@
 """A small tokenizer and corpus of the standard library's own sources, made once per test process."""
 
 import json
+import os
+import signal
 import sysconfig
 from pathlib import Path
 
@@ -55,3 +57,18 @@ def chunks() -> list[np.ndarray]:
 def dataset(tmp_path: Path, chunks: list[np.ndarray]) -> ChunkDataset:
     """The chunks in three shards."""
     return write_chunk_dataset(tmp_path / "dataset", chunks, plain_tokenizer_info(100), 16, chunks_per_shard=15)
+
+
+def die_at_call(module: object, name: str, number: int) -> None:
+    """Make the ``number``-th call of a function kill the process."""
+    original = getattr(module, name)
+    calls = 0
+
+    def counted(*arguments: object, **keywords: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **keywords)
+
+    setattr(module, name, counted)

@@ -1,6 +1,6 @@
 """MiniPLM's sentence-end chunking written out as it is stated, one id at a time: the reference for data/chunking.py."""
 
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 
 class LiteralBuffer:

@@ -28,10 +28,10 @@ def test_the_mask_by_hand(tmp_path: Path) -> None:
 
 
 @settings(deadline=None, max_examples=40)
-@given(lists=st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=9), min_size=1, max_size=6), extra=st.integers(0, 3))
-def test_against_a_literal_loop(
-    tmp_path_factory: pytest.TempPathFactory, lists: list[list[int]], extra: int
-) -> None:
+@given(
+    lists=st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=9), min_size=1, max_size=6), extra=st.integers(0, 3)
+)
+def test_against_a_literal_loop(tmp_path_factory: pytest.TempPathFactory, lists: list[list[int]], extra: int) -> None:
     chunks = [np.array(ids) for ids in lists]
     tokenizer = plain_tokenizer_info(7, eos_id=2)
     dataset = write_chunk_dataset(tmp_path_factory.mktemp("b") / "d", chunks, tokenizer, 8)

@@ -78,7 +78,23 @@ def test_a_block_is_read_once(tmp_path: Path) -> None:
         LazyBlocks(tmp_path / "file", buffer, stream.finish()).touch(0, 10)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"block_bytes": 4}', '{"block_bytes": 4, "files": {"a": {"bytes": 9, "crc32": "00"}}}'])
+def test_a_range_over_several_blocks_is_verified_whole(tmp_path: Path) -> None:
+    buffer = np.zeros(4 * BLOCK_BYTES, dtype=np.uint8)
+    stream = ChecksumStream()
+    stream.update(buffer)
+    for damaged in range(4):
+        buffer[:] = 0
+        buffer[damaged * BLOCK_BYTES + 9] = 1
+        blocks = LazyBlocks(tmp_path / "file", buffer, stream.finish())
+        first = 1 if damaged == 0 else 0
+        blocks.touch(first * BLOCK_BYTES, first * BLOCK_BYTES + 1)
+        with pytest.raises(DataError, match=f"block {damaged} "):
+            blocks.touch(0, 4 * BLOCK_BYTES)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"block_bytes": 4}', '{"block_bytes": 4, "files": {"a": {"bytes": 9, "crc32": "00"}}}']
+)
 def test_what_is_no_sidecar_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(DataError, match="not a checksum sidecar"):
         Checksums.from_json(text, tmp_path)

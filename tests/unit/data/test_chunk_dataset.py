@@ -1,8 +1,6 @@
 import os
 import shutil
-import signal
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_kd.data.chunk_dataset import ChunkDataset, ChunkDatasetWriter, write_chunk_dataset
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import DataError
+from tests.unit.data.conftest import die_at_call
 
 # the forked children use numpy and files alone, never the threads of the parent
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -69,9 +68,18 @@ def test_an_identical_rebuild_has_the_same_fingerprint_and_files(
     for path in sorted(dataset.path.iterdir()):
         assert path.read_bytes() == (again.path / path.name).read_bytes(), path.name
     changed = [*chunks[:-1], chunks[-1] ^ 1]
-    assert write_chunk_dataset(tmp_path / "c", changed, plain_tokenizer_info(100), 16, 15).fingerprint != dataset.fingerprint
-    assert write_chunk_dataset(tmp_path / "d", chunks, plain_tokenizer_info(101), 16, 15).fingerprint != dataset.fingerprint
-    assert write_chunk_dataset(tmp_path / "e", chunks, plain_tokenizer_info(100), 17, 15).fingerprint != dataset.fingerprint
+    assert (
+        write_chunk_dataset(tmp_path / "c", changed, plain_tokenizer_info(100), 16, 15).fingerprint
+        != dataset.fingerprint
+    )
+    assert (
+        write_chunk_dataset(tmp_path / "d", chunks, plain_tokenizer_info(101), 16, 15).fingerprint
+        != dataset.fingerprint
+    )
+    assert (
+        write_chunk_dataset(tmp_path / "e", chunks, plain_tokenizer_info(100), 17, 15).fingerprint
+        != dataset.fingerprint
+    )
 
 
 def use_everything(path: Path) -> None:
@@ -134,28 +142,17 @@ def test_a_chunk_outside_or_too_long_is_an_error(dataset: ChunkDataset) -> None:
 
 @pytest.mark.parametrize(
     ("ids", "lengths", "message"),
-    [([100], [1], "outside a vocabulary of 100"), ([-1], [1], "outside"), ([1] * 18, [18], r"outside 1…17"), ([], [0], "outside 1")],
+    [
+        ([100], [1], "outside a vocabulary of 100"),
+        ([-1], [1], "outside"),
+        ([1] * 18, [18], r"outside 1…17"),
+        ([], [0], "outside 1"),
+    ],
 )
 def test_chunks_that_cannot_be_are_a_fault(tmp_path: Path, ids: list[int], lengths: list[int], message: str) -> None:
     writer = ChunkDatasetWriter(tmp_path, plain_tokenizer_info(100), 16)
     with pytest.raises(ValueError, match=message):
         writer.add(np.array(ids), np.array(lengths))
-
-
-def die_at_call(module: object, name: str, number: int) -> Callable[[], None]:
-    """Make the ``number``-th call of a function kill the process."""
-    original = getattr(module, name)
-    calls = 0
-
-    def counted(*arguments: object, **keywords: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*arguments, **keywords)
-
-    setattr(module, name, counted)
-    return lambda: setattr(module, name, original)
 
 
 @pytest.mark.parametrize("name", ["fsync", "rename", "open"])

@@ -20,7 +20,9 @@ def toy_decode(ids: list[int]) -> str:
 
 
 def split(chunks: chunking.Chunks) -> list[list[int]]:
-    return [part.tolist() for part in np.split(chunks.ids, np.cumsum(chunks.lengths)[:-1])] if len(chunks.lengths) else []
+    return (
+        [part.tolist() for part in np.split(chunks.ids, np.cumsum(chunks.lengths)[:-1])] if len(chunks.lengths) else []
+    )
 
 
 def joined(documents: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -91,7 +93,9 @@ def test_sentence_ends_with_a_vocabulary_that_is_not_byte_level(
     other = Tokenizer(models.Unigram())
     other.pre_tokenizer = pre_tokenizers.Metaspace()
     other.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=["</s>", "<unk>"], unk_token="<unk>", show_progress=False)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=300, special_tokens=["</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
     other.train_from_iterator([text[:3000] for text in texts], trainer)
     path = tmp_path_factory.mktemp("unigram") / "tokenizer.json"
     other.save(str(path))
@@ -109,9 +113,7 @@ def check_on_real_text(tokenizer: LoadedTokenizer, texts: list[str], length: int
     decode = lambda pair: tokenizer.backend.decode(pair, skip_special_tokens=False)  # noqa: E731
     literal = LiteralBuffer(length, eos_id, tokenizer.token_texts, decode, bos_id)
     expected = [
-        chunk
-        for document in np.split(ids, np.cumsum(lengths)[:-1])
-        for chunk in literal.add(document.tolist())
+        chunk for document in np.split(ids, np.cumsum(lengths)[:-1]) for chunk in literal.add(document.tolist())
     ]
     assert found == expected
     assert len({len(chunk) for chunk in expected}) > 5  # sentence ends do cut

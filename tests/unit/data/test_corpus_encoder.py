@@ -72,7 +72,9 @@ def test_block_size_engine_and_workers_change_nothing(
     assert summary(blocks) == expected
 
 
-def test_the_split_hash_depends_on_the_seed_and_is_left_out_without_one(files: list[str], tokenizer_folder: Path) -> None:
+def test_the_split_hash_depends_on_the_seed_and_is_left_out_without_one(
+    files: list[str], tokenizer_folder: Path
+) -> None:
     one = next(encode_files(files, job(tokenizer_folder), workers=1)).split_hashes
     other = next(encode_files(files, job(tokenizer_folder, split_seed=4), workers=1)).split_hashes
     assert not (one == other).any()
@@ -95,7 +97,9 @@ if __name__ == "__main__":
 """
     (tmp_path / "program.py").write_text(program)
     environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
-    parent = subprocess.Popen([sys.executable, tmp_path / "program.py"], stdout=subprocess.PIPE, text=True, env=environment)
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "program.py"], stdout=subprocess.PIPE, text=True, env=environment
+    )
     assert parent.stdout is not None
     workers = [int(word) for word in parent.stdout.readline().split()]
     assert len(workers) == 2

@@ -42,14 +42,19 @@ def test_documents_with_their_places(tmp_path: Path, kind: str, extension: str) 
 
 
 @settings(deadline=None, max_examples=50)
-@given(texts=st.lists(st.text(max_size=40), min_size=1, max_size=20), block_bytes=st.integers(1, 200), ascii_only=st.booleans())
+@given(
+    texts=st.lists(st.text(max_size=40), min_size=1, max_size=20),
+    block_bytes=st.integers(1, 200),
+    ascii_only=st.booleans(),
+    compress=st.booleans(),
+)
 def test_blocks_of_any_size_hold_the_same_documents(
-    tmp_path_factory: pytest.TempPathFactory, texts: list[str], block_bytes: int, ascii_only: bool
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], block_bytes: int, ascii_only: bool, compress: bool
 ) -> None:
     usable = [text for text in texts if not any("\ud800" <= character <= "\udfff" for character in text)]
-    path = tmp_path_factory.mktemp("blocks") / "a.jsonl.gz"
+    path = tmp_path_factory.mktemp("blocks") / "a.jsonl"
     data = "".join(json.dumps({"text": text}, ensure_ascii=ascii_only) + "\n" for text in usable).encode()
-    path.write_bytes(gzip.compress(data))
+    path.write_bytes(gzip.compress(data) if compress else data)
     blocks = list(read_blocks(str(path), block_bytes))
     assert b"".join(block.data for block in blocks) == data
     assert sum(block.raw_bytes for block in blocks) == (path.stat().st_size if data else 0)
@@ -84,7 +89,9 @@ def test_bad_lines_name_their_place_and_reason(tmp_path: Path, line: bytes, reas
 
 
 def test_dotted_fields_and_domains() -> None:
-    data = b'{"a": {"b": "text"}, "meta": {"set": "x"}}\n{"a": {"b": "no domain"}}\n{"a": "flat", "meta": {"set": "x"}}\n'
+    data = (
+        b'{"a": {"b": "text"}, "meta": {"set": "x"}}\n{"a": {"b": "no domain"}}\n{"a": "flat", "meta": {"set": "x"}}\n'
+    )
     documents = parse_block(LineBlock("p", 1, data, 0), "a.b", "meta.set")
     assert (documents.texts, documents.domains) == (["text"], ["x"])
     assert "no field 'meta.set'" in documents.bad[0].reason and "no field 'a.b'" in documents.bad[1].reason
@@ -119,12 +126,15 @@ def test_globs_are_sorted_and_files_taken_once(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl", "deep/c.jsonl", "x[1].jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(LINES)
-    found = expand_inputs([f"{tmp_path}/b.jsonl", f"{tmp_path}/?.jsonl", f"{tmp_path}/**/c.jsonl", f"{tmp_path}/x[1].jsonl"])
+    found = expand_inputs(
+        [f"{tmp_path}/b.jsonl", f"{tmp_path}/?.jsonl", f"{tmp_path}/**/c.jsonl", f"{tmp_path}/x[1].jsonl"]
+    )
     assert [Path(path).name for path in found] == ["b.jsonl", "a.jsonl", "c.jsonl", "x[1].jsonl"]
 
 
 @pytest.mark.parametrize(
-    ("pattern", "message"), [("none.jsonl", "no such file"), ("*.parquet", "no file matches"), ("folder", "is a folder")]
+    ("pattern", "message"),
+    [("none.jsonl", "no such file"), ("*.parquet", "no file matches"), ("folder", "is a folder")],
 )
 def test_missing_input_is_refused(tmp_path: Path, pattern: str, message: str) -> None:
     (tmp_path / "folder").mkdir()
@@ -133,7 +143,9 @@ def test_missing_input_is_refused(tmp_path: Path, pattern: str, message: str) ->
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"\n\n  \n", gzip.compress(b""), b"\xef\xbb\xbf"], ids=["nothing", "blank lines", "gzip of nothing", "mark"]
+    "data",
+    [b"", b"\n\n  \n", gzip.compress(b""), b"\xef\xbb\xbf"],
+    ids=["nothing", "blank lines", "gzip of nothing", "mark"],
 )
 def test_an_empty_corpus_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.jsonl").write_bytes(data)

@@ -24,7 +24,7 @@ def test_gigatoken_is_chosen_and_the_sample_recorded(tokenizer: LoadedTokenizer,
 def test_both_engines_agree_on_any_text(tokenizer: LoadedTokenizer, texts: list[str]) -> None:
     fast = DocumentEncoder(tokenizer, "gigatoken").encode(texts)
     slow = DocumentEncoder(tokenizer, "tokenizers").encode(texts)
-    for one, other in zip(fast, slow):
+    for one, other in zip(fast, slow, strict=True):
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(one, other)
 

@@ -18,12 +18,19 @@ from megatron_kd.scoring.score_file import write_score_file
 @pytest.fixture
 def artefacts(tmp_path: Path, corpus: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     """A corpus tokenised, scored twice and sampled: ``dataset``, ``teacher``, ``reference``, ``selection``."""
-    tree = {"input": str(corpus), "tokenizer": str(tokenizer_folder), "output": f"{tmp_path}/dataset", "data": {"seq_length": 64}}
+    tree = {
+        "input": str(corpus),
+        "tokenizer": str(tokenizer_folder),
+        "output": f"{tmp_path}/dataset",
+        "data": {"seq_length": 64},
+    }
     tokenize(from_mapping(TokenizeCorpusConfig, tree, "test"))
     dataset = ChunkDataset.open(tmp_path / "dataset")
     for number, name in enumerate(("teacher", "reference")):
         scores = np.linspace(1, 2 + number, len(dataset))
-        write_score_file(tmp_path / name, scores, dataset, {"path": name, "fingerprint": name}, "float32", {"tool": "test"})
+        write_score_file(
+            tmp_path / name, scores, dataset, {"path": name, "fingerprint": name}, "float32", {"tool": "test"}
+        )
     tree = {
         "data": {"path": f"{tmp_path}/dataset"}, "output": f"{tmp_path}/selection",
         "teacher_scores": f"{tmp_path}/teacher", "reference_scores": f"{tmp_path}/reference",

@@ -52,7 +52,10 @@ def test_an_empty_dataset_is_refused() -> None:
 
 
 @given(
-    num_ranks=st.integers(1, 4), num_micro_batches=st.integers(1, 4), micro_batch_size=st.integers(1, 3), step=st.integers(0, 50)
+    num_ranks=st.integers(1, 4),
+    num_micro_batches=st.integers(1, 4),
+    micro_batch_size=st.integers(1, 3),
+    step=st.integers(0, 50),
 )
 def test_every_layout_cuts_the_same_global_batch(
     num_ranks: int, num_micro_batches: int, micro_batch_size: int, step: int

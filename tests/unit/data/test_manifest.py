@@ -25,7 +25,7 @@ def write(folder: Path, **body: object) -> Path:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    manifest, checksums = read_manifest(write(tmp_path / "a", name="Zürich \"quoted\"", number=1.5), "score_file")
+    manifest, checksums = read_manifest(write(tmp_path / "a", name='Zürich "quoted"', number=1.5), "score_file")
     assert manifest["name"] == 'Zürich "quoted"' and manifest["number"] == 1.5
     checksums.verify_file(tmp_path / "a", "data")
 

@@ -1,6 +1,6 @@
 import threading
 import time
-from typing import Iterator
+from collections.abc import Iterator
 
 import pytest
 

@@ -1,7 +1,6 @@
 import json
 import os
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from megatron_kd.data.sample_by_difference import SampleByDifferenceConfig, run,
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import ConfigError, DataError
 from megatron_kd.scoring.score_file import write_score_file
+from tests.unit.data.conftest import die_at_call
 
 # −log p, −log p_ref and r of the paper's instance table: three that it keeps, one that it discards
 PAPER = [(1.26, 4.20, 2.94), (2.36, 5.59, 3.23), (0.16, 2.73, 2.57), (1.24, 1.28, 0.04)]
@@ -71,7 +71,8 @@ def test_the_papers_instances(tmp_path: Path) -> None:
 @settings(deadline=None, max_examples=300)
 @given(
     values=st.lists(
-        st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -3e38, 3e38, np.nan, 0.1, 0.2]) | st.floats(width=32, allow_infinity=False),
+        st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -3e38, 3e38, np.nan, 0.1, 0.2])
+        | st.floats(width=32, allow_infinity=False),
         max_size=50,
     ),
     count=st.integers(0, 60),
@@ -135,7 +136,9 @@ def test_ids_refer_to_the_root_through_two_selections(tmp_path: Path, scored: Ch
     assert found.chunk_ids.tolist() == literal_selection(reference - teacher, 10)
 
 
-def test_it_is_made_once_and_identical(tmp_path: Path, scored: ChunkDataset, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_made_once_and_identical(
+    tmp_path: Path, scored: ChunkDataset, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(config(tmp_path))
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
     run(config(tmp_path))
@@ -229,15 +232,7 @@ def test_killed_at_any_write_leaves_nothing_and_runs_again(tmp_path: Path, score
     while True:
         child = os.fork()
         if child == 0:
-            flush, calls = os.fsync, [0]
-
-            def counted(descriptor: int) -> None:
-                calls[0] += 1
-                if calls[0] > killed:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                flush(descriptor)
-
-            os.fsync = counted
+            die_at_call(os, "fsync", killed + 1)
             sample_by_difference._plot = lambda difference, kept, path: path.write_bytes(b"drawn elsewhere")
             run(config(tmp_path))
             os._exit(0)

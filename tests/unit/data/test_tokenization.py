@@ -29,7 +29,9 @@ def test_training_is_the_same_in_another_process(tmp_path: Path, tokenizer_folde
         "import json, sys; from megatron_kd.data.tokenization import train_byte_level_bpe;"
         f"train_byte_level_bpe(iter(json.load(open('{tmp_path}/texts.json'))), 600, '{tmp_path}/again')"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, env={"PYTHONHASHSEED": "5", "PYTHONPATH": ":".join(sys.path)})
+    subprocess.run(
+        [sys.executable, "-c", program], check=True, env={"PYTHONHASHSEED": "5", "PYTHONPATH": ":".join(sys.path)}
+    )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tokenizer_folder / name).read_bytes()
 
@@ -85,7 +87,9 @@ def test_the_hash_is_of_what_decides_the_ids(tokenizer_folder: Path, tokenizer: 
     same["padding"] = {"strategy": "BatchLongest"}
     same["truncation"] = {"max_length": 5}
     same["post_processor"] = None
-    same["model"]["merges"] = [" ".join(pair) if isinstance(pair, list) else pair.split(" ") for pair in same["model"]["merges"]]
+    same["model"]["merges"] = [
+        " ".join(pair) if isinstance(pair, list) else pair.split(" ") for pair in same["model"]["merges"]
+    ]
     assert tokenizer_hash(same, 0) == tokenizer_hash(content, 0) == tokenizer.info.hash
     assert tokenizer_hash(content, 1) != tokenizer.info.hash
     for change in (

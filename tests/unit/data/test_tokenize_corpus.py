@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from megatron_kd.data.tokenize_corpus import TokenizeCorpusConfig, run
 from megatron_kd.errors import ConfigError, DataError
 from tests.unit.data.conftest import write_jsonl
 
+HALF_HELDOUT = {"heldout_fraction": 0.5, "heldout_output": "x"}
 TOOL = Path(__file__).parents[3] / "tools" / "tokenize_corpus.py"
 
 
@@ -55,7 +57,9 @@ def test_packed_without_shuffle_is_the_corpus_cut(
     assert dataset.tokenizer_hash == tokenizer.info.hash
     assert dataset.token_byte_lengths.tolist() == tokenizer.info.token_byte_lengths.tolist()
     assert (dataset.tokenizer_path / "tokenizer.json").is_file()
-    assert dataset.token_byte_lengths[stream].sum() == sum(len(text.encode()) for text in texts) - 1  # NFC: é, 3 bytes to 2
+    assert (
+        dataset.token_byte_lengths[stream].sum() == sum(len(text.encode()) for text in texts) - 1
+    )  # NFC: é, 3 bytes to 2
     assert capsys.readouterr().out.count("\n") == 1
 
 
@@ -153,7 +157,7 @@ def test_bad_lines_go_to_quarantine_up_to_a_limit(
         ({"heldout_fraction": 0.5}, "heldout_output .None. go together"),
         ({"reference_output": "x"}, "reference_fraction .0.0. and reference_output"),
         ({"heldout_fraction": 1.5, "heldout_output": "x"}, "below 1, not 1.5"),
-        ({"heldout_fraction": 0.5, "heldout_output": "x", "reference_fraction": 0.5, "reference_output": "y"}, "leaves nothing"),
+        ({**HALF_HELDOUT, "reference_fraction": 0.5, "reference_output": "y"}, "leaves nothing"),
         ({"heldout_fraction": 0.5, "heldout_output": "/o/../o"}, "must differ"),
         ({"workers": -1}, "workers must not be negative, not -1"),
         ({"chunking": "sentences"}, "'chunking' must be one of packed, sentence_end"),
@@ -167,12 +171,17 @@ def test_settings_that_cannot_be(changes: dict[str, object], message: str) -> No
         config(Path("c"), Path("t"), Path("/o"), **changes)
 
 
+def spoiled(data: bytes) -> Callable[[Path], object]:
+    """Replaces the corpus."""
+    return lambda folder: (folder / "corpus.jsonl").write_bytes(data)
+
+
 BAD_INPUTS = {
     "missing corpus": ([], lambda p: (p / "corpus.jsonl").unlink(), "no such file"),
-    "empty corpus": ([], lambda p: (p / "corpus.jsonl").write_bytes(b"\n"), "holds no document"),
-    "malformed line": ([], lambda p: (p / "corpus.jsonl").write_bytes(b'{"text": "a"}\n{"te'), "corpus.jsonl:2: not valid JSON"),
-    "not UTF-8": ([], lambda p: (p / "corpus.jsonl").write_bytes(b'{"text": "\xe9"}\n'), "corpus.jsonl:1: not UTF-8"),
-    "truncated gzip": ([], lambda p: (p / "corpus.jsonl").write_bytes(gzip.compress(b"x" * 999)[:-9]), "truncated gzip"),
+    "empty corpus": ([], spoiled(b"\n"), "holds no document"),
+    "malformed line": ([], spoiled(b'{"text": "a"}\n{"te'), "corpus.jsonl:2: not valid JSON"),
+    "not UTF-8": ([], spoiled(b'{"text": "\xe9"}\n'), "corpus.jsonl:1: not UTF-8"),
+    "truncated gzip": ([], spoiled(gzip.compress(b"x" * 999)[:-9]), "truncated gzip"),
     "no tokenizer": (["tokenizer=none"], None, "none: no such tokenizer"),
     "unknown key": (["txt_field=x"], None, "unknown key 'txt_field' (did you mean 'text_field'?)"),
     "too little text": (["data.seq_length=1000000"], None, "make no whole chunk"),

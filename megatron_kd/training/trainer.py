@@ -89,6 +89,7 @@ class Trainer:
     def _evaluate(self, progress: Progress, tracker: RunTracker) -> None:
         if self.heldout is None:
             return
+        self._gather_parameters()
         chunks = [unwrap(chunk) for chunk in self.model]
         totals = heldout_loss(chunks, self.groups, self.heldout, device=self.runtime.device,
                               micro_batch_size=self.config.training.micro_batch_size)
@@ -99,7 +100,14 @@ class Trainer:
             "train_flops": self.flops_per_token * positions * progress.step,
         })
 
+    def _gather_parameters(self) -> None:
+        """Under overlapped gathering a rank has only its own part of the update until the next forward pass."""
+        if self.config.parallel.overlap_param_gather:
+            for chunk in self.model:
+                chunk.start_param_sync(force_sync=True)
+
     def _save(self, progress: Progress) -> None:
+        self._gather_parameters()
         save_checkpoint(
             self.folder / "checkpoints", progress, self.model, self.optimizer, self.groups,
             architecture=self.architecture, keep=self.config.training.keep_checkpoints,

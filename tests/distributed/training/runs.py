@@ -72,3 +72,10 @@ def largest_relative_difference(ours: list[dict[str, Any]], reference: list[dict
     """max |a - b| / |b| over the steps of two runs."""
     assert len(ours) == len(reference), (len(ours), len(reference))
     return max(abs(a[key] - b[key]) / max(abs(b[key]), 1e-12) for a, b in zip(ours, reference))
+
+
+def whole_weights(run_folder: str) -> dict[str, Any]:
+    """Every unsharded weight of a run's newest checkpoint (in a world of one)."""
+    from megatron_kd.training.checkpoint import load_full_state
+
+    return load_full_state(run_folder)[1]

@@ -1,8 +1,10 @@
 """Every parallel layout trains as one rank does: 20 losses and gradient norms within 1e-4 relative (fp32)."""
 
 import pytest
+import torch
 
-from tests.distributed.training.runs import LAYOUTS, largest_relative_difference, train_in_ranks
+from tests.distributed.ranks import shared_ranks
+from tests.distributed.training.runs import LAYOUTS, largest_relative_difference, train_in_ranks, whole_weights
 
 TOLERANCE = 1e-4
 OTHER_LAYOUTS = [name for name in LAYOUTS if name != "TP1 PP1"]
@@ -24,15 +26,24 @@ def settings(objective, dataset, teacher):
 @pytest.fixture(scope="module")
 def one_rank(dataset, teacher, tmp_path_factory):
     """Metrics of the one-rank run of each objective, computed at first use."""
-    runs = {}
+    runs, folders = {}, {}
 
     def metrics(objective):
         if objective not in runs:
-            folder = tmp_path_factory.mktemp("one-rank") / "run"
-            runs[objective] = train_in_ranks("TP1 PP1", settings(objective, dataset, teacher), folder)
+            folders[objective] = tmp_path_factory.mktemp("one-rank") / "run"
+            runs[objective] = train_in_ranks("TP1 PP1", settings(objective, dataset, teacher), folders[objective])
         return runs[objective]
 
+    metrics.folder = folders.__getitem__
     return metrics
+
+
+def assert_same_weights(ours, reference):
+    """Every weight of two checkpoints, whole, within the tolerance of the update that 20 steps make."""
+    (ours,), (reference,) = (shared_ranks(1).run(whole_weights, str(folder)) for folder in (ours, reference))
+    assert ours.keys() == reference.keys()
+    for name, expected in reference.items():
+        torch.testing.assert_close(ours[name][:len(expected)], expected[:len(ours[name])], rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("layout", OTHER_LAYOUTS)
@@ -42,6 +53,8 @@ def test_layout_agrees_with_one_rank(layout, objective, one_rank, dataset, teach
     for key in ("loss", "lm_loss", "grad_norm"):
         assert largest_relative_difference(ours, one_rank(objective), key) < TOLERANCE, key
     assert [row["tokens"] for row in ours] == [row["tokens"] for row in one_rank(objective)]
+    if objective == "lm":
+        assert_same_weights(tmp_path / "run", one_rank.folder("lm"))
 
 
 @pytest.mark.parametrize("objective", ["sequence means", "untied"])

@@ -1,0 +1,45 @@
+"""What Megatron-Core asks of CUDA is answered on the CPU, and only where there is no CUDA."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_kd.parallel import cpu_backend
+
+
+def test_refuses_where_cuda_is(monkeypatch):
+    monkeypatch.setattr(cpu_backend, "_installed", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.cuda.current_device
+    with pytest.raises(RuntimeError, match="machine with CUDA"):
+        cpu_backend.install()
+    assert torch.cuda.current_device is before and not cpu_backend.is_installed()
+
+
+PROGRAM = """
+import torch
+from megatron_kd.parallel import cpu_backend
+plain = torch.zeros
+assert not cpu_backend.is_installed()
+cpu_backend.install(); first = torch.zeros; cpu_backend.install()
+assert cpu_backend.is_installed() and torch.zeros is first is not plain, "a second call wraps nothing again"
+assert torch.zeros(2, device="cuda").device.type == "cpu"
+assert torch.empty(1, device=torch.device("cuda", 0), pin_memory=True).device.type == "cpu"
+assert torch.ones(1).to("cuda").cuda().device.type == "cpu"
+assert torch.ones(1).to(device="cuda", dtype=torch.bfloat16).dtype == torch.bfloat16
+assert torch.ones(1).type() == "torch.cuda.FloatTensor"
+assert torch.ones(1).type(torch.int64).dtype == torch.int64
+assert torch.nn.Linear(1, 1).cuda().weight.device.type == "cpu"
+torch.cuda.synchronize()
+with torch.cuda.stream(torch.cuda.Stream()):
+    torch.cuda.current_stream().wait_stream(torch.cuda.current_stream())
+state = torch.cuda.get_rng_state(); a = torch.rand(3); torch.cuda.set_rng_state(state)
+assert torch.equal(a, torch.rand(3))
+"""
+
+
+def test_answers_of_the_backend():
+    """In a process of its own: the replacements stay for the life of a process."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", PROGRAM], check=True, timeout=120)

@@ -25,6 +25,7 @@ SENTENCE_END_CHARACTERS = ".!?;\n"
 # MiniPLM's third pair is literally a backslash and an opening brace; kept, so that chunks equal the released ones.
 BRACKET_PAIRS = ("[]", "()", "\\{", "<>")
 MAX_CHUNKS_PER_DOCUMENT = 2000
+_LOOK_BACK = 64
 _CLEAN_UPS = (" .", " ?", " !", " ,", " n't", " 'm", " 's", " 've", " 're")
 
 
@@ -55,10 +56,11 @@ class SentenceEnds:
         self, token_texts: Sequence[str], eos_id: int, pair_has_space: Callable[[int, int], bool] | None = None
     ) -> None:
         end_sent = np.array([_is_end_sent(text) for text in token_texts], dtype=bool)
-        self.count = int(end_sent.sum()) + (not end_sent[eos_id])
+        end_sent[eos_id] = True
+        self.count = int(end_sent.sum())
+        self._end_sent = end_sent
         self._certain = end_sent & np.array(["\n" in text for text in token_texts], dtype=bool)
         self._certain[eos_id] = True
-        self._candidate = end_sent & ~self._certain
         self._has_space = np.array([" " in text for text in token_texts], dtype=bool)
         self._pair_has_space = lru_cache(maxsize=1 << 20)(pair_has_space) if pair_has_space else None
 
@@ -79,20 +81,30 @@ class SentenceEnds:
 
         return cls(texts, tokenizer.info.eos_id, pair_has_space)
 
-    def find(self, ids: np.ndarray) -> np.ndarray:
-        """bool ``[n]``: whether each id of a stream ends a sentence; the last has no next id."""
-        ends = self._certain[ids]
-        candidates = np.flatnonzero(self._candidate[ids])
-        if not len(candidates):
-            return ends
-        inner = candidates[candidates < len(ids) - 1]
+    def last_in(self, stream: np.ndarray, start: int, stop: int) -> int:
+        """Place of the last sentence end of a stream of ids in ``[start, stop)``, or -1; looks back from ``stop``."""
+        while start < stop:
+            first = max(start, stop - _LOOK_BACK)
+            found = self._last_near(stream, first, stop)
+            if found >= 0:
+                return found
+            stop = first
+        return -1
+
+    def _last_near(self, stream: np.ndarray, start: int, stop: int) -> int:
+        ids = stream[start:stop]
+        may_end = self._end_sent[ids].nonzero()[0]
+        for place in may_end[::-1].tolist():
+            if self._certain[ids[place]] or start + place + 1 == len(stream):  # the buffer's last id has no next one
+                return start + place
+            if self._has_space_between(int(ids[place]), int(stream[start + place + 1])):
+                return start + place
+        return -1
+
+    def _has_space_between(self, one: int, following: int) -> bool:
         if self._pair_has_space is None:
-            ends[inner] = self._has_space[ids[inner]] | self._has_space[ids[inner + 1]]
-        else:
-            pairs = zip(ids[inner].tolist(), ids[inner + 1].tolist(), strict=True)
-            ends[inner] = [self._pair_has_space(first, second) for first, second in pairs]
-        ends[candidates[len(inner) :]] = True
-        return ends
+            return bool(self._has_space[one] or self._has_space[following])
+        return self._pair_has_space(one, following)
 
 
 class DomainChunker:
@@ -150,13 +162,10 @@ class DomainChunker:
     def _cut_at_sentence_ends(
         self, stream: np.ndarray, document_ends: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, int]:
-        assert self._sentence_ends is not None
-        places = np.arange(len(stream), dtype=np.int64)
-        last_end = np.maximum.accumulate(np.where(self._sentence_ends.find(stream), places, -1))
         kept_starts, kept_stops = [], []
         position = 0
         while True:
-            starts, stops = self._walk(position, last_end)
+            starts, stops = self._walk(position, stream)
             kept = stops - starts + self._prefix > 1  # a chunk of one id is dropped
             documents = np.searchsorted(document_ends, starts + self._window)
             overlong = _first_overlong(documents, kept)
@@ -171,11 +180,12 @@ class DomainChunker:
             kept_stops.append(stops[kept & before])
             position = int(document_ends[documents[first_dropped]])  # the rest of the buffer is thrown away
 
-    def _walk(self, position: int, last_end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _walk(self, position: int, stream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        assert self._sentence_ends is not None
         starts, stops = [], []
-        while position + self._window <= len(last_end):
-            end = int(last_end[position + self._window - 1])
-            stop = end + 1 if end >= position else position + self._window
+        while position + self._window <= len(stream):
+            end = self._sentence_ends.last_in(stream, position, position + self._window)
+            stop = end + 1 if end >= 0 else position + self._window
             starts.append(position)
             stops.append(stop)
             position = stop

@@ -93,7 +93,7 @@ def _encode_here(paths: Sequence[str], job: EncodingJob) -> Iterator[EncodedBloc
 
 def _encode_in_processes(paths: Sequence[str], job: EncodingJob, workers: int) -> Iterator[EncodedBlock]:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_exit_with_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
         under_way: deque[Future[EncodedBlock]] = deque()
         try:
             for block in _blocks(paths):
@@ -144,8 +144,9 @@ def _split_hashes(texts: Sequence[str], seed: int | None) -> np.ndarray:
     return np.frombuffer(b"".join(digests), dtype="<u8")
 
 
-def _exit_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+def _start_worker() -> None:
+    """One thread a worker; and a worker whose parent was killed, which would wait for work for ever, ends."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
 
     def watch() -> None:

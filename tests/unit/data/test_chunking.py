@@ -31,11 +31,22 @@ def joined(documents: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 def test_which_ids_may_end_a_sentence() -> None:
     ends = SentenceEnds(TOY_TEXTS, EOS)
-    certain = [TOY_TEXTS[i] for i in range(len(TOY_TEXTS)) if ends.find(np.array([i, 1]))[0]]
-    if_spaced = [TOY_TEXTS[i] for i in range(len(TOY_TEXTS)) if ends.find(np.array([i, 2]))[0]]
+    certain = [TOY_TEXTS[i] for i in range(len(TOY_TEXTS)) if ends.last_in(np.array([i, 1]), 0, 1) == 0]
+    if_spaced = [TOY_TEXTS[i] for i in range(len(TOY_TEXTS)) if ends.last_in(np.array([i, 2]), 0, 1) == 0]
     assert certain == ["<eos>", " ?", ";\n", "\n"]  # " ?" has the space itself
     assert if_spaced == ["<eos>", ".", "!", " ?", ";\n", "\n", "[.]", "\\{.", "<;>", "{."]  # braces are not paired
     assert ends.count == len(if_spaced)
+
+
+def test_it_looks_back_as_far_as_the_chunk_goes() -> None:
+    ends = SentenceEnds(TOY_TEXTS, EOS)
+    stream = np.ones(1000, dtype=np.uint16)
+    assert ends.last_in(stream, 0, 1000) == -1
+    for place in (0, 63, 64, 700, 999):
+        stream[:] = 1
+        stream[place] = EOS
+        assert ends.last_in(stream, 0, 1000) == place
+        assert ends.last_in(stream, place + 1, 1000) == -1
 
 
 @settings(deadline=None, max_examples=200)

@@ -15,7 +15,7 @@ import numpy as np
 from megatron_kd.data.tokenization import LoadedTokenizer, encode_with_tokenizers
 
 logger = logging.getLogger(__name__)
-Engine = Literal["auto", "gigatoken", "tokenizers"]
+Engine = Literal["auto", "tokenizers"]
 SAMPLE_BYTES = 1 << 20
 HARD_TEXTS = (
     "",
@@ -89,7 +89,7 @@ def choose_engine(tokenizer: LoadedTokenizer, sample: Sequence[str], wanted: Eng
     Args:
         tokenizer: a loaded tokenizer.
         sample: documents of the corpus, about ``SAMPLE_BYTES`` of text.
-        wanted: ``auto`` and ``gigatoken`` use gigatoken if it agrees; ``tokenizers`` does not try it.
+        wanted: ``auto`` uses gigatoken if it agrees; ``tokenizers`` does not try it.
     """
     if wanted == "tokenizers":
         return EngineCheck("tokenizers", 0, 0, "the configuration asks for tokenizers")

@@ -66,7 +66,7 @@ def report(schedule: Schedule, seconds: float) -> int:
     from megatron_kd.evaluation.report import result_table, write_report
     from megatron_kd.quickstart.results import collect_report
 
-    result = collect_report(seconds)
+    result = collect_report(seconds, len(schedule.skipped))
     write_report(plan.ROOT, result)
     sys.stdout.write(f"\n{result_table(result)}\n\n")
     checks = result.checks()

@@ -131,7 +131,7 @@ def verify_logits(model: HiddenStateGPTModel, folder: Path) -> float:
     expected = full_logits(model.float(), tokens)
     found = exported(input_ids=tokens).logits
     if found.shape != expected.shape:
-        raise CheckpointError(f"the exported model gives logits of shape {list(found.shape)}, not {list(expected.shape)}")
+        raise CheckpointError(f"the exported model's logits have shape {list(found.shape)}, not {list(expected.shape)}")
     difference = (found - expected).abs().max().item()
     if not difference < LOGIT_TOLERANCE:
         raise CheckpointError(

@@ -49,11 +49,12 @@ def model_result(name: str, run: Path, hf: Path | None = None, offline_flops: in
     )
 
 
-def collect_report(seconds: float) -> Report:
+def collect_report(seconds: float, skipped_steps: int = 0) -> Report:
     """Read what the steps left behind.
 
     Args:
-        seconds: wall-clock time of the whole quickstart.
+        seconds: wall-clock time of this run of the quickstart.
+        skipped_steps: how many steps an earlier run had done, so that ``seconds`` does not count them.
 
     Raises:
         DataError: a run is not finished, or the students did not get equal training FLOPs.
@@ -75,7 +76,7 @@ def collect_report(seconds: float) -> Report:
     return Report(
         heldout=str(plan.HELDOUT_DATA), students=students, second_seed=second_seed, teacher=teacher,
         reference=reference, bigram_loss=bigram.loss, bigram_bits_per_byte=bigram.bits_per_byte, seconds=seconds,
-        facts=_facts(corpus, heldout, bigram.tokens),
+        facts={"steps done before": skipped_steps, **_facts(corpus, heldout, bigram.tokens)},
     )
 
 

@@ -200,7 +200,7 @@ def _check_order(steps: Sequence[Step]) -> None:
     for step in steps:
         unknown = set(step.needs) - known
         if unknown or step.name in known:
-            raise ValueError(f"step '{step.name}' is there twice or needs {sorted(unknown)}, which no step before it is")
+            raise ValueError(f"step '{step.name}' is there twice or needs {sorted(unknown)}, not among those before it")
         known.add(step.name)
 
 

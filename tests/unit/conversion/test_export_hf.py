@@ -80,7 +80,8 @@ def test_transformers_gives_the_same_logits(model_and_architecture, tokenizer: P
     logits = logits_in_a_fresh_process(folder, tokens)
     assert logits.shape == (2, 9, 157) and logits.std() > 0.1
     torch.testing.assert_close(logits, full_logits(model, tokens), rtol=0, atol=1e-4)
-    assert (folder / "tokenizer.json").is_file() and "pre-trained with Megatron-KD" in (folder / "README.md").read_text()
+    assert (folder / "tokenizer.json").is_file()
+    assert "pre-trained with Megatron-KD" in (folder / "README.md").read_text()
 
 
 def test_sharded_files_load_the_same(model_and_architecture, tokenizer: Path, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ def python(name: str, code: str, folder: Path, **other) -> Step:
     """A step that runs ``code`` with OUT set to its output path and notes its start and end in ``events``."""
     output = folder / f"{name}.out"
     script = (f"from pathlib import Path\nimport time\nOUT = Path({str(output)!r})\n"
-              f"def note(event):\n    with open({str(folder / 'events')!r}, 'a') as f: f.write({name!r} + event + '\\n')\n"
+              f"def note(event):\n"
+              f"    with open({str(folder / 'events')!r}, 'a') as f: f.write({name!r} + event + '\\n')\n"
               f"note('+')\n{code}\nnote('-')\n")
     return Step(name, (sys.executable, "-S", "-c", script), outputs=(output,), **other)
 
@@ -70,7 +71,8 @@ def test_done_steps_are_skipped_until_something_changes(tmp_path: Path) -> None:
 def test_an_interrupted_step_continues_only_if_it_can(tmp_path: Path, resumable: bool, content: str) -> None:
     # The first run dies after writing half; the second appends to what is there.
     code = ("text = OUT.read_text() if OUT.exists() else ''\n"
-            "if not Path({flag!r}).exists():\n    OUT.write_text('half '); Path({flag!r}).touch(); raise SystemExit(9)\n"
+            "if not Path({flag!r}).exists():\n"
+            "    OUT.write_text('half '); Path({flag!r}).touch(); raise SystemExit(9)\n"
             "OUT.write_text(text + 'whole')").format(flag=str(tmp_path / "flag"))
     step = python("a", code, tmp_path, resumable=resumable)
     with pytest.raises(StepFailed):

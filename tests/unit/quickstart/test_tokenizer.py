@@ -13,8 +13,8 @@ def test_trains_a_byte_level_bpe_that_round_trips(tmp_path: Path) -> None:
     texts = [part for source in sources for part in source.split("\n\n")]
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    command = [sys.executable, "-m", "megatron_kd.quickstart.tokenizer", str(corpus), "500", str(tmp_path / "tokenizer")]
-    subprocess.run(command, check=True, timeout=120)
+    program = [sys.executable, "-m", "megatron_kd.quickstart.tokenizer"]
+    subprocess.run([*program, str(corpus), "500", str(tmp_path / "tokenizer")], check=True, timeout=120)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer" / "tokenizer.json"))
     assert tokenizer.get_vocab_size() == 500
     text = "return é 漢 self.args"

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_kd.errors import ConfigError, LayoutError
-from megatron_kd.losses import separate_softmaxes, shared_softmax
+from megatron_kd.losses import separate_softmaxes, shared_softmax, triton_path
 from megatron_kd.losses.buffers import allocate
 from megatron_kd.losses.chunk_terms import Chunk, Problem, TokenLosses, row_tiles
 from megatron_kd.losses.collectives import TensorParallel
@@ -83,7 +83,7 @@ def linear_distillation_loss(
     run = _Run(
         head, labels.reshape(-1), token_weights.reshape(-1), knowledge,
         _problem(head, knowledge, objective, gradient_scale), tensor_parallel,
-        sequence_parallel, chunk_bytes, with_gradient,
+        sequence_parallel, chunk_bytes, with_gradient, triton_path.use_triton(backend, head.weight.device),
     )  # fmt: skip
     if with_gradient:
         loss_sum = _FormGradients.apply(hidden, head.weight, head.bias, run)
@@ -124,6 +124,7 @@ class _Run:
     sequence_parallel: bool
     chunk_bytes: int | None
     with_gradient: bool
+    triton: bool
     output: LossOutput | None = None
     delivered: bool = False
     grad_hidden: Tensor | None = None
@@ -255,7 +256,12 @@ class _Run:
         if isinstance(self.knowledge, SparseKnowledge):
             known = self.knowledge
             chunk.sparse = replace(known, ids=known.ids[at], weights=known.weights[at], tail_mass=known.tail_mass[at])
-        path = shared_softmax if shared_softmax.applies(self.problem, teacher is not None) else separate_softmaxes
+        if self.triton and triton_path.applies(self.problem, chunk):
+            path = triton_path
+        elif shared_softmax.applies(self.problem, teacher is not None):
+            path = shared_softmax
+        else:
+            path = separate_softmaxes
         losses = path.evaluate(chunk, self.problem, self.tensor_parallel, self.with_gradient, self.plan.tile_elements)
         if self.with_gradient and self.by_block:
             student[part].copy_(chunk.student)

@@ -1,0 +1,94 @@
+"""The Triton kernels on CPU, in Triton's interpreter, against the float64 reference; which backend is chosen.
+
+Triton decides at its import whether it interprets, so the kernels run in a process of their own.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_kd.errors import ConfigError
+from megatron_kd.losses import triton_path
+from tests.distributed.ranks import Ranks
+from tests.reference.loss_cases import DIVERGENCES, LossCase, assert_agrees, build, reference, run_fused
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="triton is not installed: its kernels cannot run, not even interpreted",
+)
+
+CASES = {
+    "plain": {},
+    "one token": {"tokens": 1, "unmasked": "all"},
+    "masked": {"unmasked": "none"},
+    "temperature": {"temperature": 2.0, "temperature_squared": True},
+    "softcap, scale and bias": {"softcap": 3.0, "teacher_softcap": 4.0, "scale": 0.8, "bias": True},
+    "ids that only the student has": {"teacher_rows": 64, "teacher_vocab": 61},
+    "large logits": {"logit_size": 4e3},
+    "bf16": {"dtype": torch.bfloat16},
+}
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Ranks]:
+    """One process in which Triton interprets."""
+    with mock.patch.dict("os.environ", TRITON_INTERPRET="1"), Ranks(1) as process:
+        process.run(len, "start")
+        yield process
+
+
+def evaluate(case: LossCase) -> tuple[dict, bool]:
+    """(result, whether the kernels ran), in blocks that do not divide the vocabulary."""
+    with (
+        mock.patch.object(triton_path, "BLOCK", 32),
+        mock.patch.object(triton_path, "_statistics", wraps=triton_path._statistics) as statistics,
+    ):
+        return run_fused(case, build(case), backend="triton"), statistics.called
+
+
+@needs_triton
+@pytest.mark.parametrize("target", ["lm", *DIVERGENCES, "0.7*forward_kl+0.3*reverse_kl"])
+@pytest.mark.parametrize("name", CASES)
+def test_matches_the_reference(interpreter, target, name):
+    case = LossCase(target, **{"tokens": 9, "chunk_tokens": 4, **CASES[name]})
+    [(got, kernels_ran)] = interpreter.run(evaluate, case)
+    assert kernels_ran
+    expected = reference(case, build(case))
+    if name == "large logits":
+        assert all(value is None or torch.isfinite(value).all() for value in got.values())
+        expected = {key: expected[key] for key in ("loss_sum", "lm_sum", "kd_sum")}
+    assert_agrees(case, got, expected, 3e-2 if case.dtype == torch.bfloat16 else 2e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize("target", ["ghost", "0.5*jsd+0.25*reverse_kl+0.25*tvd"])
+def test_what_the_kernels_do_not_have_runs_in_pytorch(interpreter, target):
+    case = LossCase(target)
+    [(got, kernels_ran)] = interpreter.run(evaluate, case)
+    assert not kernels_ran
+    torch.testing.assert_close(got["grad_weight"], run_fused(case, build(case))["grad_weight"])
+
+
+def test_auto_and_torch_do_not_use_the_kernels(monkeypatch):
+    monkeypatch.setattr(triton_path, "_statistics", mock.Mock(side_effect=AssertionError))
+    for backend in ("auto", "torch"):
+        run_fused(LossCase("jsd"), build(LossCase("jsd")), backend=backend)
+
+
+def test_triton_on_a_cpu_is_refused_outside_of_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="needs a CUDA device|not installed"):
+        run_fused(LossCase("lm"), build(LossCase("lm")), backend="triton")
+
+
+@needs_triton
+def test_auto_on_cuda_says_once_that_triton_is_there_and_stays_on_pytorch(caplog):
+    triton_path._say_available.cache_clear()
+    with caplog.at_level(logging.INFO, logger="megatron_kd.losses.triton_path"):
+        assert not triton_path.use_triton("auto", torch.device("cuda"))
+        assert not triton_path.use_triton("auto", torch.device("cuda"))
+    assert len(caplog.records) == 1 and "backend=triton" in caplog.records[0].message

@@ -23,7 +23,8 @@ from megatron_kd.quickstart.steps import Schedule, StepFailed, StepRunner  # noq
 
 MAX_PROCESSES = 4  # about 0.7 GB each
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
+    "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",  # the same everywhere: one CPU core a step
+    "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
     "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
 }
 

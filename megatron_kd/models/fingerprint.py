@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_kd.models.placement import global_indices, global_parameter_name, global_shape
+from megatron_kd.models.placement import VOCABULARY_NAMES, global_indices, global_parameter_name, global_shape
 
 _ROW_FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)
 _COLUMN_FACTOR = 0xC2B2AE3D27D4EB4F - (1 << 64)
@@ -47,6 +47,8 @@ def _combine(gathered: list[dict]) -> dict[str, list]:
 def _weighted_sum(name: str, parameter: Tensor, model: torch.nn.Module) -> int:
     bits = parameter.detach().cpu().contiguous().view(_BIT_VIEWS[parameter.dtype]).long()
     indices = global_indices(name, parameter, model)
+    if name in VOCABULARY_NAMES:  # padded rows do not count, whatever they hold
+        bits = bits.masked_fill((indices[0] >= model.valid_vocab_size).unsqueeze(1), 0)
     weights = ((indices[0] + 1) * _ROW_FACTOR) | 1
     if bits.dim() == 1:
         return int((bits * weights).sum()) % (1 << 64)

@@ -15,6 +15,8 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_kd.conversion.hf_folder import HFFolder, is_hf_folder
+from torch.distributed.checkpoint.api import CheckpointException
+
 from megatron_kd.data.checksums import Checksums
 from megatron_kd.data.manifest import read_manifest
 from megatron_kd.data.tokenization import load_tokenizer
@@ -134,9 +136,23 @@ def load_sharded_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
     """``dist_checkpointing.load`` with its complaints as one clear error. Collective over the world."""
     try:
         return dist_checkpointing.load(state, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
-    except Exception as error:  # noqa: BLE001 - torch and Megatron-Core raise a dozen types here
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"checkpoint {path} cannot be loaded into this model: {reason}") from error
+    except (Exception, CheckpointException) as error:  # noqa: BLE001 - a dozen types; the latter is no Exception
+        raise CheckpointError(f"checkpoint {path} cannot be loaded into this model: {root_cause(error)}") from error
+
+
+def root_cause(error: BaseException) -> str:
+    """The text of the error that began it, on one line; of an operating system's error where there is one."""
+    chain = [error]
+    while (below := _cause(chain[-1])) is not None and below not in chain:
+        chain.append(below)
+    cause = next((link for link in chain if isinstance(link, OSError)), chain[-1])
+    return " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
+
+
+def _cause(error: BaseException) -> BaseException | None:
+    if isinstance(error, CheckpointException) and error.failures:
+        return error.failures[min(error.failures)][0]
+    return error.__cause__ or error.__context__
 
 
 def _open_hf_folder(path: Path) -> CheckpointInfo:

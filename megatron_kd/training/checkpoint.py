@@ -36,6 +36,7 @@ from megatron_kd.models.weights import (
     load_sharded_state,
     load_weights,
     open_checkpoint,
+    root_cause,
     sharded_weights,
     sharding_metadata,
 )
@@ -178,21 +179,12 @@ def _save_sharded(state: dict[str, Any], folder: Path) -> str | None:
     try:
         dist_checkpointing.save(state, str(folder), content_metadata=FORMAT)
     except CheckpointException as error:  # raised on every rank, with the reasons on one of them
-        failure = min((_root_cause(reason) for reason, _ in error.failures.values()), default=_UNTOLD)
+        failure = root_cause(error) if error.failures else _UNTOLD
     except Exception as error:  # noqa: BLE001 - torch and Megatron-Core raise a dozen types here
-        raise UserError(f"checkpoint {folder.name.split('.tmp')[0]} could not be written: {_root_cause(error)}") from error
+        raise UserError(f"checkpoint {folder.name.split('.tmp')[0]} could not be written: {root_cause(error)}") from error
     failures: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
     return min((text for text in failures if text), key=lambda text: text == _UNTOLD, default=None)
-
-
-def _root_cause(error: BaseException) -> str:
-    """The text of the first error in a chain; an operating system's error is the one to know."""
-    chain = [error]
-    while (below := chain[-1].__cause__ or chain[-1].__context__) is not None and below not in chain:
-        chain.append(below)
-    cause = next((link for link in chain if isinstance(link, OSError)), chain[-1])
-    return " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
 
 
 def _describe(folder: Path, progress: Progress, architecture: ModelArchitecture, about: Mapping[str, Any]) -> str | None:

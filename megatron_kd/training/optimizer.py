@@ -72,6 +72,8 @@ def build_optimizer(config: OptimizerConfig, model: Sequence[torch.nn.Module], g
     overrides = {} if config.weight_decay_on_norms_and_biases else None
     optimizer = get_megatron_optimizer(settings, list(model), config_overrides=overrides,
                                        use_gloo_process_groups=False, pg_collection=groups)
+    for group in optimizer.param_groups:  # Megatron-Core leaves this to its own scheduler, which is not used here
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
     for part in optimizer.chained_optimizers:
         if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW):
             use_fused_kernel(part.optimizer)

@@ -1,0 +1,77 @@
+"""What a run folder refuses before anything is built, and that a refusal changes nothing in it."""
+
+import dataclasses
+
+import pytest
+
+from megatron_kd.errors import CheckpointError, ConfigError
+from megatron_kd.parallel.runtime import distributed_runtime
+from megatron_kd.training.checkpoint import Progress, save_checkpoint
+from megatron_kd.training.run_folder import checkpoint_to_resume, prepare_run_folder
+from tests.distributed.training.runs import make_dataset
+from tests.reference.one_rank import TrainingParts, train_config
+
+
+@pytest.fixture(scope="module")
+def run_folder(dataset, tmp_path_factory):
+    """A run with one checkpoint, as the loop writes it."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    with distributed_runtime() as runtime:
+        parts = TrainingParts(dataset, runtime)
+        save_checkpoint(folder / "checkpoints", Progress(3), parts.model, parts.optimizer, parts.groups,
+                        architecture=parts.architecture, about={
+                            "dataset_fingerprint": dataset.fingerprint, "seq_length": dataset.seq_length,
+                            "config": dataclasses.asdict(parts.config)})
+    return folder
+
+
+def resumed(dataset, folder, **keys):
+    with distributed_runtime() as runtime:
+        architecture = TrainingParts(dataset, runtime).architecture
+        return checkpoint_to_resume(train_config(dataset, folder, **keys), architecture, dataset)
+
+
+def test_the_same_settings_go_on(dataset, run_folder, tmp_path):
+    assert resumed(dataset, run_folder).manifest["progress"]["step"] == 3
+    assert resumed(dataset, tmp_path / "new") is None
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("keys", "message"), [
+    ({"training": {"seed": 11, "global_batch_size": 4, "micro_batch_size": 4}}, "training.seed 10 where 11 is asked for"),
+    ({"training": {"global_batch_size": 8}}, "training.global_batch_size 4 where 8"),
+    ({"data": {"path": "x", "shuffle": False}}, "data.shuffle True where False"),
+    ({"data": {"path": "x", "seq_length": 40}}, "sequence length 32 where 40"),
+])
+def test_other_settings_are_refused(dataset, run_folder, keys, message):
+    with pytest.raises(CheckpointError, match=message):
+        resumed(dataset, run_folder, **keys)
+
+
+def test_another_dataset_is_refused(dataset, run_folder, tmp_path):
+    other = make_dataset(tmp_path / "other", seed=4)
+    with pytest.raises(CheckpointError, match=f"dataset {dataset.fingerprint} where {other.fingerprint} is asked for"):
+        resumed(other, run_folder)
+
+
+def test_another_model_is_refused(dataset, run_folder):
+    with distributed_runtime() as runtime:
+        architecture = dataclasses.replace(TrainingParts(dataset, runtime).architecture, num_layers=1, rope_theta=5.0)
+        with pytest.raises(CheckpointError, match="num_layers 2 where 1 is asked for, rope_theta 10000.0 where 5.0"):
+            checkpoint_to_resume(train_config(dataset, run_folder), architecture, dataset)
+
+
+def test_output_that_is_a_file(dataset, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="is not a folder"):
+        resumed(dataset, tmp_path / "file")
+    with distributed_runtime(), pytest.raises(ConfigError, match="cannot be a run folder"):
+        prepare_run_folder(train_config(dataset, tmp_path / "file" / "below"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_folder_holds_the_resolved_configuration(dataset, tmp_path):
+    with distributed_runtime():
+        folder = prepare_run_folder(train_config(dataset, tmp_path / "a" / "run"))
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+    assert "kd_ratio: 0.5" in (folder / "config.yaml").read_text()

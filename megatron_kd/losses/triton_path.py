@@ -26,6 +26,7 @@ from megatron_kd.losses.divergences import (
 )
 
 BLOCK = 4096
+WARPS = 8
 VERIFIED_ON_CUDA = False  # becomes True with a recorded run of the tests on a GPU; until then `auto` stays on PyTorch
 _log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def evaluate(
                 kernels.divergence_kernel[(len(second[0]),)](
                     chunk.student, chunk.teacher, logs[1], logs[2], second, second.shape[1], chunk.student.stride(0),
                     chunk.teacher.stride(0), problem.common_columns, 1 / problem.objective.temperature,
-                    parameters[1], parameters[2], KIND=parameters[0], BLOCK=BLOCK,
+                    parameters[1], parameters[2], KIND=parameters[0], BLOCK=BLOCK, num_warps=WARPS,
                 )  # fmt: skip
             losses.kd, slope_sum = tensor_parallel.sum_(second)
     if with_gradient and chunk.student.shape[1]:
@@ -110,7 +111,7 @@ def _statistics(chunk: Chunk, problem: Problem) -> Tensor:
     kernels.statistics_kernel[(n,)](
         student, student if teacher is None else teacher, out, n, student.stride(0),
         0 if teacher is None else teacher.stride(0), columns, common, 1 / temperature,
-        HAS_TEACHER=teacher is not None, SEPARATE_LM=teacher is not None and problem.separate_lm, BLOCK=BLOCK,
+        HAS_TEACHER=teacher is not None, SEPARATE_LM=teacher is not None and problem.separate_lm, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return out
 
@@ -142,7 +143,7 @@ def _gradient(
         torch.where(label.owned, label.column, -1), student.stride(0), 0 if teacher is None else teacher.stride(0),
         student.shape[1], problem.common_columns, 1 / objective.temperature,
         0.0 if problem.final_softcap is None else 1 / problem.final_softcap, parameters[1], parameters[2],
-        HAS_TEACHER=teacher is not None, KIND=parameters[0], BLOCK=BLOCK,
+        HAS_TEACHER=teacher is not None, KIND=parameters[0], BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
 
 

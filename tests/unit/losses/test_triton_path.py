@@ -36,8 +36,9 @@ CASES = {
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[Ranks]:
     """One process in which Triton interprets."""
-    with mock.patch.dict("os.environ", TRITON_INTERPRET="1"), Ranks(1) as process:
-        process.run(len, "start")
+    with Ranks(1) as process:
+        with mock.patch.dict("os.environ", TRITON_INTERPRET="1"):
+            process.run(len, "start")
         yield process
 
 
@@ -71,6 +72,46 @@ def test_what_the_kernels_do_not_have_runs_in_pytorch(interpreter, target):
     [(got, kernels_ran)] = interpreter.run(evaluate, case)
     assert not kernels_ran
     torch.testing.assert_close(got["grad_weight"], run_fused(case, build(case))["grad_weight"])
+
+
+def compile_kernels() -> list[int]:
+    """Bytes of machine code of every kernel for compute capability 9.0; needs no GPU."""
+    from triton import compile as triton_compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from megatron_kd.losses import triton_kernels as kernels
+
+    sizes = []
+    for kernel, constants in (
+        (kernels.statistics_kernel, {"HAS_TEACHER": True, "SEPARATE_LM": True}),
+        (kernels.statistics_kernel, {"HAS_TEACHER": False, "SEPARATE_LM": False}),
+        (kernels.divergence_kernel, {"KIND": 1}),
+        (kernels.divergence_kernel, {"KIND": 3}),
+        (kernels.gradient_kernel, {"HAS_TEACHER": True, "KIND": 0}),
+        (kernels.gradient_kernel, {"HAS_TEACHER": False, "KIND": 0}),
+    ):
+        constants["BLOCK"] = triton_path.BLOCK
+        signature = {name: _argument_type(name, constants) for name in kernel.arg_names}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        sizes.append(len(triton_compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]))
+    return sizes
+
+
+def _argument_type(name: str, constants: dict) -> str:
+    if name in constants:
+        return "constexpr"
+    if name == "label_columns":
+        return "*i64"
+    if name in ("first", "second") or name.startswith("inverse"):
+        return "fp32"
+    return "i32" if name in ("n", "columns", "common") or name.endswith("stride") else "*fp32"
+
+
+@needs_triton
+def test_kernels_compile_for_hopper():
+    with Ranks(1) as process:
+        assert all(size > 0 for [sizes] in [process.run(compile_kernels)] for size in sizes)
 
 
 def test_auto_and_torch_do_not_use_the_kernels(monkeypatch):

@@ -117,6 +117,7 @@ def _encode_block(block: LineBlock, job: EncodingJob) -> EncodedBlock:
 
 def _encode_documents(documents: Documents, raw_bytes: int, job: EncodingJob) -> EncodedBlock:
     encoder, eos_id = _encoder_of(job)
+    encoder.spot_check(documents.texts)
     ids, lengths = encoder.encode(documents.texts)
     ids, lengths = append_eos(ids, lengths, eos_id)
     return EncodedBlock(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from megatron_kd.data import encoder
 from megatron_kd.data.encoder import HARD_TEXTS, DocumentEncoder, choose_engine
 from megatron_kd.data.tokenization import LoadedTokenizer, encode_with_tokenizers
+from megatron_kd.errors import DataError
 
 
 def test_gigatoken_is_chosen_and_the_sample_recorded(tokenizer: LoadedTokenizer, texts: list[str]) -> None:
@@ -27,6 +28,18 @@ def test_both_engines_agree_on_any_text(tokenizer: LoadedTokenizer, texts: list[
     for one, other in zip(fast, slow, strict=True):
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_difference_during_the_run_is_refused(tokenizer: LoadedTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = DocumentEncoder(tokenizer, "gigatoken")
+    fast.spot_check(["short", "x" * 9000 + " some text", "é"])
+    fast.spot_check([])
+    monkeypatch.setattr(fast, "encode", lambda texts: (np.array([1, 2], dtype=np.uint32), np.array([2])))
+    with pytest.raises(
+        DataError, match="differ from tokenizers' on 'the middle one'; run again with engine=tokenizers"
+    ):
+        fast.spot_check(["first", "the middle one", "last"])
+    DocumentEncoder(tokenizer, "tokenizers").spot_check(["nothing to compare"])
 
 
 @pytest.mark.parametrize("fault", ["another id", "another length"])

@@ -264,9 +264,14 @@ def test_killed_at_random_moments_and_run_again_gives_the_same_bytes(
     print("seed", seed)
     generator = random.Random(seed)
     unfinished = 0
-    for _ in range(8):
+    for attempt in range(10):
         process = start_tool(tmp_path, corpus, tokenizer_folder, ["workers=1"])
-        time.sleep(generator.uniform(0.3, 1.1) * seconds)
+        if attempt % 2 == 0:  # from the moment that it writes; the first time at once
+            while not list(tmp_path.glob("out.tmp-*")) and process.poll() is None:
+                time.sleep(0.002)
+            time.sleep(attempt * generator.uniform(0, 0.05) * seconds)
+        else:
+            time.sleep(generator.uniform(0.1, 1.1) * seconds)
         process.send_signal(signal.SIGKILL)
         process.wait()
         if (tmp_path / "out").exists():

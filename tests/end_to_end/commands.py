@@ -1,0 +1,64 @@
+"""The tools as a shell runs them: real processes, their exit status and what they print."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SMALL = ["model.name=qwen_toy_reference", "training.global_batch_size=16", "training.micro_batch_size=8"]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def lines(self) -> list[str]:
+        """Lines on stderr without a progress bar's and torchrun's own."""
+        return [line for line in self.stderr.replace("\r", "\n").splitlines()
+                if line.strip() and "step/s]" not in line and not line.startswith(("E1", "W1", "I1", "E0", "W0"))]
+
+
+def environment() -> dict[str, str]:
+    """One thread a process, as in every test; nothing left of a torchrun around the tests."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**kept, "OMP_NUM_THREADS": "1"}
+
+
+def start(verb: str, *arguments: str, ranks: int = 1, program: Path | None = None, **options: Any) -> subprocess.Popen:
+    """Start ``tools/<verb>.py``, under torchrun for more than one rank, in a session of its own."""
+    script = str(program or REPOSITORY / "tools" / f"{verb}.py")
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.Popen([sys.executable, *launcher, script, *arguments], cwd=REPOSITORY, env=environment(),
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
+
+
+def run(verb: str, *arguments: str, ranks: int = 1, timeout: float = 240, program: Path | None = None,
+        before: Callable[[], None] | None = None) -> Finished:
+    """Run a tool to its end; ``before`` is called in the child before it starts."""
+    process = start(verb, *arguments, ranks=ranks, program=program, preexec_fn=before)
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise AssertionError(f"{verb} {' '.join(arguments)} did not end in {timeout} s") from None
+    finally:
+        kill(process)
+    return Finished(process.returncode, stdout, stderr)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to a command and everything that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()

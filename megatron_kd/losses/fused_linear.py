@@ -22,7 +22,7 @@ from megatron_kd.losses import separate_softmaxes, shared_softmax, triton_path
 from megatron_kd.losses.buffers import allocate
 from megatron_kd.losses.chunk_terms import Chunk, Problem, TokenLosses, row_tiles
 from megatron_kd.losses.collectives import TensorParallel
-from megatron_kd.losses.logits import ChunkPlan, HeadLogits, widens_by_block, work_dtype
+from megatron_kd.losses.logits import ChunkPlan, HeadLogits, bytes_per_logit, widens_by_block, work_dtype
 from megatron_kd.losses.types import (
     LM_ONLY,
     DenseKnowledge,
@@ -33,7 +33,7 @@ from megatron_kd.losses.types import (
 )
 from megatron_kd.losses.weight_gradient import WeightGradient
 
-DEFAULT_CHUNK_BYTES = {"cuda": 256 << 20, "cpu": 128 << 20}
+DEFAULT_CHUNK_BYTES = {"cuda": 896 << 20, "cpu": 640 << 20}  # few chunks: each reads all weights and main_grad
 BACKENDS = ("auto", "torch", "triton")
 
 
@@ -83,7 +83,8 @@ def linear_distillation_loss(
     run = _Run(
         head, labels.reshape(-1), token_weights.reshape(-1), knowledge,
         _problem(head, knowledge, objective, gradient_scale), tensor_parallel,
-        sequence_parallel, chunk_bytes, with_gradient, triton_path.use_triton(backend, head.weight.device),
+        sequence_parallel, chunk_bytes, with_gradient,
+        triton_path.use_triton(backend, head.weight.device) and head.weight.dtype != torch.float64,
     )  # fmt: skip
     if with_gradient:
         loss_sum = _FormGradients.apply(hidden, head.weight, head.bias, run)
@@ -221,9 +222,16 @@ class _Run:
     def _make_buffers(self, tokens: Tensor) -> None:
         weight, size = self.head.weight, self.tensor_parallel.size
         budget = self.chunk_bytes or DEFAULT_CHUNK_BYTES["cuda" if weight.is_cuda else "cpu"]
-        self.plan = ChunkPlan.of(budget, tokens.shape[0], weight, self.teacher is not None, size)
-        self.by_block = widens_by_block(weight, size)
-        dtype = weight.dtype if self.by_block else work_dtype(weight.dtype)
+        heads = [logits for logits in (self.student, self.teacher) if logits is not None]
+        stays_narrow = self.triton and all(triton_path.reads_narrow(logits) for logits in heads)
+        stays_narrow = stays_narrow and triton_path.has_kernels(self.problem, self.knowledge)
+        self.by_block = not stays_narrow and widens_by_block(weight, size)
+        dtype = weight.dtype if stays_narrow or self.by_block else work_dtype(weight.dtype)
+        self.work_dtype = weight.dtype if stays_narrow else work_dtype(weight.dtype)
+        self.plan = ChunkPlan.of(
+            budget, tokens.shape[0], weight.shape[0], self.work_dtype.itemsize,
+            bytes_per_logit(weight.dtype, dtype, len(heads)),
+        )  # fmt: skip
         self._buffers = [
             logits and allocate((self.plan.tokens, logits.weight.shape[0]), dtype, weight.device)
             for logits in (self.student, self.teacher)
@@ -246,17 +254,16 @@ class _Run:
     def _block(self, student: Tensor, teacher: Tensor | None, offset: int, part: slice) -> TokenLosses:
         """Losses of the rows ``part`` of a chunk, whose logits become their gradient."""
         at = slice(offset + part.start, offset + part.stop)
-        dtype = work_dtype(self.head.weight.dtype)
-        student_rows = student[part].to(dtype)
+        student_rows = student[part].to(self.work_dtype)
         self.student.finish(student_rows)
-        chunk = Chunk(student_rows, self.labels[at], self.weights[at].to(dtype))
+        chunk = Chunk(student_rows, self.labels[at], self.weights[at].to(work_dtype(self.work_dtype)))
         if teacher is not None:
-            chunk.teacher = teacher[part].to(dtype)
+            chunk.teacher = teacher[part].to(self.work_dtype)
             self.teacher.finish(chunk.teacher)
         if isinstance(self.knowledge, SparseKnowledge):
             known = self.knowledge
             chunk.sparse = replace(known, ids=known.ids[at], weights=known.weights[at], tail_mass=known.tail_mass[at])
-        if self.triton and triton_path.applies(self.problem, chunk):
+        if self.triton and triton_path.has_kernels(self.problem, self.knowledge):
             path = triton_path
         elif shared_softmax.applies(self.problem, teacher is not None):
             path = shared_softmax

@@ -4,12 +4,13 @@ The matrix product runs in the head's dtype; all that follows is fp32 (fp64 for 
 the product is 16-bit too, as in the model itself, and is widened block by block; on CUDA it is written in fp32.
 
 The byte budget of a call is everything that grows with C or R beside inputs, gradients and rows of n numbers. A quarter
-of it is for temporaries (of the divergence, and of the weight gradient of 16-bit weights), three quarters for chunks,
-whose bytes for each of the C * R logits :func:`bytes_per_logit` counts:
+of it, at most 32 MiB, is for temporaries (of the divergence, and of the weight gradient of 16-bit weights); the rest is
+for chunks, whose bytes for each of the C * R logits :func:`bytes_per_logit` counts:
 
     fp32                            4 (student) + 4 (teacher)
     16-bit, one rank on CPU         2 + 2, widened tile by tile
     16-bit, several ranks or CUDA   4 + 4, and 2 for the product or the gradient in 16 bits
+    16-bit, Triton, plain heads     2 + 2, read and written by the kernels (scale, bias and softcap need 4 + 4 + 2)
 
 One token a chunk is the least, whatever the budget.
 """
@@ -43,12 +44,9 @@ def widens_by_block(weight: Tensor, tensor_parallel_size: int) -> bool:
     return is_narrow(weight.dtype) and tensor_parallel_size == 1 and weight.device.type == "cpu"
 
 
-def bytes_per_logit(student: Tensor, has_teacher: bool, tensor_parallel_size: int) -> int:
-    """Bytes of chunk buffers for each (token, row of this rank), both models together."""
-    models = 2 if has_teacher else 1
-    if widens_by_block(student, tensor_parallel_size):
-        return 2 * models
-    return work_dtype(student.dtype).itemsize * models + (2 if is_narrow(student.dtype) else 0)
+def bytes_per_logit(weight_dtype: torch.dtype, chunk_dtype: torch.dtype, models: int) -> int:
+    """Bytes of chunk buffers for each (token, row of this rank), all models together."""
+    return chunk_dtype.itemsize * models + (weight_dtype.itemsize if chunk_dtype != weight_dtype else 0)
 
 
 @dataclass(frozen=True)
@@ -60,16 +58,17 @@ class ChunkPlan:
     temporary_bytes: int
 
     @staticmethod
-    def of(budget: int, tokens: int, student: Tensor, has_teacher: bool, tensor_parallel_size: int) -> "ChunkPlan":
-        """The same on all ranks: it depends on the padded rows of the student's ``weight`` [R, h], not on valid ones."""
-        temporary = budget // 4
-        number = work_dtype(student.dtype).itemsize
-        per_token = bytes_per_logit(student, has_teacher, tensor_parallel_size) * student.shape[0]
-        longest = max(1, (budget - temporary) // max(1, per_token))
+    def of(budget: int, tokens: int, rows: int, number_bytes: int, logit_bytes: int) -> "ChunkPlan":
+        """``rows`` are the padded ones of the student's weight, so that all ranks plan alike.
+
+        ``number_bytes`` of a number in temporaries, ``logit_bytes`` of :func:`bytes_per_logit`.
+        """
+        temporary = min(budget // 4, MOST_TEMPORARIES * LARGEST_TILE * number_bytes)
+        longest = max(1, (budget - temporary) // max(1, logit_bytes * rows))
         chunks = max(1, -(-tokens // longest))
         return ChunkPlan(
             tokens=max(1, -(-tokens // chunks)),  # spread evenly
-            tile_elements=min(LARGEST_TILE, max(1, temporary // (MOST_TEMPORARIES * number))),
+            tile_elements=max(1, temporary // (MOST_TEMPORARIES * number_bytes)),
             temporary_bytes=temporary,
         )
 

@@ -24,6 +24,8 @@ from megatron_kd.losses.divergences import (
     TotalVariation,
     kl_weights,
 )
+from megatron_kd.losses.logits import HeadLogits, is_narrow
+from megatron_kd.losses.types import DenseKnowledge, SparseKnowledge
 
 BLOCK = 4096
 WARPS = 8
@@ -53,11 +55,16 @@ def use_triton(backend: str, device: torch.device) -> bool:
     return True
 
 
-def applies(problem: Problem, chunk: Chunk) -> bool:
+def has_kernels(problem: Problem, knowledge: DenseKnowledge | SparseKnowledge | None) -> bool:
     """Whether the kernels can express the call."""
-    if chunk.sparse is not None or chunk.student.dtype != torch.float32:
+    if isinstance(knowledge, SparseKnowledge):
         return False
-    return chunk.teacher is None or _kind(problem.objective.divergence) is not None
+    return knowledge is None or _kind(problem.objective.divergence) is not None
+
+
+def reads_narrow(head: HeadLogits) -> bool:
+    """Whether the kernels take this head's logits as 16-bit products, with nothing to be done to them in between."""
+    return is_narrow(head.weight.dtype) and head.bias is None and head.scale == 1.0 and head.softcap is None
 
 
 def evaluate(
@@ -105,7 +112,7 @@ def _statistics(chunk: Chunk, problem: Problem) -> Tensor:
 
     student, teacher = chunk.student, chunk.teacher
     n, columns = student.shape
-    out = student.new_zeros((kernels.STATISTICS, n))
+    out = student.new_zeros((kernels.STATISTICS, n), dtype=torch.float32)
     common = columns if teacher is None else problem.common_columns
     temperature = 1.0 if teacher is None else problem.objective.temperature
     kernels.statistics_kernel[(n,)](

@@ -64,6 +64,9 @@ def quickstart(processes: int) -> int:
 
 def report(schedule: Schedule, seconds: float) -> int:
     """Write the report, print the table and the checks."""
+    from megatron_kd.quiet import silence_known_noise
+
+    silence_known_noise()
     from megatron_kd.evaluation.report import result_table, write_report
     from megatron_kd.quickstart.results import collect_report
 

@@ -7,6 +7,7 @@ _MESSAGES = (
     ".*Apex is not installed.*", ".*Apex are not installed.*", ".*[Tt]ransformer.?[Ee]ngine.*", ".*CPU RNG state.*",
     ".*full scope is deprecated.*", ".*The .grad attribute of a Tensor that is not a leaf.*",
     ".*torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor).* is deprecated.*",
+    ".*.load_state_dict. is deprecated.*",
     ".*Please use DTensor instead.*", ".*CUDA is not available.*", ".*User provided device_type of 'cuda'.*",
 )
 

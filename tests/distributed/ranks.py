@@ -43,6 +43,7 @@ class Ranks:
         self.timeout = timeout
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
+        self._folder: tempfile.TemporaryDirectory | None = None
 
     def __enter__(self) -> "Ranks":
         return self
@@ -80,10 +81,13 @@ class Ranks:
         for pipe in self._pipes:
             pipe.close()
         self._processes, self._pipes = [], []
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def _start(self) -> None:
         context = mp.get_context("spawn")
-        store = Path(tempfile.mkdtemp(prefix="ranks-")) / "store"
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-", ignore_cleanup_errors=True)
+        store = Path(self._folder.name) / "store"
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(

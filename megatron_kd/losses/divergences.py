@@ -192,8 +192,8 @@ def divergence_from_config(name: str, beta: float = 0.5, skew_alpha: float = 0.1
     """The divergence of a config string.
 
     Args:
-        name: ``forward_kl``, ``reverse_kl``, ``jsd``, ``skew_forward_kl``, ``skew_reverse_kl`` or ``tvd``; or a weighted
-            mixture of them, ``0.9*forward_kl+0.1*reverse_kl``.
+        name: ``forward_kl``, ``reverse_kl``, ``jsd``, ``skew_forward_kl``, ``skew_reverse_kl`` or ``tvd``; or a
+            weighted mixture of them, ``0.9*forward_kl+0.1*reverse_kl``.
         beta: of ``jsd``, the teacher's weight.
         skew_alpha: of the skew KLs.
 

@@ -202,7 +202,8 @@ class _Run:
             raise LayoutError(
                 f"the teacher's output weight has the ids {head.vocab_start} to "
                 f"{head.vocab_start + head.weight.shape[0] - 1} on this rank, the student's needs "
-                f"{self.problem.vocab_start} to {self.problem.vocab_start + rows - 1}: shard it by the student's intervals"
+                f"{self.problem.vocab_start} to {self.problem.vocab_start + rows - 1}: "
+                f"shard it by the student's intervals"
             )
         return HeadLogits(head, max(first, 0), rows)
 

@@ -51,7 +51,7 @@ def bytes_per_logit(weight_dtype: torch.dtype, chunk_dtype: torch.dtype, models:
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """How a byte budget is used: ``tokens`` a chunk, temporaries of ``tile_elements`` numbers, ``temporary_bytes`` in all."""
+    """How a byte budget is used: ``tokens`` a chunk, temporaries of ``tile_elements``, ``temporary_bytes`` in all."""
 
     tokens: int
     tile_elements: int

@@ -4,8 +4,8 @@ With q the student's distribution, M = sum of t, Q = sum of q over the K ids, ta
 
     sampled, weighted   -sum t log q                                     gradient  M q - t
     renormalised        sum t' log(t' / q) with t' = t / M (biased)      gradient  q - t'
-    ghost               sum t log(t / q) + tau log(tau / (1 - Q))        gradient  (M + tau) q - t        on the K ids
-                                                                                   (M + tau - tau / (1 - Q)) q  elsewhere
+    ghost               sum t log(t / q) + tau log(tau / (1 - Q))        gradient  (M + tau) q - t      on the K ids
+                                                                                   (M + tau - tau/(1 - Q)) q  elsewhere
 
 ``sampled`` (counts over draws, so M = 1) and ``weighted`` (importance weights, M random) are unbiased estimates of
 the cross-entropy with the full teacher; they are reported as such, since a sample does not determine the teacher's

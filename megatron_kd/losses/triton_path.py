@@ -47,7 +47,7 @@ def use_triton(backend: str, device: torch.device) -> bool:
             _say_available()
         return device.type == "cuda" and available and VERIFIED_ON_CUDA
     if not available:
-        raise ConfigError("losses backend 'triton' was asked for, but triton is not installed: use 'torch' or install it")
+        raise ConfigError("losses backend 'triton' needs triton, which is not installed: install it or use 'torch'")
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError(
             f"losses backend 'triton' needs a CUDA device (or TRITON_INTERPRET=1), the head is on '{device.type}'"
@@ -118,7 +118,8 @@ def _statistics(chunk: Chunk, problem: Problem) -> Tensor:
     kernels.statistics_kernel[(n,)](
         student, student if teacher is None else teacher, out, n, student.stride(0),
         0 if teacher is None else teacher.stride(0), columns, common, 1 / temperature,
-        HAS_TEACHER=teacher is not None, SEPARATE_LM=teacher is not None and problem.separate_lm, BLOCK=BLOCK, num_warps=WARPS,
+        HAS_TEACHER=teacher is not None, SEPARATE_LM=teacher is not None and problem.separate_lm, BLOCK=BLOCK,
+        num_warps=WARPS,
     )  # fmt: skip
     return out
 

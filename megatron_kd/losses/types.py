@@ -20,7 +20,9 @@ PADDING_ID = -1
 
 @dataclass(frozen=True)
 class OutputHead:
-    """The output layer of a model, on one tensor-parallel rank: ``logits = softcap(scale * (hidden @ weight.T + bias))``.
+    """The output layer of a model, on one tensor-parallel rank.
+
+    ``logits = softcap(scale * (hidden @ weight.T + bias))``
 
     Attributes:
         weight: [R, h], this rank's rows. For the student the parameter itself: its gradient is delivered to it.

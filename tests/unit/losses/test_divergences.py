@@ -81,7 +81,9 @@ def test_skew_kls_tend_to_the_kls(skewed, limit, alpha):
     torch.testing.assert_close(
         skewed(alpha).value_and_slope(log_p, log_q)[0], limit.value_and_slope(log_p, log_q)[0], rtol=1e-5, atol=0
     )
-    torch.testing.assert_close(gradient(skewed(alpha), log_p, log_q), gradient(limit, log_p, log_q), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        gradient(skewed(alpha), log_p, log_q), gradient(limit, log_p, log_q), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_jsd_is_symmetric_under_exchange_with_the_complement():
@@ -101,8 +103,9 @@ def test_rows_of_the_logit_gradient_sum_to_zero(target, temperature):
     knowledge = inputs.sparse
     if case.knowledge_kind == "dense":
         knowledge = DenseKnowledge(inputs.teacher_hidden, OutputHead(inputs.teacher_weight, 83))
+    identity = OutputHead(torch.eye(83, dtype=torch.float64), 83)
     linear_distillation_loss(
-        logits, OutputHead(torch.eye(83, dtype=torch.float64), 83), inputs.labels, inputs.weights, case.objective, knowledge
+        logits, identity, inputs.labels, inputs.weights, case.objective, knowledge
     ).loss_sum.backward()
     assert logits.grad.abs().max() > 1e-3
     if target == "ghost":  # its fp32 mass and tail add up to 1 in fp32 only: the gradient is that of the sums as given

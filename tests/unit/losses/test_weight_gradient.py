@@ -27,8 +27,8 @@ def parameter(dtype: torch.dtype, main_grad: torch.dtype | None) -> torch.nn.Par
 @pytest.mark.parametrize("tile_bytes", [1, 100, 1 << 20])
 @pytest.mark.parametrize(
     ("dtype", "main_grad", "tolerance"),
-    [(torch.float32, torch.float32, 1e-6), (torch.bfloat16, torch.float32, 1e-2), (torch.bfloat16, torch.bfloat16, 3e-2),
-     (torch.float64, torch.float64, 1e-12)],
+    [(torch.float32, torch.float32, 1e-6), (torch.bfloat16, torch.float32, 1e-2),
+     (torch.bfloat16, torch.bfloat16, 3e-2), (torch.float64, torch.float64, 1e-12)],
 )  # fmt: skip
 def test_chunks_are_added_to_main_grad(dtype, main_grad, tolerance, tile_bytes):
     weight = parameter(dtype, main_grad)

@@ -12,7 +12,7 @@ from megatron_kd.models.layer_specs import LayerSpecName
 from megatron_kd.models.weights import CheckpointInfo, load_weights, open_checkpoint
 from megatron_kd.parallel.groups import create_process_groups
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_kd.parallel.runtime import Runtime
+from megatron_kd.parallel.runtime import Runtime, seed_everything
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ def load_for_inference(config: ScoredModelConfig, parallel: ParallelConfig, data
         seq_length=dataset.seq_length,
     )
     groups = create_process_groups(layout)
+    seed_everything(0, groups)  # the embedding asks for Megatron-Core's generators under sequence parallelism
     chunks = build_model(architecture, layout, groups, precision=config.precision or info.manifest["precision"],
                          device=runtime.device, layer_spec=config.layer_spec, max_sequence_length=dataset.seq_length)
     load_weights(chunks, groups, info)

@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_kd.errors import ConfigError
 from megatron_kd.losses import triton_path
@@ -72,6 +73,25 @@ def test_what_the_kernels_do_not_have_runs_in_pytorch(interpreter, target):
     [(got, kernels_ran)] = interpreter.run(evaluate, case)
     assert not kernels_ran
     torch.testing.assert_close(got["grad_weight"], run_fused(case, build(case))["grad_weight"])
+
+
+def evaluate_sharded(cases: list[LossCase]) -> list[dict]:
+    with mock.patch.object(triton_path, "BLOCK", 32):
+        return [run_fused(case, build(case), dist.group.WORLD, backend="triton") for case in cases]
+
+
+@needs_triton
+def test_two_tensor_parallel_ranks_match_the_reference():
+    targets = ("lm", "forward_kl", "reverse_kl", "jsd", "tvd")
+    cases = [LossCase(target, tokens=6, chunk_tokens=4, temperature=1.5) for target in targets]
+    cases += [LossCase("jsd", tokens=6, dtype=torch.bfloat16), LossCase("skew_forward_kl", tokens=6, vocab=40)]
+    with Ranks(2) as processes, mock.patch.dict("os.environ", TRITON_INTERPRET="1"):
+        by_rank = processes.run(evaluate_sharded, cases)
+    for index, case in enumerate(cases):
+        parts = [results[index] for results in by_rank]
+        got = {**parts[0], "grad_weight": torch.cat([part["grad_weight"] for part in parts])}
+        assert torch.equal(parts[0]["grad_hidden"], parts[1]["grad_hidden"])
+        assert_agrees(case, got, reference(case, build(case)), 3e-2 if case.dtype == torch.bfloat16 else 2e-5)
 
 
 def compile_kernels() -> list[int]:

@@ -1,6 +1,6 @@
 """``evaluate``: held-out loss and bits per byte of a checkpoint, under any layout, without exporting it.
 
-    python tools/evaluate.py model.path=RUN data.path=HELDOUT [output=FILE.json]
+python tools/evaluate.py model.path=RUN data.path=HELDOUT [output=FILE.json]
 """
 
 import json
@@ -46,11 +46,16 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     with distributed_runtime() as runtime:
         dataset = ChunkDataset.open(config.data.path)
         loaded = load_for_inference(config.model, config.parallel, dataset, runtime)
-        totals = heldout_loss(loaded.chunks, loaded.groups, dataset, device=runtime.device,
-                              micro_batch_size=config.micro_batch_size)
+        totals = heldout_loss(
+            loaded.chunks, loaded.groups, dataset, device=runtime.device, micro_batch_size=config.micro_batch_size
+        )
         figures = {
-            "model": str(loaded.info.path), "dataset": config.data.path, "dataset_fingerprint": dataset.fingerprint,
-            "heldout_loss": totals.loss, "bits_per_byte": totals.bits_per_byte, "tokens": totals.tokens,
+            "model": str(loaded.info.path),
+            "dataset": config.data.path,
+            "dataset_fingerprint": dataset.fingerprint,
+            "heldout_loss": totals.loss,
+            "bits_per_byte": totals.bits_per_byte,
+            "tokens": totals.tokens,
             "text_bytes": totals.text_bytes,
         }
         if runtime.is_main:

@@ -32,16 +32,22 @@ class RunTracker:
         path = folder / METRICS_NAME
         _drop_rows_beyond(path, first_step)
         self._file = open(path, "a", encoding="utf-8")
-        self._bar = tqdm(total=total_steps, initial=first_step, desc=description, unit="step", file=sys.stderr,
-                         dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10.0)
+        self._bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            desc=description,
+            unit="step",
+            file=sys.stderr,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        )
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Record one training step."""
         if self._file is None or self._bar is None:
             return
         self._write(row)
-        self._bar.set_postfix_str(
-            f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s", refresh=False)
+        self._bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s", refresh=False)
         self._bar.update(1)
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
@@ -49,8 +55,11 @@ class RunTracker:
         if self._file is None or self._bar is None:
             return
         self._write(row)
-        self._bar.write(f"step {row['step']}: held-out loss {row['eval_loss']:.4f} nats a token, "
-                        f"{row['bits_per_byte']:.4f} bits a byte", file=sys.stderr)
+        self._bar.write(
+            f"step {row['step']}: held-out loss {row['eval_loss']:.4f} nats a token, "
+            f"{row['bits_per_byte']:.4f} bits a byte",
+            file=sys.stderr,
+        )
 
     def flush(self) -> None:
         """Put what was recorded on the disk (before a checkpoint says that the steps were done)."""

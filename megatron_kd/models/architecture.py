@@ -70,8 +70,13 @@ class ModelArchitecture:
 
 def _qwen(layers: int, hidden: int, ffn: int, heads: int, vocab: int = QWEN_VOCAB_SIZE, **other) -> ModelArchitecture:
     return ModelArchitecture(
-        num_layers=layers, hidden_size=hidden, ffn_hidden_size=ffn, num_attention_heads=heads,
-        num_query_groups=other.pop("groups", heads), vocab_size=vocab, **other,
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        num_attention_heads=heads,
+        num_query_groups=other.pop("groups", heads),
+        vocab_size=vocab,
+        **other,
     )
 
 

@@ -20,19 +20,38 @@ from megatron_kd.models.blocked_attention import MAX_SEQUENCE, blocked_causal_at
 class SDPACoreAttention(torch.nn.Module):
     """Causal self-attention with grouped queries; takes and gives Megatron-Core's shapes and constructor arguments."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str,
-                 attention_dropout: float | None = None, softmax_scale: float | None = None,
-                 cp_comm_type: str | None = None, pg_collection: ProcessGroupCollection | None = None, **_: object):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: object,
+    ):
         super().__init__()
         if config.context_parallel_size > 1:
-            raise ConfigError("parallel.context_parallel_size above 1 needs Transformer Engine: use model.layer_spec=te")
+            raise ConfigError(
+                "parallel.context_parallel_size above 1 needs Transformer Engine: use model.layer_spec=te"
+            )
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.is_grouped = config.num_query_groups != config.num_attention_heads
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
-                attn_mask_type: AttnMaskType | None = None, attention_bias: Tensor | None = None,
-                packed_seq_params: object = None, **_: object) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: object = None,
+        **_: object,
+    ) -> Tensor:
         """Attend.
 
         Args:
@@ -46,18 +65,30 @@ class SDPACoreAttention(torch.nn.Module):
             return self._attend_in_blocks(query, key, value)
         mask = None if attention_mask is None else ~attention_mask
         context = scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0, is_causal=mask is None, scale=self.softmax_scale,
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
             enable_gqa=self.is_grouped,
         )
         return context.permute(2, 0, 1, 3).flatten(2)
 
     def _suits_blocks(self, query: Tensor, attention_mask: Tensor | None) -> bool:
-        return (query.device.type == "cpu" and query.dtype == torch.float32 and query.shape[0] <= MAX_SEQUENCE
-                and attention_mask is None and not self.is_grouped and not (self.training and self.dropout))
+        return (
+            query.device.type == "cpu"
+            and query.dtype == torch.float32
+            and query.shape[0] <= MAX_SEQUENCE
+            and attention_mask is None
+            and not self.is_grouped
+            and not (self.training and self.dropout)
+        )
 
     def _attend_in_blocks(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         length, batch, heads, width = query.shape
-        context = blocked_causal_attention(*(x.reshape(length, batch * heads, width) for x in (query, key, value)),
-                                           self.softmax_scale)
+        context = blocked_causal_attention(
+            *(x.reshape(length, batch * heads, width) for x in (query, key, value)), self.softmax_scale
+        )
         return context.view(length, batch, heads * width)

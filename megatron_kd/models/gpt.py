@@ -63,10 +63,16 @@ class HiddenStateGPTModel(GPTModel):
 
     def output_head(self) -> OutputHead:
         """This rank's part of the output layer (last pipeline stage only)."""
-        weight = (self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights
-                  else self.output_layer.weight)
-        return OutputHead(weight=weight, valid_vocab_size=self.valid_vocab_size,
-                          vocab_start=self.pg_collection.tp.rank() * weight.shape[0])
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        return OutputHead(
+            weight=weight,
+            valid_vocab_size=self.valid_vocab_size,
+            vocab_start=self.pg_collection.tp.rank() * weight.shape[0],
+        )
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
@@ -75,8 +81,9 @@ def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
     return math.ceil(vocab_size / multiple) * multiple
 
 
-def transformer_config(architecture: ModelArchitecture, layout: ParallelLayout, *, precision: Precision,
-                       device: torch.device) -> TransformerConfig:
+def transformer_config(
+    architecture: ModelArchitecture, layout: ParallelLayout, *, precision: Precision, device: torch.device
+) -> TransformerConfig:
     """Megatron-Core's configuration of ``architecture`` under ``layout``."""
     on_cuda = device.type == "cuda"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -120,20 +127,35 @@ def transformer_config(architecture: ModelArchitecture, layout: ParallelLayout, 
     )
 
 
-def build_model(architecture: ModelArchitecture, layout: ParallelLayout, groups: ProcessGroupCollection, *,
-                precision: Precision, device: torch.device, layer_spec: LayerSpecName = "auto",
-                max_sequence_length: int) -> list[HiddenStateGPTModel]:
+def build_model(
+    architecture: ModelArchitecture,
+    layout: ParallelLayout,
+    groups: ProcessGroupCollection,
+    *,
+    precision: Precision,
+    device: torch.device,
+    layer_spec: LayerSpecName = "auto",
+    max_sequence_length: int,
+) -> list[HiddenStateGPTModel]:
     """This rank's model chunks (one, or one per virtual pipeline stage), uninitialised, on ``device``."""
     config = transformer_config(architecture, layout, precision=precision, device=device)
     kind = choose_layer_spec(layer_spec)
     stages = range(layout.virtual_pipeline) if layout.virtual_pipeline else [None]
-    return [_build_chunk(architecture, config, kind, layout, groups, stage, max_sequence_length, device)
-            for stage in stages]
+    return [
+        _build_chunk(architecture, config, kind, layout, groups, stage, max_sequence_length, device) for stage in stages
+    ]
 
 
-def _build_chunk(architecture: ModelArchitecture, config: TransformerConfig, kind: str, layout: ParallelLayout,
-                 groups: ProcessGroupCollection, stage: int | None, max_sequence_length: int,
-                 device: torch.device) -> HiddenStateGPTModel:
+def _build_chunk(
+    architecture: ModelArchitecture,
+    config: TransformerConfig,
+    kind: str,
+    layout: ParallelLayout,
+    groups: ProcessGroupCollection,
+    stage: int | None,
+    max_sequence_length: int,
+    device: torch.device,
+) -> HiddenStateGPTModel:
     last_virtual = stage is None or stage == layout.virtual_pipeline - 1
     layers = get_num_layers_to_build(config, vp_stage=stage, pp_rank=groups.pp.rank())
     model = HiddenStateGPTModel(

@@ -40,14 +40,17 @@ def choose_layer_spec(requested: LayerSpecName) -> Literal["te", "local"]:
         ConfigError: Transformer Engine was asked for by name and is not usable here.
     """
     if requested == "te" and not has_transformer_engine():
-        raise ConfigError("model.layer_spec is 'te', but Transformer Engine with CUDA is not available here: use 'auto'")
+        raise ConfigError(
+            "model.layer_spec is 'te', but Transformer Engine with CUDA is not available here: use 'auto'"
+        )
     if requested == "auto":
         return "te" if has_transformer_engine() else "local"
     return requested
 
 
-def decoder_layer_spec(kind: Literal["te", "local"], config: TransformerConfig,
-                       num_local_layers: int) -> ModuleSpec | TransformerBlockSubmodules:
+def decoder_layer_spec(
+    kind: Literal["te", "local"], config: TransformerConfig, num_local_layers: int
+) -> ModuleSpec | TransformerBlockSubmodules:
     """The spec of this pipeline stage's ``num_local_layers`` layers and of the norm that follows them."""
     if kind == "te":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_kd.data.chunk_dataset import ChunkDataset
@@ -36,8 +35,9 @@ class ScoredModelConfig:
     """None means as trained."""
 
 
-def load_for_inference(config: ScoredModelConfig, parallel: ParallelConfig, dataset: ChunkDataset,
-                       runtime: Runtime) -> LoadedModel:
+def load_for_inference(
+    config: ScoredModelConfig, parallel: ParallelConfig, dataset: ChunkDataset, runtime: Runtime
+) -> LoadedModel:
     """Load a checkpoint for forward passes over ``dataset``. Collective over the world.
 
     Raises:
@@ -48,14 +48,23 @@ def load_for_inference(config: ScoredModelConfig, parallel: ParallelConfig, data
     architecture = info.architecture
     layout = ParallelLayout.for_world(parallel, runtime.world_size)
     layout.check_model(
-        num_layers=architecture.num_layers, num_attention_heads=architecture.num_attention_heads,
-        num_query_groups=architecture.num_query_groups, ffn_hidden_size=architecture.ffn_hidden_size,
+        num_layers=architecture.num_layers,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        ffn_hidden_size=architecture.ffn_hidden_size,
         seq_length=dataset.seq_length,
     )
     groups = create_process_groups(layout)
     seed_everything(0, groups)  # the embedding asks for Megatron-Core's generators under sequence parallelism
-    chunks = build_model(architecture, layout, groups, precision=config.precision or info.manifest["precision"],
-                         device=runtime.device, layer_spec=config.layer_spec, max_sequence_length=dataset.seq_length)
+    chunks = build_model(
+        architecture,
+        layout,
+        groups,
+        precision=config.precision or info.manifest["precision"],
+        device=runtime.device,
+        layer_spec=config.layer_spec,
+        max_sequence_length=dataset.seq_length,
+    )
     load_weights(chunks, groups, info)
     for chunk in chunks:
         chunk.requires_grad_(False)

@@ -30,10 +30,12 @@ class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
         rows = hidden.float()
-        inverse_rms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_().div_(rows.shape[-1]).add_(eps).rsqrt_()
+        inverse_rms = (
+            torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_().div_(rows.shape[-1]).add_(eps).rsqrt_()
+        )
         ctx.save_for_backward(hidden, weight, inverse_rms)
         normalized = rows * inverse_rms
-        return (normalized.mul_(weight) if hidden.dtype == torch.float32 else normalized.to(hidden.dtype) * weight)
+        return normalized.mul_(weight) if hidden.dtype == torch.float32 else normalized.to(hidden.dtype) * weight
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:

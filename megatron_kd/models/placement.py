@@ -14,7 +14,7 @@ def global_parameter_name(model: torch.nn.Module, local_name: str) -> str:
     match = LAYER_PATTERN.match(local_name)
     if match:
         layer = model.decoder.layers[int(match.group(1))]
-        return f"decoder.layers.{layer.layer_number - 1}.{local_name[match.end():]}"
+        return f"decoder.layers.{layer.layer_number - 1}.{local_name[match.end() :]}"
     if local_name == "output_layer.weight" and model.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
     return local_name

@@ -13,10 +13,9 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.process_groups_config import ProcessGroupCollection
-
-from megatron_kd.conversion.hf_folder import HFFolder, is_hf_folder
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_kd.conversion.hf_folder import HFFolder, is_hf_folder
 from megatron_kd.data.checksums import Checksums
 from megatron_kd.data.manifest import read_manifest
 from megatron_kd.data.tokenization import load_tokenizer
@@ -81,10 +80,11 @@ def check_same_architecture(info: CheckpointInfo, architecture: ModelArchitectur
 
     Loading alone would not notice fewer layers or another RoPE base.
     """
-    faults = [f"{name} {getattr(info.architecture, name)} where {getattr(architecture, name)} is asked for"
-              for name in (field.name for field in dataclasses.fields(architecture))
-              if name not in _WITHOUT_EFFECT_ON_WEIGHTS
-              and getattr(info.architecture, name) != getattr(architecture, name)]
+    faults = [
+        f"{name} {getattr(info.architecture, name)} where {getattr(architecture, name)} is asked for"
+        for name in (field.name for field in dataclasses.fields(architecture))
+        if name not in _WITHOUT_EFFECT_ON_WEIGHTS and getattr(info.architecture, name) != getattr(architecture, name)
+    ]
     if faults:
         raise CheckpointError(f"{info.path} is of another model: {', '.join(faults)}")
 
@@ -163,7 +163,8 @@ def _open_hf_folder(path: Path) -> CheckpointInfo:
         raise CheckpointError(f"{path}: its tokenizer cannot be compared with the dataset's: {error}") from None
     dtype = folder.config.get("dtype") or folder.config.get("torch_dtype")
     manifest = {
-        "tokenizer_hash": tokenizer.info.hash, "precision": "bf16" if dtype in ("bfloat16", "float16") else "fp32",
+        "tokenizer_hash": tokenizer.info.hash,
+        "precision": "bf16" if dtype in ("bfloat16", "float16") else "fp32",
         "dataset_fingerprint": None,
     }
     return CheckpointInfo(path, folder.architecture, manifest, Checksums(), folder)

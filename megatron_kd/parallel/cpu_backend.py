@@ -13,8 +13,22 @@ from typing import Any, Callable
 
 import torch
 
-_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "as_tensor",
-              "zeros_like", "ones_like", "empty_like", "full_like")
+_FACTORIES = (
+    "tensor",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "arange",
+    "rand",
+    "randn",
+    "randint",
+    "as_tensor",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+)
 _TYPE_NAMES = {
     f"torch.{name}": f"torch.cuda.{name}" for name in ("FloatTensor", "HalfTensor", "BFloat16Tensor", "DoubleTensor")
 }
@@ -73,8 +87,11 @@ def _replace_cuda_functions() -> None:
 
 
 def _is_cuda(device: Any) -> bool:
-    return isinstance(device, str) and device.startswith("cuda") or (
-        isinstance(device, torch.device) and device.type == "cuda")
+    return (
+        isinstance(device, str)
+        and device.startswith("cuda")
+        or (isinstance(device, torch.device) and device.type == "cuda")
+    )
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

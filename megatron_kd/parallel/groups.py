@@ -27,8 +27,9 @@ GROUP_DIMENSIONS: dict[str, tuple[str, ...]] = {
 }
 
 
-def create_process_groups(layout: ParallelLayout, ranks: Sequence[int] | None = None,
-                          timeout: timedelta | None = None) -> ProcessGroupCollection:
+def create_process_groups(
+    layout: ParallelLayout, ranks: Sequence[int] | None = None, timeout: timedelta | None = None
+) -> ProcessGroupCollection:
     """Create every group that Megatron-Core asks of a dense decoder, for one model laid out over ``ranks``.
 
     Collective over the whole world: every rank calls it with the same arguments, whether or not it is in ``ranks``.
@@ -75,8 +76,9 @@ def _ensure_sequence_parallel_workspace() -> None:
         parallel_state._set_global_memory_buffer()
 
 
-def _create_embedding_group(layout: ParallelLayout, members: Sequence[int],
-                            timeout: timedelta | None) -> dist.ProcessGroup | None:
+def _create_embedding_group(
+    layout: ParallelLayout, members: Sequence[int], timeout: timedelta | None
+) -> dist.ProcessGroup | None:
     """[first, last] pipeline stage of each pipeline, which sum the gradients of tied embeddings."""
     ends = [sorted({group[0], group[-1]}) for group in layout.rank_groups("pipeline")]
     group = _enumerate_groups([[members[i] for i in end] for end in ends], timeout)

@@ -66,8 +66,12 @@ class ParallelLayout:
                 f"{tensor} x {pipeline} x {context} = {model_ranks}: start a multiple of {model_ranks} ranks"
             )
         return cls(
-            tensor=tensor, pipeline=pipeline, context=context, data=world_size // model_ranks,
-            virtual_pipeline=config.virtual_pipeline_model_parallel_size, sequence_parallel=config.sequence_parallel,
+            tensor=tensor,
+            pipeline=pipeline,
+            context=context,
+            data=world_size // model_ranks,
+            virtual_pipeline=config.virtual_pipeline_model_parallel_size,
+            sequence_parallel=config.sequence_parallel,
         )
 
     @property
@@ -91,8 +95,9 @@ class ParallelLayout:
             groups.setdefault(tuple(getattr(place, name) for name in fixed), []).append(rank)
         return sorted(groups.values())
 
-    def check_model(self, *, num_layers: int, num_attention_heads: int, num_query_groups: int, ffn_hidden_size: int,
-                    seq_length: int) -> None:
+    def check_model(
+        self, *, num_layers: int, num_attention_heads: int, num_query_groups: int, ffn_hidden_size: int, seq_length: int
+    ) -> None:
         """Raise :class:`LayoutError`, naming every part of a model that this layout does not divide."""
         chunks = self.pipeline * (self.virtual_pipeline or 1)
         needs = [

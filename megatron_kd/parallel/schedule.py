@@ -13,9 +13,17 @@ ItemT = TypeVar("ItemT")
 ForwardStep = Callable[[Iterator[ItemT], torch.nn.Module], tuple[Tensor, Callable[..., Any]]]
 
 
-def run_schedule(chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollection, forward_step: ForwardStep,
-                 items: Sequence[ItemT], *, seq_length: int, micro_batch_size: int, forward_only: bool = False,
-                 collect_non_loss_data: bool = False) -> list[Any]:
+def run_schedule(
+    chunks: Sequence[torch.nn.Module],
+    groups: ProcessGroupCollection,
+    forward_step: ForwardStep,
+    items: Sequence[ItemT],
+    *,
+    seq_length: int,
+    micro_batch_size: int,
+    forward_only: bool = False,
+    collect_non_loss_data: bool = False,
+) -> list[Any]:
     """Pass ``items`` (micro-batches) through the model's pipeline, once forward and, in training, once backward.
 
     Args:
@@ -43,20 +51,36 @@ def run_schedule(chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollecti
 
 
 @torch.no_grad()
-def forward_only(chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollection,
-                 inputs: Callable[[ItemT], tuple[Tensor, Tensor]], collect: Callable[[ItemT, Tensor], Any],
-                 items: Sequence[ItemT], *, seq_length: int, micro_batch_size: int) -> list[Any]:
+def forward_only(
+    chunks: Sequence[torch.nn.Module],
+    groups: ProcessGroupCollection,
+    inputs: Callable[[ItemT], tuple[Tensor, Tensor]],
+    collect: Callable[[ItemT, Tensor], Any],
+    items: Sequence[ItemT],
+    *,
+    seq_length: int,
+    micro_batch_size: int,
+) -> list[Any]:
     """``collect(item, hidden states)`` of every item, in order, on the last stage; empty elsewhere.
 
     Args:
         inputs: item -> (tokens [b, s], position ids [b, s]).
         collect: gets the hidden states after the final norm, [s, b, h] (this rank's slice under sequence parallelism).
     """
+
     def step(iterator: Iterator[ItemT], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         item = next(iterator)
         tokens, positions = inputs(item)
         hidden = chunk(tokens, positions, None)
         return hidden, lambda output, non_loss_data=False: collect(item, output)
 
-    return run_schedule(chunks, groups, step, items, seq_length=seq_length, micro_batch_size=micro_batch_size,
-                        forward_only=True, collect_non_loss_data=True)
+    return run_schedule(
+        chunks,
+        groups,
+        step,
+        items,
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )

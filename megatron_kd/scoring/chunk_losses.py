@@ -52,9 +52,15 @@ class HeldoutLoss:
 
 
 @torch.no_grad()
-def chunk_losses(chunks: Sequence[HiddenStateGPTModel], groups: ProcessGroupCollection, dataset: ChunkDataset, *,
-                 device: torch.device, micro_batch_size: int,
-                 on_chunks: Callable[[int], object] | None = None) -> ChunkLosses:
+def chunk_losses(
+    chunks: Sequence[HiddenStateGPTModel],
+    groups: ProcessGroupCollection,
+    dataset: ChunkDataset,
+    *,
+    device: torch.device,
+    micro_batch_size: int,
+    on_chunks: Callable[[int], object] | None = None,
+) -> ChunkLosses:
     """Losses of every chunk, equal on all ranks. Collective over the ranks that hold the model.
 
     Args:
@@ -70,11 +76,17 @@ def chunk_losses(chunks: Sequence[HiddenStateGPTModel], groups: ProcessGroupColl
     for chunk in chunks:
         chunk.eval()
     for start in range(0, len(own), MICRO_BATCHES_PER_SCHEDULE):
-        batches = [_read(dataset, m, micro_batch_size).to(device) for m in own[start:start + MICRO_BATCHES_PER_SCHEDULE]]
+        batches = [
+            _read(dataset, m, micro_batch_size).to(device) for m in own[start : start + MICRO_BATCHES_PER_SCHEDULE]
+        ]
         losses = forward_only(
-            chunks, groups, lambda batch: (batch.tokens, batch.position_ids),
-            lambda batch, hidden: _token_losses(chunks[-1], groups, batch, hidden), batches,
-            seq_length=dataset.seq_length, micro_batch_size=micro_batch_size,
+            chunks,
+            groups,
+            lambda batch: (batch.tokens, batch.position_ids),
+            lambda batch, hidden: _token_losses(chunks[-1], groups, batch, hidden),
+            batches,
+            seq_length=dataset.seq_length,
+            micro_batch_size=micro_batch_size,
         )
         if is_last_stage(groups) and groups.tp.rank() == 0:
             for batch, loss in zip(batches, losses):
@@ -87,8 +99,14 @@ def chunk_losses(chunks: Sequence[HiddenStateGPTModel], groups: ProcessGroupColl
     return ChunkLosses(table[:, 0], table[:, 1].astype(numpy.int64), table[:, 2].astype(numpy.int64))
 
 
-def heldout_loss(chunks: Sequence[HiddenStateGPTModel], groups: ProcessGroupCollection, dataset: ChunkDataset, *,
-                 device: torch.device, micro_batch_size: int) -> HeldoutLoss:
+def heldout_loss(
+    chunks: Sequence[HiddenStateGPTModel],
+    groups: ProcessGroupCollection,
+    dataset: ChunkDataset,
+    *,
+    device: torch.device,
+    micro_batch_size: int,
+) -> HeldoutLoss:
     """Totals of :func:`chunk_losses`."""
     losses = chunk_losses(chunks, groups, dataset, device=device, micro_batch_size=micro_batch_size)
     return HeldoutLoss(float(losses.nats.sum()), int(losses.tokens.sum()), int(losses.text_bytes.sum()))
@@ -107,8 +125,12 @@ def _read(dataset: ChunkDataset, index: int, size: int) -> Batch:
 def _token_losses(model: HiddenStateGPTModel, groups: ProcessGroupCollection, batch: Batch, hidden: Tensor) -> Tensor:
     """[b, s] fp32, 0 where masked."""
     result = linear_distillation_loss(
-        hidden, model.output_head(), batch.labels.transpose(0, 1).reshape(-1), batch.loss_mask.transpose(0, 1).reshape(-1),
-        tp_group=groups.tp, sequence_parallel=model.config.sequence_parallel,
+        hidden,
+        model.output_head(),
+        batch.labels.transpose(0, 1).reshape(-1),
+        batch.loss_mask.transpose(0, 1).reshape(-1),
+        tp_group=groups.tp,
+        sequence_parallel=model.config.sequence_parallel,
     )
     rows, length = batch.tokens.shape
     return result.token_lm_losses.view(length, rows).transpose(0, 1)
@@ -117,8 +139,12 @@ def _token_losses(model: HiddenStateGPTModel, groups: ProcessGroupCollection, ba
 def _fill(table: Tensor, batch: Batch, losses: Tensor, byte_lengths: Tensor, num_chunks: int) -> None:
     real = (batch.chunk_indices >= 0).cpu()
     mask = batch.loss_mask > 0
-    columns = torch.stack([
-        (losses * mask).double().sum(1).cpu(), mask.sum(1).double().cpu(),
-        (byte_lengths[batch.labels.cpu()] * mask.cpu()).sum(1).double(),
-    ], dim=1)
+    columns = torch.stack(
+        [
+            (losses * mask).double().sum(1).cpu(),
+            mask.sum(1).double().cpu(),
+            (byte_lengths[batch.labels.cpu()] * mask.cpu()).sum(1).double(),
+        ],
+        dim=1,
+    )
     table[batch.chunk_indices.cpu()[real]] = columns[real]

@@ -1,6 +1,6 @@
 """``score_corpus``: the mean negative log-likelihood per token of every chunk under a model, into a score file.
 
-    torchrun --nproc-per-node 2 tools/score_corpus.py data.path=CORPUS model.path=RUN output=SCORES
+torchrun --nproc-per-node 2 tools/score_corpus.py data.path=CORPUS model.path=RUN output=SCORES
 """
 
 import dataclasses
@@ -67,27 +67,46 @@ def mean_losses(losses: ChunkLosses) -> numpy.ndarray:
     """
     broken = numpy.flatnonzero(~numpy.isfinite(losses.nats))
     if len(broken):
-        raise DataError(f"{len(broken)} chunks have a loss that is not finite, the first is chunk {broken[0]}: "
-                        "is the model damaged?")
+        raise DataError(
+            f"{len(broken)} chunks have a loss that is not finite, the first is chunk {broken[0]}: "
+            "is the model damaged?"
+        )
     with numpy.errstate(invalid="ignore"):
         return (losses.nats / losses.tokens).astype(numpy.float32)
 
 
 def _score(config: ScoreCorpusConfig, dataset: ChunkDataset, loaded: LoadedModel, runtime: Runtime) -> ChunkLosses:
-    with tqdm(total=dataset.num_chunks, desc="score", unit="chunk", disable=not runtime.is_main, file=sys.stderr,
-              mininterval=0.5 if sys.stderr.isatty() else 10.0) as bar:
-        return chunk_losses(loaded.chunks, loaded.groups, dataset, device=runtime.device,
-                            micro_batch_size=config.micro_batch_size,
-                            on_chunks=lambda count: bar.update(min(count, bar.total - bar.n)))
+    with tqdm(
+        total=dataset.num_chunks,
+        desc="score",
+        unit="chunk",
+        disable=not runtime.is_main,
+        file=sys.stderr,
+        mininterval=0.5 if sys.stderr.isatty() else 10.0,
+    ) as bar:
+        return chunk_losses(
+            loaded.chunks,
+            loaded.groups,
+            dataset,
+            device=runtime.device,
+            micro_batch_size=config.micro_batch_size,
+            on_chunks=lambda count: bar.update(min(count, bar.total - bar.n)),
+        )
 
 
-def _write(config: ScoreCorpusConfig, dataset: ChunkDataset, loaded: LoadedModel, fingerprint: str,
-           scores: numpy.ndarray) -> None:
+def _write(
+    config: ScoreCorpusConfig, dataset: ChunkDataset, loaded: LoadedModel, fingerprint: str, scores: numpy.ndarray
+) -> None:
     write_score_file(
-        config.output, scores, dataset,
-        model={"path": str(loaded.info.path), "fingerprint": fingerprint,
-               "parameters": loaded.info.architecture.parameters,
-               "trained_on": loaded.info.manifest["dataset_fingerprint"]},
+        config.output,
+        scores,
+        dataset,
+        model={
+            "path": str(loaded.info.path),
+            "fingerprint": fingerprint,
+            "parameters": loaded.info.architecture.parameters,
+            "trained_on": loaded.info.manifest["dataset_fingerprint"],
+        },
         compute_dtype=config.model.precision or loaded.info.manifest["precision"],
         producer={"tool": "score_corpus", "config": dataclasses.asdict(config)},
     )

@@ -58,8 +58,13 @@ class ColocatedTeacher:
         self.passes += len(batches)
         rows, seq_length = batches[0].tokens.shape
         return forward_only(
-            self._chunks, self._groups, lambda batch: (batch.tokens, batch.position_ids), self._whole_sequence, batches,
-            seq_length=seq_length, micro_batch_size=rows,
+            self._chunks,
+            self._groups,
+            lambda batch: (batch.tokens, batch.position_ids),
+            self._whole_sequence,
+            batches,
+            seq_length=seq_length,
+            micro_batch_size=rows,
         )
 
     def _whole_sequence(self, _: Batch, hidden: Tensor) -> Tensor:

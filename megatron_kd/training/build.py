@@ -30,37 +30,58 @@ def open_datasets(config: TrainConfig) -> tuple[ChunkDataset, ChunkDataset | Non
     data = ChunkDataset.open(config.data.path)
     heldout = ChunkDataset.open(config.data.eval_path) if config.data.eval_path else None
     if config.data.seq_length is not None and config.data.seq_length < data.seq_length:
-        raise DataError(f"data.seq_length {config.data.seq_length} is below the {data.seq_length} of {config.data.path}: "
-                        "tokenise again with shorter chunks")
+        raise DataError(
+            f"data.seq_length {config.data.seq_length} is below the {data.seq_length} of {config.data.path}: "
+            "tokenise again with shorter chunks"
+        )
     if heldout is not None and heldout.tokenizer_hash != data.tokenizer_hash:
-        raise DataError(f"{config.data.eval_path} has tokenizer {heldout.tokenizer_hash}, "
-                        f"{config.data.path} has {data.tokenizer_hash}")
+        raise DataError(
+            f"{config.data.eval_path} has tokenizer {heldout.tokenizer_hash}, "
+            f"{config.data.path} has {data.tokenizer_hash}"
+        )
     return data, heldout
 
 
-def plan_layout(config: TrainConfig, architecture: ModelArchitecture, data: ChunkDataset,
-                runtime: Runtime) -> ParallelLayout:
+def plan_layout(
+    config: TrainConfig, architecture: ModelArchitecture, data: ChunkDataset, runtime: Runtime
+) -> ParallelLayout:
     """The layout of this world, checked against the model and the batch."""
     if architecture.vocab_size < data.vocab_size:
-        raise ConfigError(f"model.name {config.model.name} has {architecture.vocab_size} ids, the dataset's tokenizer "
-                          f"{data.vocab_size}: choose a model with a larger vocabulary")
+        raise ConfigError(
+            f"model.name {config.model.name} has {architecture.vocab_size} ids, the dataset's tokenizer "
+            f"{data.vocab_size}: choose a model with a larger vocabulary"
+        )
     layout = ParallelLayout.for_world(config.parallel, runtime.world_size)
     layout.check_model(
-        num_layers=architecture.num_layers, num_attention_heads=architecture.num_attention_heads,
-        num_query_groups=architecture.num_query_groups, ffn_hidden_size=architecture.ffn_hidden_size,
+        num_layers=architecture.num_layers,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        ffn_hidden_size=architecture.ffn_hidden_size,
         seq_length=config.data.seq_length or data.seq_length,
     )
     layout.micro_batches(config.training.global_batch_size, config.training.micro_batch_size)
     return layout
 
 
-def build_student(config: TrainConfig, architecture: ModelArchitecture, data: ChunkDataset, layout: ParallelLayout,
-                  groups: ProcessGroupCollection, runtime: Runtime) -> list[DistributedDataParallel]:
+def build_student(
+    config: TrainConfig,
+    architecture: ModelArchitecture,
+    data: ChunkDataset,
+    layout: ParallelLayout,
+    groups: ProcessGroupCollection,
+    runtime: Runtime,
+) -> list[DistributedDataParallel]:
     """The trainable model: chunks with their initial weights, wrapped in Megatron-Core's DDP."""
     seed_everything(config.training.seed, groups)
-    chunks = build_model(architecture, layout, groups, precision=config.training.precision, device=runtime.device,
-                         layer_spec=config.model.layer_spec,
-                         max_sequence_length=config.data.seq_length or data.seq_length)
+    chunks = build_model(
+        architecture,
+        layout,
+        groups,
+        precision=config.training.precision,
+        device=runtime.device,
+        layer_spec=config.model.layer_spec,
+        max_sequence_length=config.data.seq_length or data.seq_length,
+    )
     if config.model.init_from is not None:
         info = open_checkpoint(config.model.init_from)
         check_same_tokenizer(info, data)
@@ -70,12 +91,15 @@ def build_student(config: TrainConfig, architecture: ModelArchitecture, data: Ch
         for chunk in chunks:
             initialize_weights(chunk, architecture.init_std, config.training.seed)
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
-    model = [DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=i > 0, pg_collection=groups)
-             for i, chunk in enumerate(chunks)]
+    model = [
+        DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=i > 0, pg_collection=groups)
+        for i, chunk in enumerate(chunks)
+    ]
     for chunk in model:
         connect_schedule(chunk, groups)
     return model
@@ -93,8 +117,9 @@ def connect_schedule(model: DistributedDataParallel, groups: ProcessGroupCollect
         settings.no_sync_func = model.no_sync
 
 
-def build_teacher(config: TrainConfig, data: ChunkDataset, layout: ParallelLayout, groups: ProcessGroupCollection,
-                  runtime: Runtime) -> Teacher | None:
+def build_teacher(
+    config: TrainConfig, data: ChunkDataset, layout: ParallelLayout, groups: ProcessGroupCollection, runtime: Runtime
+) -> Teacher | None:
     """The teacher that the configuration asks for, with its weights; None without distillation."""
     if config.teacher.placement == "none" or config.teacher.path is None:
         return None
@@ -103,12 +128,21 @@ def build_teacher(config: TrainConfig, data: ChunkDataset, layout: ParallelLayou
     seq_length = config.data.seq_length or data.seq_length
     layout = dataclasses.replace(layout, virtual_pipeline=None)
     layout.check_model(
-        num_layers=info.architecture.num_layers, num_attention_heads=info.architecture.num_attention_heads,
-        num_query_groups=info.architecture.num_query_groups, ffn_hidden_size=info.architecture.ffn_hidden_size,
+        num_layers=info.architecture.num_layers,
+        num_attention_heads=info.architecture.num_attention_heads,
+        num_query_groups=info.architecture.num_query_groups,
+        ffn_hidden_size=info.architecture.ffn_hidden_size,
         seq_length=seq_length,
     )
-    chunks = build_model(info.architecture, layout, groups, precision=config.training.precision, device=runtime.device,
-                         layer_spec=config.model.layer_spec, max_sequence_length=seq_length)
+    chunks = build_model(
+        info.architecture,
+        layout,
+        groups,
+        precision=config.training.precision,
+        device=runtime.device,
+        layer_spec=config.model.layer_spec,
+        max_sequence_length=seq_length,
+    )
     load_weights(chunks, groups, info)
     return ColocatedTeacher(chunks, groups)
 

@@ -61,9 +61,17 @@ class Progress:
     seconds: float = 0.0
 
 
-def save_checkpoint(checkpoints: Path, progress: Progress, model: Sequence[torch.nn.Module], optimizer: ChainedOptimizer,
-                    groups: ProcessGroupCollection, *, architecture: ModelArchitecture, about: Mapping[str, Any],
-                    keep: int | None = None) -> Path:
+def save_checkpoint(
+    checkpoints: Path,
+    progress: Progress,
+    model: Sequence[torch.nn.Module],
+    optimizer: ChainedOptimizer,
+    groups: ProcessGroupCollection,
+    *,
+    architecture: ModelArchitecture,
+    about: Mapping[str, Any],
+    keep: int | None = None,
+) -> Path:
     """Write ``step_<n>`` and point ``latest`` at it. Collective over the world.
 
     Args:
@@ -79,13 +87,14 @@ def save_checkpoint(checkpoints: Path, progress: Progress, model: Sequence[torch
     with _buildingon_main_rank(final) as folder:
         failure = _save_sharded(state, folder) or on_main_rank(lambda: _describe(folder, progress, architecture, about))
         if failure is not None:
-            raise UserError(f"checkpoint {final} could not be written: {failure}")
+            raise UserError(f"checkpoint {final} could not be written: {failure}{_space_left(checkpoints)}")
     on_main_rank(lambda: _publish(checkpoints, final, keep))
     return final
 
 
-def load_checkpoint(info: CheckpointInfo, model: Sequence[torch.nn.Module], optimizer: ChainedOptimizer,
-                    groups: ProcessGroupCollection) -> Progress:
+def load_checkpoint(
+    info: CheckpointInfo, model: Sequence[torch.nn.Module], optimizer: ChainedOptimizer, groups: ProcessGroupCollection
+) -> Progress:
     """Fill model and optimizer from a checkpoint of any layout. Collective over the world.
 
     Args:
@@ -113,13 +122,15 @@ def newest_whole_checkpoint(checkpoints: Path) -> CheckpointInfo | None:
     return None if folder is None else open_checkpoint(folder)
 
 
-def training_state(model: Sequence[torch.nn.Module], optimizer: ChainedOptimizer, groups: ProcessGroupCollection, *,
-                   is_loading: bool) -> dict[str, Any]:
+def training_state(
+    model: Sequence[torch.nn.Module], optimizer: ChainedOptimizer, groups: ProcessGroupCollection, *, is_loading: bool
+) -> dict[str, Any]:
     """Megatron-Core's sharded state of DDP-wrapped chunks and their optimizer."""
     state: dict[str, Any] = {f"model{i}": sharded_weights(chunk.module, groups) for i, chunk in enumerate(model)}
     weights = dict(state) if len(model) > 1 else state["model0"]
-    state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading,
-                                                      metadata=sharding_metadata(groups))
+    state["optimizer"] = optimizer.sharded_state_dict(
+        weights, is_loading=is_loading, metadata=sharding_metadata(groups)
+    )
     return state
 
 
@@ -139,9 +150,15 @@ def load_whole_model(path: str | Path) -> tuple[HiddenStateGPTModel, CheckpointI
     info = open_checkpoint(path)
     layout = ParallelLayout.for_world(ParallelConfig(), 1)
     groups = create_process_groups(layout)
-    chunks = build_model(info.architecture, layout, groups, precision=info.manifest["precision"],
-                         device=torch.device("cpu"), layer_spec="local",
-                         max_sequence_length=info.manifest["seq_length"])
+    chunks = build_model(
+        info.architecture,
+        layout,
+        groups,
+        precision=info.manifest["precision"],
+        device=torch.device("cpu"),
+        layer_spec="local",
+        max_sequence_length=info.manifest["seq_length"],
+    )
     load_weights(chunks, groups, info)
     return chunks[0].eval(), info
 
@@ -181,21 +198,32 @@ def _save_sharded(state: dict[str, Any], folder: Path) -> str | None:
     except CheckpointException as error:  # raised on every rank, with the reasons on one of them
         failure = root_cause(error) if error.failures else _UNTOLD
     except Exception as error:  # noqa: BLE001 - torch and Megatron-Core raise a dozen types here
-        raise UserError(f"checkpoint {folder.name.split('.tmp')[0]} could not be written: {root_cause(error)}") from error
+        final, reason = folder.name.split(".tmp")[0], root_cause(error) + _space_left(folder.parent)
+        raise UserError(f"checkpoint {final} could not be written: {reason}") from error
     failures: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
     return min((text for text in failures if text), key=lambda text: text == _UNTOLD, default=None)
 
 
-def _describe(folder: Path, progress: Progress, architecture: ModelArchitecture, about: Mapping[str, Any]) -> str | None:
+def _space_left(folder: Path) -> str:
+    """A full disk is the usual reason, and newer Megatron-Cores do not say which error their writers met."""
+    return f"; is the disk full ({shutil.disk_usage(folder).free / 1e6:,.0f} MB are free)?"
+
+
+def _describe(
+    folder: Path, progress: Progress, architecture: ModelArchitecture, about: Mapping[str, Any]
+) -> str | None:
     try:
         checksums = Checksums()
         for file in sorted(folder.iterdir()):
             if not file.name.endswith(".lock"):
                 checksums.add_file(folder, file.name)
         body = {
-            "progress": dataclasses.asdict(progress), "architecture": dataclasses.asdict(architecture),
-            "format": FORMAT, "versions": versions(), **about,
+            "progress": dataclasses.asdict(progress),
+            "architecture": dataclasses.asdict(architecture),
+            "format": FORMAT,
+            "versions": versions(),
+            **about,
         }
         write_manifest(folder, CHECKPOINT_KIND, json.loads(json.dumps(body)), checksums)
     except OSError as error:

@@ -39,8 +39,14 @@ class TrainingConfig:
 
     def validate(self) -> Iterator[str]:
         """Faults in the values, one message each."""
-        for name in ("train_iters", "global_batch_size", "micro_batch_size", "eval_interval", "save_interval",
-                     "keep_checkpoints"):
+        for name in (
+            "train_iters",
+            "global_batch_size",
+            "micro_batch_size",
+            "eval_interval",
+            "save_interval",
+            "keep_checkpoints",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"'training.{name}' must be at least 1, not {value}"
@@ -65,7 +71,7 @@ class TrainConfig:
         if self.distillation.method != "none" and self.teacher.placement == "none":
             yield f"'distillation.method' {self.distillation.method} needs 'teacher.placement' (colocated) and its path"
         if self.distillation.method == "none" and self.teacher.placement != "none":
-            yield f"'teacher.placement' is {self.teacher.placement}, but 'distillation.method' none does not use a teacher"
+            yield f"'teacher.placement' is {self.teacher.placement}, but 'distillation.method' none uses no teacher"
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
             own, student = getattr(self.teacher, name), getattr(self.parallel, name)
             if own is not None and own != student:

@@ -52,16 +52,24 @@ def build_objective(config: DistillationConfig) -> DistillationObjective:
     if config.method == "none":
         return DistillationObjective(lm_weight=1.0, kd_weight=0.0)
     return DistillationObjective(
-        lm_weight=1.0 - config.kd_ratio, kd_weight=config.kd_ratio, temperature=config.temperature,
+        lm_weight=1.0 - config.kd_ratio,
+        kd_weight=config.kd_ratio,
+        temperature=config.temperature,
         divergence=divergence_from_config(config.divergence, beta=config.beta, skew_alpha=config.skew_alpha),
     )
 
 
 class MicroBatchLoss:
-    """Megatron-Core's ``forward_step_func``: a micro-batch through the student, its loss with the teacher's knowledge."""
+    """Megatron-Core's ``forward_step_func``: a micro-batch through the student, its loss with a teacher's knowledge."""
 
-    def __init__(self, objective: DistillationObjective, teacher: Teacher | None, groups: ProcessGroupCollection,
-                 reduction: LossReduction, unwrap: Callable[[torch.nn.Module], HiddenStateGPTModel]):
+    def __init__(
+        self,
+        objective: DistillationObjective,
+        teacher: Teacher | None,
+        groups: ProcessGroupCollection,
+        reduction: LossReduction,
+        unwrap: Callable[[torch.nn.Module], HiddenStateGPTModel],
+    ):
         self._objective = objective
         self._teacher = teacher
         self._groups = groups
@@ -78,14 +86,25 @@ class MicroBatchLoss:
         def loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             weights, count = token_weights(batch, self._reduction)
             result = linear_distillation_loss(
-                output, model.output_head(), sequence_major(batch.labels), weights, self._objective, knowledge,
-                tp_group=self._groups.tp, sequence_parallel=model.config.sequence_parallel,
+                output,
+                model.output_head(),
+                sequence_major(batch.labels),
+                weights,
+                self._objective,
+                knowledge,
+                tp_group=self._groups.tp,
+                sequence_parallel=model.config.sequence_parallel,
             )
-            sums = torch.stack([
-                result.loss_sum.detach(), result.lm_sum, _or_zero(result.kd_sum, result.lm_sum),
-                _or_zero(result.teacher_entropy_sum, result.lm_sum), result.token_count.float(),
-                _sequences(batch).float(),
-            ])
+            sums = torch.stack(
+                [
+                    result.loss_sum.detach(),
+                    result.lm_sum,
+                    _or_zero(result.kd_sum, result.lm_sum),
+                    _or_zero(result.teacher_entropy_sum, result.lm_sum),
+                    result.token_count.float(),
+                    _sequences(batch).float(),
+                ]
+            )
             return result.loss_sum, count.int(), {"sums": sums}
 
         return hidden, loss

@@ -60,18 +60,28 @@ def learning_rate(step: int, config: OptimizerConfig, train_iters: int) -> float
     return low + 0.5 * (config.lr - low) * (1.0 + math.cos(math.pi * min(1.0, done)))
 
 
-def build_optimizer(config: OptimizerConfig, model: Sequence[torch.nn.Module], groups: ProcessGroupCollection, *,
-                    bf16: bool) -> ChainedOptimizer:
+def build_optimizer(
+    config: OptimizerConfig, model: Sequence[torch.nn.Module], groups: ProcessGroupCollection, *, bf16: bool
+) -> ChainedOptimizer:
     """Megatron-Core's distributed optimizer over DDP-wrapped model chunks; fp32 master weights under bf16."""
     settings = MegatronOptimizerConfig(
-        optimizer="adam", lr=config.lr, min_lr=0.0, weight_decay=config.weight_decay,
-        adam_beta1=config.adam_beta1, adam_beta2=config.adam_beta2, adam_eps=config.adam_eps,
-        clip_grad=config.clip_grad, bf16=bf16, params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=True, overlap_param_gather=model[0].ddp_config.overlap_param_gather,
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=0.0,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=config.adam_eps,
+        clip_grad=config.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=True,
+        overlap_param_gather=model[0].ddp_config.overlap_param_gather,
     )
     overrides = {} if config.weight_decay_on_norms_and_biases else None
-    optimizer = get_megatron_optimizer(settings, list(model), config_overrides=overrides,
-                                       use_gloo_process_groups=False, pg_collection=groups)
+    optimizer = get_megatron_optimizer(
+        settings, list(model), config_overrides=overrides, use_gloo_process_groups=False, pg_collection=groups
+    )
     for group in optimizer.param_groups:  # Megatron-Core leaves this to its own scheduler, which is not used here
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
     for part in optimizer.chained_optimizers:

@@ -36,11 +36,18 @@ def run(config: TrainConfig) -> Path:
         folder = prepare_run_folder(config)
         progress = load_checkpoint(start, model, optimizer, groups) if start else Progress()
         step = TrainStep(
-            model=model, optimizer=optimizer, groups=groups, teacher=teacher, reduction=config.training.loss_reduction,
+            model=model,
+            optimizer=optimizer,
+            groups=groups,
+            teacher=teacher,
+            reduction=config.training.loss_reduction,
             clip_grad=config.optimizer.clip_grad,
-            micro_batch_loss=MicroBatchLoss(build_objective(config.distillation), teacher, groups,
-                                            config.training.loss_reduction, unwrap),
+            micro_batch_loss=MicroBatchLoss(
+                build_objective(config.distillation), teacher, groups, config.training.loss_reduction, unwrap
+            ),
         )
         announce(config, architecture, layout, model, data, runtime, progress)
-        Trainer(config, runtime, folder, data, heldout, architecture, layout, groups, model, optimizer, step).run(progress)
+        Trainer(config, runtime, folder, data, heldout, architecture, layout, groups, model, optimizer, step).run(
+            progress
+        )
         return folder

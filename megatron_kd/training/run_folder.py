@@ -19,16 +19,17 @@ from megatron_kd.parallel.runtime import Runtime
 from megatron_kd.training.checkpoint import Progress, newest_whole_checkpoint
 from megatron_kd.training.config import TrainConfig
 
-
 _SAME_TRAINING_KEYS = ("seed", "global_batch_size")
 
 
-def checkpoint_to_resume(config: TrainConfig, architecture: ModelArchitecture, data: ChunkDataset) -> CheckpointInfo | None:
+def checkpoint_to_resume(
+    config: TrainConfig, architecture: ModelArchitecture, data: ChunkDataset
+) -> CheckpointInfo | None:
     """The checkpoint from which the run folder goes on; None where it starts. Collective over the world.
 
     Raises:
         ConfigError: ``output`` is something else than a folder.
-        CheckpointError: the run was made with another dataset, order, batch size or model, or every checkpoint is damaged.
+        CheckpointError: the run was made with another dataset, order, batch size or model, or all are damaged.
     """
     folder = Path(config.output)
     if folder.exists() and not folder.is_dir():
@@ -37,14 +38,19 @@ def checkpoint_to_resume(config: TrainConfig, architecture: ModelArchitecture, d
     if info is None:
         return None
     before = info.manifest["config"]
-    pairs = [("dataset", info.manifest["dataset_fingerprint"], data.fingerprint),
-             ("data.shuffle", before["data"]["shuffle"], config.data.shuffle),
-             ("sequence length", info.manifest["seq_length"], config.data.seq_length or data.seq_length)]
-    pairs += [(f"training.{name}", before["training"][name], getattr(config.training, name))
-              for name in _SAME_TRAINING_KEYS]
+    pairs = [
+        ("dataset", info.manifest["dataset_fingerprint"], data.fingerprint),
+        ("data.shuffle", before["data"]["shuffle"], config.data.shuffle),
+        ("sequence length", info.manifest["seq_length"], config.data.seq_length or data.seq_length),
+    ]
+    pairs += [
+        (f"training.{name}", before["training"][name], getattr(config.training, name)) for name in _SAME_TRAINING_KEYS
+    ]
     faults = [f"{name} {had} where {asked} is asked for" for name, had, asked in pairs if had != asked]
     if faults:
-        raise CheckpointError(f"{info.path} was made with {', '.join(faults)}: choose another output or the same settings")
+        raise CheckpointError(
+            f"{info.path} was made with {', '.join(faults)}: choose another output or the same settings"
+        )
     check_same_architecture(info, architecture)
     return info
 
@@ -64,8 +70,15 @@ def prepare_run_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def announce(config: TrainConfig, architecture: ModelArchitecture, layout: ParallelLayout,
-             model: list[DistributedDataParallel], data: ChunkDataset, runtime: Runtime, progress: Progress) -> None:
+def announce(
+    config: TrainConfig,
+    architecture: ModelArchitecture,
+    layout: ParallelLayout,
+    model: list[DistributedDataParallel],
+    data: ChunkDataset,
+    runtime: Runtime,
+    progress: Progress,
+) -> None:
     """One line at the start: what is trained on what, and which accelerated parts are in use."""
     if not runtime.is_main:
         return
@@ -73,7 +86,8 @@ def announce(config: TrainConfig, architecture: ModelArchitecture, layout: Paral
     start = f", resumed at step {progress.step}" if progress.step else ""
     teacher = f", teacher {config.teacher.placement} {config.teacher.path}" if config.teacher.path else ""
     sys.stderr.write(
-        f"train: {config.model.name} ({architecture.parameters:,} parameters, {parameter_count(model):,} on this rank), "
+        f"train: {config.model.name} ({architecture.parameters:,} parameters, "
+        f"{parameter_count(model):,} on this rank), "
         f"{layout.describe()} on {runtime.device.type}, {spec} layers, {config.training.precision}, "
         f"{data.num_chunks:,} chunks{teacher}{start}\n"
     )

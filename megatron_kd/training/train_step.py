@@ -51,8 +51,9 @@ class TrainStep:
         if self.teacher is not None:
             self.teacher.begin_step(batches)
         rows, seq_length = batches[0].tokens.shape
-        reports = run_schedule(self.model, self.groups, self.micro_batch_loss, batches,
-                               seq_length=seq_length, micro_batch_size=rows)
+        reports = run_schedule(
+            self.model, self.groups, self.micro_batch_loss, batches, seq_length=seq_length, micro_batch_size=rows
+        )
         result = self._finish(self._reduce(reports))
         set_learning_rate(self.optimizer, learning_rate)
         clipped_step(self.optimizer, result.grad_norm, self.clip_grad)
@@ -77,8 +78,12 @@ class TrainStep:
         self.optimizer.prepare_grads()
         gradient_norm = float(self.optimizer.get_grad_norm())
         result = StepResult(
-            loss=sums["loss"] / count, lm_loss=sums["lm"] / count, kd_loss=sums["kd"] / count,
-            teacher_entropy=sums["teacher_entropy"] / count, grad_norm=gradient_norm, tokens=int(sums["tokens"]),
+            loss=sums["loss"] / count,
+            lm_loss=sums["lm"] / count,
+            kd_loss=sums["kd"] / count,
+            teacher_entropy=sums["teacher_entropy"] / count,
+            grad_norm=gradient_norm,
+            tokens=int(sums["tokens"]),
         )
         if not (math.isfinite(result.loss) and math.isfinite(gradient_norm)):
             raise NonFiniteLossError(f"loss {result.loss} with gradient norm {gradient_norm} is not finite")

@@ -31,10 +31,20 @@ from megatron_kd.training.train_step import StepResult, TrainStep
 class Trainer:
     """The loop: batches in order, steps, metrics, evaluation, checkpoints."""
 
-    def __init__(self, config: TrainConfig, runtime: Runtime, folder: Path, data: ChunkDataset,
-                 heldout: ChunkDataset | None, architecture: ModelArchitecture, layout: ParallelLayout,
-                 groups: ProcessGroupCollection, model: list[DistributedDataParallel], optimizer: ChainedOptimizer,
-                 step: TrainStep):
+    def __init__(
+        self,
+        config: TrainConfig,
+        runtime: Runtime,
+        folder: Path,
+        data: ChunkDataset,
+        heldout: ChunkDataset | None,
+        architecture: ModelArchitecture,
+        layout: ParallelLayout,
+        groups: ProcessGroupCollection,
+        model: list[DistributedDataParallel],
+        optimizer: ChainedOptimizer,
+        step: TrainStep,
+    ):
         self.config, self.runtime, self.folder = config, runtime, folder
         self.data, self.heldout = data, heldout
         self.architecture, self.layout, self.groups = architecture, layout, groups
@@ -48,11 +58,12 @@ class Trainer:
 
     def run(self, progress: Progress) -> None:
         """Train from ``progress`` to the end."""
-        settings = self.config.training
-        tracker = RunTracker(self.folder, settings.train_iters, progress.step, self.runtime.is_main,
-                             self.config.model.name)
+        settings, first_step = self.config.training, progress.step
+        tracker = RunTracker(
+            self.folder, settings.train_iters, progress.step, self.runtime.is_main, self.config.model.name
+        )
         try:
-            for batches in prefetch(lambda: self._batches(progress.step), depth=2):
+            for batches in prefetch(lambda: self._batches(first_step), depth=2):
                 progress = self._train_one(batches, progress, tracker)
                 if _is_due(progress.step, settings.eval_interval, settings.train_iters):
                     self._evaluate(progress, tracker)
@@ -79,11 +90,19 @@ class Trainer:
         settings = self.config.training
         positions = settings.global_batch_size * self._seq_length
         return {
-            "step": progress.step, "tokens": progress.tokens, "loss": result.loss, "lm_loss": result.lm_loss,
-            "kd_loss": result.kd_loss, "teacher_entropy": result.teacher_entropy, "grad_norm": result.grad_norm,
-            "learning_rate": rate, "step_seconds": seconds, "tokens_per_second": positions / seconds,
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "loss": result.loss,
+            "lm_loss": result.lm_loss,
+            "kd_loss": result.kd_loss,
+            "teacher_entropy": result.teacher_entropy,
+            "grad_norm": result.grad_norm,
+            "learning_rate": rate,
+            "step_seconds": seconds,
+            "tokens_per_second": positions / seconds,
             "tflops_per_second": self.flops_per_token * positions / seconds / 1e12,
-            "train_flops": self.flops_per_token * positions * progress.step, "seconds": progress.seconds,
+            "train_flops": self.flops_per_token * positions * progress.step,
+            "seconds": progress.seconds,
         }
 
     def _evaluate(self, progress: Progress, tracker: RunTracker) -> None:
@@ -91,14 +110,24 @@ class Trainer:
             return
         self._gather_parameters()
         chunks = [unwrap(chunk) for chunk in self.model]
-        totals = heldout_loss(chunks, self.groups, self.heldout, device=self.runtime.device,
-                              micro_batch_size=self.config.training.micro_batch_size)
+        totals = heldout_loss(
+            chunks,
+            self.groups,
+            self.heldout,
+            device=self.runtime.device,
+            micro_batch_size=self.config.training.micro_batch_size,
+        )
         positions = self.config.training.global_batch_size * self._seq_length
-        tracker.evaluation({
-            "step": progress.step, "tokens": progress.tokens, "eval_loss": totals.loss,
-            "bits_per_byte": totals.bits_per_byte, "eval_tokens": totals.tokens,
-            "train_flops": self.flops_per_token * positions * progress.step,
-        })
+        tracker.evaluation(
+            {
+                "step": progress.step,
+                "tokens": progress.tokens,
+                "eval_loss": totals.loss,
+                "bits_per_byte": totals.bits_per_byte,
+                "eval_tokens": totals.tokens,
+                "train_flops": self.flops_per_token * positions * progress.step,
+            }
+        )
 
     def _gather_parameters(self) -> None:
         """Under overlapped gathering a rank has only its own part of the update until the next forward pass."""
@@ -109,21 +138,32 @@ class Trainer:
     def _save(self, progress: Progress) -> None:
         self._gather_parameters()
         save_checkpoint(
-            self.folder / "checkpoints", progress, self.model, self.optimizer, self.groups,
-            architecture=self.architecture, keep=self.config.training.keep_checkpoints,
+            self.folder / "checkpoints",
+            progress,
+            self.model,
+            self.optimizer,
+            self.groups,
+            architecture=self.architecture,
+            keep=self.config.training.keep_checkpoints,
             about={
-                "tokenizer_hash": self.data.tokenizer_hash, "tokenizer_path": str(self.data.tokenizer_path.absolute()),
-                "eos_id": self.data.eos_id, "dataset_fingerprint": self.data.fingerprint, "dataset_path": self.config.data.path,
-                "seq_length": self._seq_length, "precision": self.config.training.precision,
-                "layout": as_mapping(self.layout), "config": dataclasses.asdict(self.config),
+                "tokenizer_hash": self.data.tokenizer_hash,
+                "tokenizer_path": str(self.data.tokenizer_path.absolute()),
+                "eos_id": self.data.eos_id,
+                "dataset_fingerprint": self.data.fingerprint,
+                "dataset_path": self.config.data.path,
+                "seq_length": self._seq_length,
+                "precision": self.config.training.precision,
+                "layout": as_mapping(self.layout),
+                "config": dataclasses.asdict(self.config),
             },
         )
 
     def _batches(self, first_step: int) -> Iterator[list[Batch]]:
         settings = self.config.training
         for step in range(first_step, settings.train_iters):
-            rows = self.schedule.micro_batches(step, self.groups.dp.rank(), self.groups.dp.size(),
-                                               settings.micro_batch_size)
+            rows = self.schedule.micro_batches(
+                step, self.groups.dp.rank(), self.groups.dp.size(), settings.micro_batch_size
+            )
             yield [make_batch(self.data, indices, self._seq_length) for indices in rows]
 
     @property

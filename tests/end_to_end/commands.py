@@ -23,8 +23,11 @@ class Finished:
     @property
     def lines(self) -> list[str]:
         """Lines on stderr without a progress bar's and torchrun's own."""
-        return [line for line in self.stderr.replace("\r", "\n").splitlines()
-                if line.strip() and "step/s]" not in line and not line.startswith(("E1", "W1", "I1", "E0", "W0"))]
+        return [
+            line
+            for line in self.stderr.replace("\r", "\n").splitlines()
+            if line.strip() and "step/s" not in line and not line.startswith(("E1", "W1", "I1", "E0", "W0"))
+        ]
 
 
 def environment() -> dict[str, str]:
@@ -37,12 +40,26 @@ def start(verb: str, *arguments: str, ranks: int = 1, program: Path | None = Non
     """Start ``tools/<verb>.py``, under torchrun for more than one rank, in a session of its own."""
     script = str(program or REPOSITORY / "tools" / f"{verb}.py")
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.Popen([sys.executable, *launcher, script, *arguments], cwd=REPOSITORY, env=environment(),
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
+    return subprocess.Popen(
+        [sys.executable, *launcher, script, *arguments],
+        cwd=REPOSITORY,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
 
 
-def run(verb: str, *arguments: str, ranks: int = 1, timeout: float = 240, program: Path | None = None,
-        before: Callable[[], None] | None = None) -> Finished:
+def run(
+    verb: str,
+    *arguments: str,
+    ranks: int = 1,
+    timeout: float = 240,
+    program: Path | None = None,
+    before: Callable[[], None] | None = None,
+) -> Finished:
     """Run a tool to its end; ``before`` is called in the child before it starts."""
     process = start(verb, *arguments, ranks=ranks, program=program, preexec_fn=before)
     try:

@@ -16,7 +16,14 @@ def dataset(tmp_path_factory):
 def teacher(dataset, tmp_path_factory):
     """The run folder of a teacher with two checkpoints."""
     folder = tmp_path_factory.mktemp("teacher") / "run"
-    ended = run("train", f"data.path={dataset.path}", f"output={folder}", *SMALL, "training.train_iters=4",
-                "training.save_interval=2", "training.seed=77")
+    ended = run(
+        "train",
+        f"data.path={dataset.path}",
+        f"output={folder}",
+        *SMALL,
+        "training.train_iters=4",
+        "training.save_interval=2",
+        "training.seed=77",
+    )
     assert ended.status == 0, ended.stderr
     return folder

@@ -27,16 +27,27 @@ def refused(capfd, verb, *arguments):
 
 CASES = {
     "unknown key": (["trainin.seed=3"], r"unknown key 'trainin'"),
-    "unknown key below": (["training.train_iter=3"], r"unknown key 'training.train_iter' (did you mean 'training.train_iters'?)"),
+    "unknown key below": (
+        ["training.train_iter=3"],
+        r"unknown key 'training.train_iter' (did you mean 'training.train_iters'?)",
+    ),
     "wrong type": (["training.train_iters=many"], "'training.train_iters' must be of type int, not 'many'"),
     "wrong choice": (["training.precision=fp8"], "'training.precision' must be one of fp32, bf16"),
     "unknown model": (["model.name=qwen_toy"], "'model.name' is 'qwen_toy', not one of"),
-    "world by TP": (["parallel.tensor_model_parallel_size=2"], "1 ranks do not divide into tensor x pipeline x context"),
-    "batch by micro-batch": (["training.global_batch_size=9", "training.micro_batch_size=2"],
-                             "training.global_batch_size 9 does not divide by training.micro_batch_size 2"),
+    "world by TP": (
+        ["parallel.tensor_model_parallel_size=2"],
+        "1 ranks do not divide into tensor x pipeline x context",
+    ),
+    "batch by micro-batch": (
+        ["training.global_batch_size=9", "training.micro_batch_size=2"],
+        "training.global_batch_size 9 does not divide by training.micro_batch_size 2",
+    ),
     "missing dataset": (["data.path=/nowhere/data"], "/nowhere/data: no such folder"),
     "missing held-out dataset": (["data.eval_path=/nowhere/data"], "/nowhere/data: no such folder"),
-    "short sequences": ([f"data.seq_length={SEQ_LENGTH - 1}"], f"data.seq_length {SEQ_LENGTH - 1} is below the {SEQ_LENGTH}"),
+    "short sequences": (
+        [f"data.seq_length={SEQ_LENGTH - 1}"],
+        f"data.seq_length {SEQ_LENGTH - 1} is below the {SEQ_LENGTH}",
+    ),
     "missing teacher": ([*KD, "teacher.path=/nowhere/run"], "/nowhere/run: no such checkpoint or run folder"),
     "no teacher": (["distillation.method=vanilla_kd"], "needs 'teacher.placement'"),
     "missing start": (["model.init_from=/nowhere/run"], "/nowhere/run: no such checkpoint or run folder"),
@@ -57,12 +68,21 @@ def test_another_tokenizer(dataset, teacher, tmp_path, capfd):
     from megatron_kd.data.chunk_dataset import write_chunk_dataset
     from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 
-    other = write_chunk_dataset(tmp_path / "other", ([1] * 33 for _ in range(16)), plain_tokenizer_info(200, 0), SEQ_LENGTH)
+    other = write_chunk_dataset(
+        tmp_path / "other", ([1] * 33 for _ in range(16)), plain_tokenizer_info(200, 0), SEQ_LENGTH
+    )
     data = [f"data.path={other.path}", f"output={tmp_path / 'run'}"]
     for arguments in ([*KD, f"teacher.path={teacher}"], [f"model.init_from={teacher}"]):
         said = refused(capfd, "train", *data, *SMALL, *arguments)
         assert "was trained with tokenizer plain-300-0, but the dataset" in said and "plain-200-0" in said
-    said = refused(capfd, "train", f"data.path={dataset.path}", f"data.eval_path={other.path}", f"output={tmp_path / 'run'}", *SMALL)
+    said = refused(
+        capfd,
+        "train",
+        f"data.path={dataset.path}",
+        f"data.eval_path={other.path}",
+        f"output={tmp_path / 'run'}",
+        *SMALL,
+    )
     assert "has tokenizer plain-200-0" in said
     for verb, keys in (("evaluate", []), ("score_corpus", [f"output={tmp_path / 'scores'}"])):
         assert "plain-200-0" in refused(capfd, verb, f"data.path={other.path}", f"model.path={teacher}", *keys)
@@ -70,8 +90,15 @@ def test_another_tokenizer(dataset, teacher, tmp_path, capfd):
 
 
 def test_another_architecture_to_start_from(dataset, teacher, tmp_path, capfd):
-    said = refused(capfd, "train", f"data.path={dataset.path}", f"output={tmp_path / 'run'}", *SMALL,
-                   "model.name=qwen_toy_student", f"model.init_from={teacher}")
+    said = refused(
+        capfd,
+        "train",
+        f"data.path={dataset.path}",
+        f"output={tmp_path / 'run'}",
+        *SMALL,
+        "model.name=qwen_toy_student",
+        f"model.init_from={teacher}",
+    )
     assert "is of another model: num_layers 2 where 4 is asked for" in said
     assert not (tmp_path / "run").exists()
 
@@ -82,10 +109,12 @@ def test_a_damaged_checkpoint(dataset, teacher, tmp_path, capfd):
     largest = max(newest.iterdir(), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-7])
     data = f"data.path={dataset.path}"
-    for verb, arguments in (("train", [*SMALL, *KD, f"teacher.path={copy}", f"output={tmp_path / 'run'}"]),
-                            ("train", [*SMALL, f"model.init_from={copy}", f"output={tmp_path / 'run'}"]),
-                            ("evaluate", [f"model.path={copy}"]),
-                            ("score_corpus", [f"model.path={copy}", f"output={tmp_path / 'run'}"])):
+    for verb, arguments in (
+        ("train", [*SMALL, *KD, f"teacher.path={copy}", f"output={tmp_path / 'run'}"]),
+        ("train", [*SMALL, f"model.init_from={copy}", f"output={tmp_path / 'run'}"]),
+        ("evaluate", [f"model.path={copy}"]),
+        ("score_corpus", [f"model.path={copy}", f"output={tmp_path / 'run'}"]),
+    ):
         said = refused(capfd, verb, data, *arguments)
         assert "is damaged" in said and largest.name in said
     assert not (tmp_path / "run").exists()
@@ -95,9 +124,11 @@ def test_going_on_with_another_dataset_seed_or_model_changes_nothing(dataset, te
     copy = shutil.copytree(teacher, tmp_path / "copy")
     files = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     other = make_dataset(tmp_path / "other", seed=9)
-    for keys, message in (([f"data.path={other.path}"], "was made with dataset"),
-                          (["training.seed=3"], "training.seed 77 where 3 is asked for"),
-                          (["model.name=qwen_toy_untied"], "is of another model")):
+    for keys, message in (
+        ([f"data.path={other.path}"], "was made with dataset"),
+        (["training.seed=3"], "training.seed 77 where 3 is asked for"),
+        (["model.name=qwen_toy_untied"], "is of another model"),
+    ):
         said = refused(capfd, "train", f"data.path={dataset.path}", f"output={copy}", *SMALL, "training.seed=77", *keys)
         assert message in said
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == files
@@ -113,8 +144,18 @@ def test_output_that_is_a_file(dataset, tmp_path, capfd):
 def test_a_loss_that_is_not_finite_names_step_and_chunks(dataset, tmp_path, capfd):
     output = tmp_path / "run"
     with pytest.raises(SystemExit) as ended:
-        main("train", [f"data.path={dataset.path}", f"output={output}", *SMALL, "training.train_iters=6",
-                       "training.save_interval=1", "optimizer.lr=1e30", "optimizer.lr_warmup_iters=2"])
+        main(
+            "train",
+            [
+                f"data.path={dataset.path}",
+                f"output={output}",
+                *SMALL,
+                "training.train_iters=6",
+                "training.save_interval=1",
+                "optimizer.lr=1e30",
+                "optimizer.lr_warmup_iters=2",
+            ],
+        )
     said = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if "is not finite" in line]
     assert ended.value.code == 2 and len(said) == 1
     step = len((output / "metrics.jsonl").read_text().splitlines())
@@ -126,10 +167,21 @@ def test_a_loss_that_is_not_finite_names_step_and_chunks(dataset, tmp_path, capf
     assert info.path.name == f"step_{step}"
 
 
-@pytest.mark.parametrize(("ranks", "arguments", "message"), [
-    (2, ["parallel.tensor_model_parallel_size=2", "model.name=qwen_toy_untied", "training.train_iter=3"], "unknown key"),
-    (3, ["parallel.tensor_model_parallel_size=3"], "attention heads 4 do not divide by tensor_model_parallel_size 3"),
-])
+@pytest.mark.parametrize(
+    ("ranks", "arguments", "message"),
+    [
+        (
+            2,
+            ["parallel.tensor_model_parallel_size=2", "model.name=qwen_toy_untied", "training.train_iter=3"],
+            "unknown key",
+        ),
+        (
+            3,
+            ["parallel.tensor_model_parallel_size=3"],
+            "attention heads 4 do not divide by tensor_model_parallel_size 3",
+        ),
+    ],
+)
 def test_several_ranks_say_one_line(ranks, arguments, message, dataset, tmp_path):
     output = tmp_path / "run"
     ended = run("train", f"data.path={dataset.path}", f"output={output}", *SMALL, *arguments, ranks=ranks)
@@ -140,8 +192,14 @@ def test_several_ranks_say_one_line(ranks, arguments, message, dataset, tmp_path
 
 
 def test_layers_that_do_not_divide_by_stages_and_a_real_process(dataset, tmp_path):
-    ended = run("train", f"data.path={dataset.path}", f"output={tmp_path / 'run'}", "model.name=qwen_toy_student",
-                "training.global_batch_size=6", "training.micro_batch_size=4")
+    ended = run(
+        "train",
+        f"data.path={dataset.path}",
+        f"output={tmp_path / 'run'}",
+        "model.name=qwen_toy_student",
+        "training.global_batch_size=6",
+        "training.micro_batch_size=4",
+    )
     assert ended.status == 2 and ended.stdout == "" and len(ended.stderr.splitlines()) == 1, ended.stderr
     assert "training.global_batch_size 6 does not divide" in ended.stderr
 

@@ -21,8 +21,14 @@ DETERMINED = ("step", "tokens", "loss", "lm_loss", "kd_loss", "grad_norm", "lear
 
 
 def settings(objective, dataset, teacher, folder):
-    keys = [f"data.path={dataset.path}", f"output={folder}", *SMALL, f"training.train_iters={STEPS}",
-            "training.save_interval=2", "optimizer.lr_warmup_iters=2"]
+    keys = [
+        f"data.path={dataset.path}",
+        f"output={folder}",
+        *SMALL,
+        f"training.train_iters={STEPS}",
+        "training.save_interval=2",
+        "optimizer.lr_warmup_iters=2",
+    ]
     if objective == "vanilla_kd":
         keys += ["distillation.method=vanilla_kd", "teacher.placement=colocated", f"teacher.path={teacher}"]
     return keys

@@ -18,8 +18,16 @@ from megatron_kd.training.build import build_student
 from megatron_kd.training.config import TrainConfig
 from megatron_kd.training.optimizer import build_optimizer
 
-TINY = ModelArchitecture(num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
-                         vocab_size=300, rope_theta=10_000.0, init_std=0.2)
+TINY = ModelArchitecture(
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_query_groups=2,
+    vocab_size=300,
+    rope_theta=10_000.0,
+    init_std=0.2,
+)
 
 
 def one_rank_groups() -> ProcessGroupCollection:
@@ -29,16 +37,27 @@ def one_rank_groups() -> ProcessGroupCollection:
 
 def tiny_model(architecture: ModelArchitecture = TINY, seed: int = 1, precision: str = "fp32") -> HiddenStateGPTModel:
     """An initialised model; inside ``distributed_runtime``."""
-    model, = build_model(architecture, ParallelLayout.for_world(ParallelConfig(), 1), one_rank_groups(),
-                         precision=precision, device=torch.device("cpu"), max_sequence_length=64)
+    (model,) = build_model(
+        architecture,
+        ParallelLayout.for_world(ParallelConfig(), 1),
+        one_rank_groups(),
+        precision=precision,
+        device=torch.device("cpu"),
+        max_sequence_length=64,
+    )
     initialize_weights(model, architecture.init_std, seed)
     return model
 
 
 def train_config(dataset: ChunkDataset, output: Path | str = "unused", **keys: Any) -> TrainConfig:
     """A configuration of the smallest named model; ``keys`` are top-level sections."""
-    tree = {"data": {"path": str(dataset.path)}, "output": str(output), "model": {"name": "qwen_toy_reference"},
-            "training": {"global_batch_size": 4, "micro_batch_size": 4, "train_iters": 4}, **keys}
+    tree = {
+        "data": {"path": str(dataset.path)},
+        "output": str(output),
+        "model": {"name": "qwen_toy_reference"},
+        "training": {"global_batch_size": 4, "micro_batch_size": 4, "train_iters": 4},
+        **keys,
+    }
     return from_mapping(TrainConfig, tree, "test")
 
 
@@ -46,8 +65,9 @@ class TrainingParts:
     """What a checkpoint is made of: architecture, layout, groups, DDP-wrapped model, optimizer."""
 
     def __init__(self, dataset: ChunkDataset, runtime: Runtime, seed: int = 10, precision: str = "fp32") -> None:
-        self.config = train_config(dataset, training={"seed": seed, "global_batch_size": 4, "micro_batch_size": 4,
-                                                      "precision": precision})
+        self.config = train_config(
+            dataset, training={"seed": seed, "global_batch_size": 4, "micro_batch_size": 4, "precision": precision}
+        )
         self.architecture = architecture_by_name(self.config.model.name).with_vocab_size(dataset.vocab_size)
         self.layout = ParallelLayout.for_world(ParallelConfig(), 1)
         self.groups = create_process_groups(self.layout)

@@ -31,7 +31,9 @@ def build_here(keys: dict[str, Any], tied: bool, change: tuple[str, tuple[int, .
     layout = ParallelLayout.for_world(ParallelConfig(**keys), world)
     groups = create_process_groups(layout)
     architecture = dataclasses.replace(ARCHITECTURE, tie_word_embeddings=tied)
-    chunks = build_model(architecture, layout, groups, precision="fp32", device=torch.device("cpu"), max_sequence_length=32)
+    chunks = build_model(
+        architecture, layout, groups, precision="fp32", device=torch.device("cpu"), max_sequence_length=32
+    )
     parts = []
     for chunk in chunks:
         initialize_weights(chunk, architecture.init_std, seed=1)

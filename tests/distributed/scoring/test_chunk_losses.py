@@ -19,10 +19,12 @@ from tests.distributed.training.runs import call_verb, make_dataset, train_in_ra
 from tests.reference.naive_scores import naive_chunk_losses
 from tests.reference.one_rank import TINY
 
-LAYOUTS = {"TP2": {"tensor_model_parallel_size": 2},
-           "TP2 SP": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-           "PP2": {"pipeline_model_parallel_size": 2},
-           "DP2": {}}
+LAYOUTS = {
+    "TP2": {"tensor_model_parallel_size": 2},
+    "TP2 SP": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "PP2": {"pipeline_model_parallel_size": 2},
+    "DP2": {},
+}
 
 
 def score_here(keys, path, naive=False):
@@ -32,7 +34,9 @@ def score_here(keys, path, naive=False):
     groups = create_process_groups(layout)
     seed_everything(0, groups)
     architecture = dataclasses.replace(TINY, num_layers=2)
-    chunks = build_model(architecture, layout, groups, precision="fp32", device=torch.device("cpu"), max_sequence_length=32)
+    chunks = build_model(
+        architecture, layout, groups, precision="fp32", device=torch.device("cpu"), max_sequence_length=32
+    )
     for chunk in chunks:
         initialize_weights(chunk, architecture.init_std, seed=4)
     dataset = ChunkDataset.open(path)
@@ -50,8 +54,8 @@ def dataset(tmp_path_factory):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_rank_has_the_losses_of_one(layout, dataset):
-    (nats, tokens), = shared_ranks(1).run(score_here, {}, str(dataset.path), naive=True)
-    (_, _, text_bytes), = shared_ranks(1).run(score_here, {}, str(dataset.path))
+    ((nats, tokens),) = shared_ranks(1).run(score_here, {}, str(dataset.path), naive=True)
+    ((_, _, text_bytes),) = shared_ranks(1).run(score_here, {}, str(dataset.path))
     for ours in shared_ranks(2).run(score_here, LAYOUTS[layout], str(dataset.path)):
         numpy.testing.assert_allclose(ours[0], nats, rtol=1e-5)
         assert ours[1].tolist() == tokens.tolist() and ours[2].tolist() == text_bytes.tolist()
@@ -62,13 +66,19 @@ def test_the_verbs_agree_with_one_rank(layout, dataset, trained, tmp_path):
     keys = [f"parallel.{name}={str(value).lower()}" for name, value in LAYOUTS[layout].items()]
     paths = [f"data.path={dataset.path}", f"model.path={trained}"]
     ours = shared_ranks(2).run(call_verb, "megatron_kd.evaluation.run", "EvaluateConfig", [*paths, *keys])
-    expected, = shared_ranks(1).run(call_verb, "megatron_kd.evaluation.run", "EvaluateConfig", paths)
+    (expected,) = shared_ranks(1).run(call_verb, "megatron_kd.evaluation.run", "EvaluateConfig", paths)
     for figures in ours:
-        assert figures == {**expected, "heldout_loss": pytest.approx(expected["heldout_loss"], rel=1e-5),
-                           "bits_per_byte": pytest.approx(expected["bits_per_byte"], rel=1e-5)}
-    shared_ranks(2).run(call_verb, "megatron_kd.scoring.run", "ScoreCorpusConfig",
-                        [*paths, *keys, f"output={tmp_path / 'ours'}"])
-    shared_ranks(1).run(call_verb, "megatron_kd.scoring.run", "ScoreCorpusConfig", [*paths, f"output={tmp_path / 'one'}"])
+        assert figures == {
+            **expected,
+            "heldout_loss": pytest.approx(expected["heldout_loss"], rel=1e-5),
+            "bits_per_byte": pytest.approx(expected["bits_per_byte"], rel=1e-5),
+        }
+    shared_ranks(2).run(
+        call_verb, "megatron_kd.scoring.run", "ScoreCorpusConfig", [*paths, *keys, f"output={tmp_path / 'ours'}"]
+    )
+    shared_ranks(1).run(
+        call_verb, "megatron_kd.scoring.run", "ScoreCorpusConfig", [*paths, f"output={tmp_path / 'one'}"]
+    )
     mine, one = (numpy.load(tmp_path / name / "scores.npy") for name in ("ours", "one"))
     numpy.testing.assert_allclose(mine, one, rtol=1e-5)
     assert len(mine) == 23 and mine.std() > 0.01
@@ -78,5 +88,7 @@ def test_the_verbs_agree_with_one_rank(layout, dataset, trained, tmp_path):
 def trained(dataset, tmp_path_factory):
     """The run folder of a few steps."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    train_in_ranks("TP1 PP1", [f"data.path={dataset.path}", "training.train_iters=4", "training.global_batch_size=8"], folder)
+    train_in_ranks(
+        "TP1 PP1", [f"data.path={dataset.path}", "training.train_iters=4", "training.global_batch_size=8"], folder
+    )
     return folder

@@ -15,6 +15,15 @@ def dataset(tmp_path_factory):
 def teacher(dataset, tmp_path_factory):
     """The run folder of a briefly trained teacher with another depth and width than the student."""
     folder = tmp_path_factory.mktemp("teacher") / "run"
-    train_in_ranks("TP1 PP1", [f"data.path={dataset.path}", "model.name=qwen_toy_reference", "training.train_iters=15",
-                               "training.global_batch_size=8", "training.micro_batch_size=8"], folder)
+    train_in_ranks(
+        "TP1 PP1",
+        [
+            f"data.path={dataset.path}",
+            "model.name=qwen_toy_reference",
+            "training.train_iters=15",
+            "training.global_batch_size=8",
+            "training.micro_batch_size=8",
+        ],
+        folder,
+    )
     return folder

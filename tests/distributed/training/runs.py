@@ -18,8 +18,7 @@ LAYOUTS = {
     "TP2": (2, ["parallel.tensor_model_parallel_size=2"]),
     "TP2 SP": (2, ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]),
     "PP2": (2, ["parallel.pipeline_model_parallel_size=2"]),
-    "PP2 VPP2": (2, ["parallel.pipeline_model_parallel_size=2",
-                     "parallel.virtual_pipeline_model_parallel_size=2"]),
+    "PP2 VPP2": (2, ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]),
     "DP2": (2, []),
     "DP2 overlapped": (2, ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]),
     "TP2 PP2": (4, ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]),
@@ -40,7 +39,9 @@ def make_dataset(folder: Path, chunks: int = 96, seed: int = 0) -> ChunkDataset:
             ids[t] = 0 if generator.random() < 0.03 else successors[ids[t - 1], generator.integers(3)]
         return ids
 
-    return write_chunk_dataset(folder, (chunk(i) for i in range(chunks)), plain_tokenizer_info(VOCABULARY, 0), SEQ_LENGTH)
+    return write_chunk_dataset(
+        folder, (chunk(i) for i in range(chunks)), plain_tokenizer_info(VOCABULARY, 0), SEQ_LENGTH
+    )
 
 
 def train_in_ranks(layout: str, settings: list[str], output: Path) -> list[dict[str, Any]]:

@@ -8,8 +8,13 @@ from tests.distributed.training.runs import LAYOUTS, largest_relative_difference
 
 TOLERANCE = 1e-4
 OTHER_LAYOUTS = [name for name in LAYOUTS if name != "TP1 PP1"]
-COMMON = ["model.name=qwen_toy_student", "training.train_iters=20", "training.global_batch_size=8",
-          "training.micro_batch_size=2", "optimizer.lr_warmup_iters=3"]
+COMMON = [
+    "model.name=qwen_toy_student",
+    "training.train_iters=20",
+    "training.global_batch_size=8",
+    "training.micro_batch_size=2",
+    "optimizer.lr_warmup_iters=3",
+]
 OBJECTIVES = {
     "lm": [],
     "vanilla_kd": ["distillation.method=vanilla_kd", "teacher.placement=colocated"],
@@ -43,7 +48,9 @@ def assert_same_weights(ours, reference):
     (ours,), (reference,) = (shared_ranks(1).run(whole_weights, str(folder)) for folder in (ours, reference))
     assert ours.keys() == reference.keys()
     for name, expected in reference.items():
-        torch.testing.assert_close(ours[name][:len(expected)], expected[:len(ours[name])], rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(
+            ours[name][: len(expected)], expected[: len(ours[name])], rtol=1e-3, atol=1e-5, msg=name
+        )
 
 
 @pytest.mark.parametrize("layout", OTHER_LAYOUTS)

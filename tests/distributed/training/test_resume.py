@@ -11,8 +11,14 @@ from tests.distributed.training.runs import largest_relative_difference, train_i
 
 TOLERANCE = 1e-5
 STEPS, SAVED_AT = 12, 6
-COMMON = ["model.name=qwen_toy_student", f"training.train_iters={STEPS}", "training.global_batch_size=8",
-          "training.micro_batch_size=2", "optimizer.lr_warmup_iters=2", f"training.save_interval={SAVED_AT}"]
+COMMON = [
+    "model.name=qwen_toy_student",
+    f"training.train_iters={STEPS}",
+    "training.global_batch_size=8",
+    "training.micro_batch_size=2",
+    "optimizer.lr_warmup_iters=2",
+    f"training.save_interval={SAVED_AT}",
+]
 
 
 def settings(dataset, untied=False):
@@ -42,17 +48,28 @@ def half_done(whole, folder):
     return copy
 
 
-@pytest.mark.parametrize(("saved", "resumed", "untied"), [
-    ("TP1 PP1", "TP2", False), ("TP1 PP1", "PP2", False), ("TP1 PP1", "TP2 PP2", False), ("TP1 PP1", "DP2", False),
-    ("TP1 PP1", "PP2", True), ("TP2 PP2", "TP1 PP1", True), ("TP2", "PP2", False), ("DP2", "TP1 PP1", False),
-    ("TP2 PP2", "DP2", False), ("PP2", "PP2 VPP2", False), ("DP2 overlapped", "TP1 PP1", False),
-])
+@pytest.mark.parametrize(
+    ("saved", "resumed", "untied"),
+    [
+        ("TP1 PP1", "TP2", False),
+        ("TP1 PP1", "PP2", False),
+        ("TP1 PP1", "TP2 PP2", False),
+        ("TP1 PP1", "DP2", False),
+        ("TP1 PP1", "PP2", True),
+        ("TP2 PP2", "TP1 PP1", True),
+        ("TP2", "PP2", False),
+        ("DP2", "TP1 PP1", False),
+        ("TP2 PP2", "DP2", False),
+        ("PP2", "PP2 VPP2", False),
+        ("DP2 overlapped", "TP1 PP1", False),
+    ],
+)
 def test_resumed_under_another_layout(saved, resumed, untied, whole_runs, dataset, tmp_path):
     folder = half_done(whole_runs(saved, untied), tmp_path / "run")
     train_in_ranks(resumed, settings(dataset, untied), folder)
     ours, expected = read_metrics(folder), read_metrics(whole_runs("TP1 PP1", untied))
     assert [row["step"] for row in ours] == list(range(1, STEPS + 1))
-    assert ours[: SAVED_AT] == read_metrics(whole_runs(saved, untied))[:SAVED_AT], "rows of the first half stay"
+    assert ours[:SAVED_AT] == read_metrics(whole_runs(saved, untied))[:SAVED_AT], "rows of the first half stay"
     assert largest_relative_difference(ours, expected, "loss") < TOLERANCE
     assert largest_relative_difference(ours, expected, "grad_norm") < 10 * TOLERANCE
     assert [row["tokens"] for row in ours] == [row["tokens"] for row in expected]

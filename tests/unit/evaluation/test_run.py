@@ -24,17 +24,28 @@ def uniform(tmp_path_factory):
         parts = TrainingParts(dataset, runtime)
         with torch.no_grad():
             parts.model[0].module.embedding.word_embeddings.weight.zero_()
-        save_checkpoint(root / "run" / "checkpoints", Progress(1), parts.model, parts.optimizer, parts.groups,
-                        architecture=parts.architecture,
-                        about={"tokenizer_hash": dataset.tokenizer_hash, "seq_length": 32, "precision": "fp32"})
+        save_checkpoint(
+            root / "run" / "checkpoints",
+            Progress(1),
+            parts.model,
+            parts.optimizer,
+            parts.groups,
+            architecture=parts.architecture,
+            about={"tokenizer_hash": dataset.tokenizer_hash, "seq_length": 32, "precision": "fp32"},
+        )
     return dataset, root / "run"
 
 
 def test_a_uniform_model_has_log_of_the_vocabulary(uniform, tmp_path, capsys):
     dataset, folder = uniform
     output = tmp_path / "new" / "figures.json"
-    figures = run(from_mapping(EvaluateConfig, {
-        "data": {"path": str(dataset.path)}, "model": {"path": str(folder)}, "output": str(output)}, "test"))
+    figures = run(
+        from_mapping(
+            EvaluateConfig,
+            {"data": {"path": str(dataset.path)}, "model": {"path": str(folder)}, "output": str(output)},
+            "test",
+        )
+    )
     assert figures["heldout_loss"] == pytest.approx(math.log(VOCABULARY), rel=1e-6)
     bits = figures["tokens"] * math.log2(VOCABULARY) / figures["text_bytes"]
     assert figures["bits_per_byte"] == pytest.approx(bits, rel=1e-6)

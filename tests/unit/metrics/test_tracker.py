@@ -33,7 +33,9 @@ def test_rows_beyond_the_resumed_step_are_dropped(tmp_path):
     tracker.evaluation({"step": 4, "eval_loss": 3.0, "bits_per_byte": 1.5})
     tracker.close()
     record(tmp_path, [4, 5], first_step=3).close()
-    assert [json.loads(line) for line in (tmp_path / METRICS_NAME).read_text().splitlines()] == list(map(row, range(1, 6)))
+    assert [json.loads(line) for line in (tmp_path / METRICS_NAME).read_text().splitlines()] == list(
+        map(row, range(1, 6))
+    )
 
 
 def test_a_run_that_starts_over_drops_all(tmp_path):
@@ -46,7 +48,7 @@ def test_a_run_that_starts_over_drops_all(tmp_path):
 def test_a_last_line_that_a_kill_cut_short(tmp_path, cut):
     record(tmp_path, [1, 2, 3]).close()
     path = tmp_path / METRICS_NAME
-    path.write_text(path.read_text()[:-1 - cut])
+    path.write_text(path.read_text()[: -1 - cut])
     assert read_metrics(tmp_path) == [row(1), row(2)]
     record(tmp_path, [3, 4], first_step=2).close()
     assert read_metrics(tmp_path) == [row(step) for step in (1, 2, 3, 4)]

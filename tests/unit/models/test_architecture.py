@@ -34,8 +34,17 @@ def test_multi_head_counts_follow_the_closed_form(name):
     assert a.head_dim * a.num_attention_heads == d
 
 
-@pytest.mark.parametrize("change", [{}, {"tie_word_embeddings": False}, {"num_query_groups": 4}, {"kv_channels": 16},
-                                    {"qk_layernorm": True}, {"add_qkv_bias": False}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"tie_word_embeddings": False},
+        {"num_query_groups": 4},
+        {"kv_channels": 16},
+        {"qk_layernorm": True},
+        {"add_qkv_bias": False},
+    ],
+)
 def test_the_count_is_that_of_the_built_model(change):
     architecture = ModelArchitecture(**{**vars(TINY), "vocab_size": 256, **change})
     with distributed_runtime():

@@ -24,7 +24,10 @@ def attention(groups=4, context=1):
 def naive(query, key, value, forbidden):
     """[s, b, heads, width] in float64, key and value repeated for their queries."""
     repeat = query.shape[2] // key.shape[2]
-    q, k, v = (x.double().permute(1, 2, 0, 3) for x in (query, key.repeat_interleave(repeat, 2), value.repeat_interleave(repeat, 2)))
+    q, k, v = (
+        x.double().permute(1, 2, 0, 3)
+        for x in (query, key.repeat_interleave(repeat, 2), value.repeat_interleave(repeat, 2))
+    )
     scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(forbidden, float("-inf"))
     return (scores.softmax(-1) @ v).permute(2, 0, 1, 3).flatten(2)
 
@@ -36,8 +39,9 @@ def test_causal(groups, length):
     query = torch.randn(length, 2, 4, 8, generator=generator)
     key, value = (torch.randn(length, 2, groups, 8, generator=generator) for _ in range(2))
     above = torch.ones(length, length, dtype=torch.bool).triu(1)
-    torch.testing.assert_close(attention(groups)(query, key, value, None).double(), naive(query, key, value, above),
-                               atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        attention(groups)(query, key, value, None).double(), naive(query, key, value, above), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_an_explicit_mask_forbids_where_it_is_true():

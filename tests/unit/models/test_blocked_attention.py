@@ -15,8 +15,9 @@ def test_equals_torch_attention(length):
     ours, reference = mixed.clone().requires_grad_(), mixed.clone().requires_grad_()
     output = blocked_causal_attention(*ours.split(8, dim=-1), 0.3)
     output.backward(upstream)
-    expected = scaled_dot_product_attention(*(x.transpose(0, 1) for x in reference.split(8, dim=-1)), is_causal=True,
-                                            scale=0.3).transpose(0, 1)
+    expected = scaled_dot_product_attention(
+        *(x.transpose(0, 1) for x in reference.split(8, dim=-1)), is_causal=True, scale=0.3
+    ).transpose(0, 1)
     expected.backward(upstream)
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(ours.grad, reference.grad)

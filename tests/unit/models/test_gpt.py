@@ -13,18 +13,27 @@ from tests.reference.one_rank import TINY, tiny_model
 
 def qwen2_with_the_weights_of(model, architecture):
     """A Hugging Face model filled by plain slicing of Megatron-Core's fused matrices."""
-    reference = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=architecture.vocab_size, hidden_size=architecture.hidden_size,
-        intermediate_size=architecture.ffn_hidden_size, num_hidden_layers=architecture.num_layers,
-        num_attention_heads=architecture.num_attention_heads, num_key_value_heads=architecture.num_query_groups,
-        rope_theta=architecture.rope_theta, rms_norm_eps=architecture.norm_epsilon,
-        tie_word_embeddings=architecture.tie_word_embeddings, attn_implementation="eager",
-    )).eval()
+    reference = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=architecture.vocab_size,
+            hidden_size=architecture.hidden_size,
+            intermediate_size=architecture.ffn_hidden_size,
+            num_hidden_layers=architecture.num_layers,
+            num_attention_heads=architecture.num_attention_heads,
+            num_key_value_heads=architecture.num_query_groups,
+            rope_theta=architecture.rope_theta,
+            rms_norm_eps=architecture.norm_epsilon,
+            tie_word_embeddings=architecture.tie_word_embeddings,
+            attn_implementation="eager",
+        )
+    ).eval()
     ours = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     vocabulary, groups, width = architecture.vocab_size, architecture.num_query_groups, architecture.head_dim
     per_group = architecture.num_attention_heads // groups
-    state = {"model.embed_tokens.weight": ours["embedding.word_embeddings.weight"][:vocabulary],
-             "model.norm.weight": ours["decoder.final_layernorm.weight"]}
+    state = {
+        "model.embed_tokens.weight": ours["embedding.word_embeddings.weight"][:vocabulary],
+        "model.norm.weight": ours["decoder.final_layernorm.weight"],
+    }
     head = "embedding.word_embeddings.weight" if architecture.tie_word_embeddings else "output_layer.weight"
     state["lm_head.weight"] = ours[head][:vocabulary]
     for layer in range(architecture.num_layers):
@@ -35,11 +44,14 @@ def qwen2_with_the_weights_of(model, architecture):
             for name, part in (("q", parts[:, :per_group]), ("k", parts[:, per_group]), ("v", parts[:, per_group + 1])):
                 state[f"{theirs}self_attn.{name}_proj.{kind}"] = part.reshape(-1, *fused.shape[1:])
         gate, up = ours[f"{mine}mlp.linear_fc1.weight"].chunk(2)
-        state |= {f"{theirs}mlp.gate_proj.weight": gate, f"{theirs}mlp.up_proj.weight": up,
-                  f"{theirs}mlp.down_proj.weight": ours[f"{mine}mlp.linear_fc2.weight"],
-                  f"{theirs}self_attn.o_proj.weight": ours[f"{mine}self_attention.linear_proj.weight"],
-                  f"{theirs}input_layernorm.weight": ours[f"{mine}input_layernorm.weight"],
-                  f"{theirs}post_attention_layernorm.weight": ours[f"{mine}pre_mlp_layernorm.weight"]}
+        state |= {
+            f"{theirs}mlp.gate_proj.weight": gate,
+            f"{theirs}mlp.up_proj.weight": up,
+            f"{theirs}mlp.down_proj.weight": ours[f"{mine}mlp.linear_fc2.weight"],
+            f"{theirs}self_attn.o_proj.weight": ours[f"{mine}self_attention.linear_proj.weight"],
+            f"{theirs}input_layernorm.weight": ours[f"{mine}input_layernorm.weight"],
+            f"{theirs}post_attention_layernorm.weight": ours[f"{mine}pre_mlp_layernorm.weight"],
+        }
     reference.load_state_dict(state)
     return reference
 
@@ -53,7 +65,9 @@ def test_logits_equal_transformers(tied, groups):
         model = tiny_model(architecture).eval()
         for name, parameter in model.named_parameters():  # biases and norms start at 0 and 1: make them count
             if parameter.dim() == 1:
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))), alpha=0.3)
+                parameter.add_(
+                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))), alpha=0.3
+                )
         ours = full_logits(model, tokens)
         theirs = qwen2_with_the_weights_of(model, architecture)(tokens).logits
     assert ours.shape == (3, 20, 300)
@@ -71,7 +85,9 @@ def test_the_model_gives_hidden_states_and_a_head_that_knows_its_padding():
     assert not head.weight[300:].any(), "padded rows start at 0"
 
 
-@pytest.mark.parametrize(("vocabulary", "tensor", "rows"), [(300, 1, 384), (384, 1, 384), (385, 2, 512), (151_936, 8, 152_576)])
+@pytest.mark.parametrize(
+    ("vocabulary", "tensor", "rows"), [(300, 1, 384), (384, 1, 384), (385, 2, 512), (151_936, 8, 152_576)]
+)
 def test_padding(vocabulary, tensor, rows):
     assert padded_vocab_size(vocabulary, tensor) == rows
     assert rows % (128 * tensor) == 0

@@ -31,12 +31,15 @@ def test_equal_seeds_give_equal_weights_and_every_name_its_own():
     for name, parameter in first.items():
         assert torch.equal(parameter, again[name])
         assert torch.equal(parameter, other[name]) == (parameter.dim() == 1), name
-    assert not torch.equal(first["decoder.layers.0.mlp.linear_fc1.weight"], first["decoder.layers.1.mlp.linear_fc1.weight"])
+    assert not torch.equal(
+        first["decoder.layers.0.mlp.linear_fc1.weight"], first["decoder.layers.1.mlp.linear_fc1.weight"]
+    )
 
 
 def test_a_larger_vocabulary_keeps_the_other_weights():
     with distributed_runtime():
-        small, large = (dict(tiny_model(dataclasses.replace(TINY, vocab_size=size)).named_parameters())
-                        for size in (300, 500))
+        small, large = (
+            dict(tiny_model(dataclasses.replace(TINY, vocab_size=size)).named_parameters()) for size in (300, 500)
+        )
     for name in small:
         assert torch.equal(small[name], large[name]) == ("embedding" not in name)

@@ -15,7 +15,9 @@ def config(precision, **parallel):
     return transformer_config(TINY, layout, precision=precision, device=torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("precision", "dtype", "tolerance"), [("fp32", torch.float32, 1e-5), ("bf16", torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    ("precision", "dtype", "tolerance"), [("fp32", torch.float32, 1e-5), ("bf16", torch.bfloat16, 2e-2)]
+)
 def test_equals_torch_in_value_and_gradients(precision, dtype, tolerance):
     generator = torch.Generator().manual_seed(0)
     ours = RMSNorm(config(precision), 48, eps=1e-3)

@@ -7,7 +7,13 @@ import torch
 
 from megatron_kd.errors import CheckpointError
 from megatron_kd.models.fingerprint import weights_fingerprint
-from megatron_kd.models.weights import LATEST_NAME, check_same_architecture, checkpoint_folders, load_weights, open_checkpoint
+from megatron_kd.models.weights import (
+    LATEST_NAME,
+    check_same_architecture,
+    checkpoint_folders,
+    load_weights,
+    open_checkpoint,
+)
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.training.checkpoint import Progress, save_checkpoint
 from tests.distributed.training.runs import make_dataset
@@ -22,8 +28,15 @@ def run_folder(tmp_path_factory):
     with distributed_runtime() as runtime:
         parts = TrainingParts(dataset, runtime, seed=3)
         for step in (2, 10):
-            save_checkpoint(root / "run" / "checkpoints", Progress(step), parts.model, parts.optimizer, parts.groups,
-                            architecture=parts.architecture, about={"tokenizer_hash": dataset.tokenizer_hash})
+            save_checkpoint(
+                root / "run" / "checkpoints",
+                Progress(step),
+                parts.model,
+                parts.optimizer,
+                parts.groups,
+                architecture=parts.architecture,
+                about={"tokenizer_hash": dataset.tokenizer_hash},
+            )
         (root / "fingerprint").write_text(weights_fingerprint([parts.model[0].module], parts.groups.tp))
     return root / "run"
 

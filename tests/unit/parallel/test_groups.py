@@ -13,7 +13,20 @@ from tests.reference.one_rank import one_rank_groups
 def test_every_group_of_one_rank_holds_that_rank():
     with distributed_runtime():
         groups = one_rank_groups()
-        for name in ("tp", "pp", "cp", "dp", "mp", "dp_cp", "tp_cp", "tp_dp_cp", "intra_dist_opt", "ep", "expt_dp", "embd"):
+        for name in (
+            "tp",
+            "pp",
+            "cp",
+            "dp",
+            "mp",
+            "dp_cp",
+            "tp_cp",
+            "tp_dp_cp",
+            "intra_dist_opt",
+            "ep",
+            "expt_dp",
+            "embd",
+        ):
             group = getattr(groups, name)
             assert group.size() == 1 and dist.get_process_group_ranks(group) == [0], name
         assert groups.inter_dist_opt is None and groups.pos_embd is None

@@ -13,8 +13,14 @@ SIZES = {"num_layers": 4, "num_attention_heads": 8, "num_query_groups": 4, "ffn_
 
 def layout(world, tensor=1, pipeline=1, context=1, **other):
     return ParallelLayout.for_world(
-        ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline,
-                       context_parallel_size=context, **other), world)
+        ParallelConfig(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            context_parallel_size=context,
+            **other,
+        ),
+        world,
+    )
 
 
 def test_groups_of_eight_ranks_are_megatrons():
@@ -47,15 +53,18 @@ def test_a_world_that_does_not_divide_is_refused_with_all_numbers():
         layout(6, tensor=2, pipeline=2)
 
 
-@pytest.mark.parametrize(("parallel", "change", "message"), [
-    ({"tensor": 2}, {"num_attention_heads": 3}, "attention heads 3 do not divide by tensor_model_parallel_size 2"),
-    ({"tensor": 4}, {"num_query_groups": 2}, r"query groups \(key-value heads\) 2 do not divide"),
-    ({"tensor": 2}, {"ffn_hidden_size": 95}, "feed-forward width 95"),
-    ({"pipeline": 3}, {}, r"layers 4 do not divide by pipeline_model_parallel_size .* 3"),
-    ({"pipeline": 2, "virtual_pipeline_model_parallel_size": 4}, {}, "layers 4 .* 8"),
-    ({"tensor": 2, "sequence_parallel": True}, {"seq_length": 31}, "sequence length 31"),
-    ({"context": 2}, {"seq_length": 30}, "sequence length 30 do not divide by 2 x context_parallel_size 4"),
-])
+@pytest.mark.parametrize(
+    ("parallel", "change", "message"),
+    [
+        ({"tensor": 2}, {"num_attention_heads": 3}, "attention heads 3 do not divide by tensor_model_parallel_size 2"),
+        ({"tensor": 4}, {"num_query_groups": 2}, r"query groups \(key-value heads\) 2 do not divide"),
+        ({"tensor": 2}, {"ffn_hidden_size": 95}, "feed-forward width 95"),
+        ({"pipeline": 3}, {}, r"layers 4 do not divide by pipeline_model_parallel_size .* 3"),
+        ({"pipeline": 2, "virtual_pipeline_model_parallel_size": 4}, {}, "layers 4 .* 8"),
+        ({"tensor": 2, "sequence_parallel": True}, {"seq_length": 31}, "sequence length 31"),
+        ({"context": 2}, {"seq_length": 30}, "sequence length 30 do not divide by 2 x context_parallel_size 4"),
+    ],
+)
 def test_a_model_that_does_not_divide_is_refused(parallel, change, message):
     world = parallel.get("tensor", 1) * parallel.get("pipeline", 1) * parallel.get("context", 1)
     whole = layout(world, **parallel)
@@ -74,19 +83,24 @@ def test_all_faults_of_a_model_are_named_at_once():
 def test_micro_batches():
     assert layout(2).micro_batches(16, 2) == 4
     assert layout(2, pipeline=2, virtual_pipeline_model_parallel_size=2).micro_batches(8, 2) == 4
-    with pytest.raises(LayoutError, match=r"12 does not divide by training.micro_batch_size 4 x data-parallel size 2 = 8"):
+    with pytest.raises(
+        LayoutError, match=r"12 does not divide by training.micro_batch_size 4 x data-parallel size 2 = 8"
+    ):
         layout(2).micro_batches(12, 4)
     with pytest.raises(LayoutError, match="3 micro-batches do not divide by pipeline_model_parallel_size 2"):
         layout(2, pipeline=2, virtual_pipeline_model_parallel_size=2).micro_batches(6, 2)
 
 
-@pytest.mark.parametrize(("keys", "message"), [
-    ({"tensor_model_parallel_size": 0}, "must be at least 1"),
-    ({"virtual_pipeline_model_parallel_size": 2}, "pipeline of at least 2"),
-    ({"virtual_pipeline_model_parallel_size": 1, "pipeline_model_parallel_size": 2}, "must be at least 2"),
-    ({"sequence_parallel": True}, "needs 'parallel.tensor_model_parallel_size' above 1"),
-    ({"overlap_param_gather": True}, "needs 'parallel.overlap_grad_reduce'"),
-])
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"tensor_model_parallel_size": 0}, "must be at least 1"),
+        ({"virtual_pipeline_model_parallel_size": 2}, "pipeline of at least 2"),
+        ({"virtual_pipeline_model_parallel_size": 1, "pipeline_model_parallel_size": 2}, "must be at least 2"),
+        ({"sequence_parallel": True}, "needs 'parallel.tensor_model_parallel_size' above 1"),
+        ({"overlap_param_gather": True}, "needs 'parallel.overlap_grad_reduce'"),
+    ],
+)
 def test_settings_that_exclude_each_other(keys, message):
     with pytest.raises(ConfigError, match=message):
         from_mapping(ParallelConfig, keys, "test")

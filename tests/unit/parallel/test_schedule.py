@@ -16,8 +16,15 @@ def items(count):
 def test_forward_only_collects_in_order_and_leaves_no_graph():
     with distributed_runtime():
         model, groups, batches = tiny_model(), one_rank_groups(), items(3)
-        hidden = forward_only([model], groups, lambda item: item, lambda item, output: (item, output), batches,
-                              seq_length=8, micro_batch_size=2)
+        hidden = forward_only(
+            [model],
+            groups,
+            lambda item: item,
+            lambda item, output: (item, output),
+            batches,
+            seq_length=8,
+            micro_batch_size=2,
+        )
         assert [item is batch for (item, _), batch in zip(hidden, batches)] == [True] * 3
         for (tokens, positions), output in hidden:
             assert output.shape == (8, 2, 32) and not output.requires_grad
@@ -30,7 +37,11 @@ def test_training_sums_gradients_over_items_and_divides_by_nothing():
 
         def step(iterator, chunk):
             hidden = chunk(*next(iterator), None)
-            return hidden, lambda output: (output.sum(), torch.tensor(5, dtype=torch.int), {"sum": output.detach().sum()})
+            return hidden, lambda output: (
+                output.sum(),
+                torch.tensor(5, dtype=torch.int),
+                {"sum": output.detach().sum()},
+            )
 
         reports = run_schedule([model], groups, step, batches, seq_length=8, micro_batch_size=2)
         assert len(reports) == 2

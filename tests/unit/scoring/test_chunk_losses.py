@@ -31,8 +31,9 @@ def test_equal_to_float64_whatever_the_micro_batch(dataset, micro_batch_size):
         model = tiny_model()
         nats, tokens = naive_chunk_losses(model, dataset)
         told = []
-        ours = chunk_losses([model], model.pg_collection, dataset, device=CPU, micro_batch_size=micro_batch_size,
-                            on_chunks=told.append)
+        ours = chunk_losses(
+            [model], model.pg_collection, dataset, device=CPU, micro_batch_size=micro_batch_size, on_chunks=told.append
+        )
     assert ours.tokens.tolist() == tokens.tolist()
     numpy.testing.assert_allclose(ours.nats, nats, rtol=1e-5)
     assert sum(told) >= 19 and len(set(tokens)) > 2

@@ -32,8 +32,15 @@ def batches_of(dataset, count):
 
 def step_with(parts, teacher):
     objective = build_objective(DistillationConfig(method="vanilla_kd", kd_ratio=0.5))
-    return TrainStep(model=parts.model, optimizer=parts.optimizer, groups=parts.groups, teacher=teacher, reduction="token",
-                     clip_grad=1.0, micro_batch_loss=MicroBatchLoss(objective, teacher, parts.groups, "token", unwrap))
+    return TrainStep(
+        model=parts.model,
+        optimizer=parts.optimizer,
+        groups=parts.groups,
+        teacher=teacher,
+        reduction="token",
+        clip_grad=1.0,
+        micro_batch_loss=MicroBatchLoss(objective, teacher, parts.groups, "token", unwrap),
+    )
 
 
 def test_a_step_passes_each_micro_batch_once_and_reports_the_divergence(dataset):
@@ -46,7 +53,11 @@ def test_a_step_passes_each_micro_batch_once_and_reports_the_divergence(dataset)
             p = full_logits(model, batch.tokens).double().log_softmax(-1)
             q = full_logits(parts.model[0].module, batch.tokens).double().log_softmax(-1)
             mask = batch.loss_mask.double()
-            sums += [float(((p.exp() * (p - q)).sum(-1) * mask).sum()), float((-(p.exp() * p).sum(-1) * mask).sum()), mask.sum()]
+            sums += [
+                float(((p.exp() * (p - q)).sum(-1) * mask).sum()),
+                float((-(p.exp() * p).sum(-1) * mask).sum()),
+                mask.sum(),
+            ]
         result = step_with(parts, teacher)(batches, 1e-3)
         assert teacher.passes == 3
         assert result.kd_loss == pytest.approx(sums[0] / sums[2], rel=1e-5)
@@ -60,7 +71,7 @@ def test_a_step_passes_each_micro_batch_once_and_reports_the_divergence(dataset)
 def test_knowledge_is_hidden_states_in_the_order_of_the_students(dataset):
     with distributed_runtime() as runtime:
         parts, model = TrainingParts(dataset, runtime), tiny_model(seed=5)
-        batch, = batches_of(dataset, 1)
+        (batch,) = batches_of(dataset, 1)
         knowledge = ColocatedTeacher([model], parts.groups).knowledge(batch)
         logits = knowledge.hidden @ knowledge.head.weight[:300].t()
         expected = full_logits(model, batch.tokens).transpose(0, 1).reshape(-1, 300)
@@ -74,9 +85,15 @@ def test_no_teacher_tensor_in_the_students_checkpoint(dataset, tmp_path):
         parts = TrainingParts(dataset, runtime)
         teacher = ColocatedTeacher([tiny_model(deeper)], parts.groups)
         step_with(parts, teacher)(batches_of(dataset, 1), 1e-3)
-        path = save_checkpoint(tmp_path / "checkpoints", Progress(1), parts.model, parts.optimizer, parts.groups,
-                               architecture=parts.architecture,
-                               about={"tokenizer_hash": "x", "seq_length": 32, "precision": "fp32"})
+        path = save_checkpoint(
+            tmp_path / "checkpoints",
+            Progress(1),
+            parts.model,
+            parts.optimizer,
+            parts.groups,
+            architecture=parts.architecture,
+            about={"tokenizer_hash": "x", "seq_length": 32, "precision": "fp32"},
+        )
         trained = sum(parameter.numel() for group in parts.optimizer.param_groups for parameter in group["params"])
         assert trained == sum(parameter.numel() for parameter in parts.model[0].parameters())
         _, state, _ = load_full_state(path)
@@ -84,10 +101,13 @@ def test_no_teacher_tensor_in_the_students_checkpoint(dataset, tmp_path):
     assert state["decoder.final_layernorm.weight"].shape == (96,)
 
 
-@pytest.mark.parametrize(("keys", "message"), [
-    ({"placement": "colocated"}, "'teacher.path' .* is required"),
-    ({"placement": "moon"}, "must be one of none, colocated, remote, cached"),
-])
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"placement": "colocated"}, "'teacher.path' .* is required"),
+        ({"placement": "moon"}, "must be one of none, colocated, remote, cached"),
+    ],
+)
 def test_values_that_cannot_be(keys, message):
     with pytest.raises(ConfigError, match=message):
         from_mapping(TeacherConfig, keys, "test")

@@ -21,8 +21,16 @@ from tests.reference.one_rank import TrainingParts
 
 def save(parts, dataset, folder, step, keep=None):
     about = {"tokenizer_hash": dataset.tokenizer_hash, "seq_length": dataset.seq_length, "precision": "fp32"}
-    return save_checkpoint(folder, Progress(step=step, tokens=10 * step, seconds=0.5 * step), parts.model, parts.optimizer,
-                           parts.groups, architecture=parts.architecture, about=about, keep=keep)
+    return save_checkpoint(
+        folder,
+        Progress(step=step, tokens=10 * step, seconds=0.5 * step),
+        parts.model,
+        parts.optimizer,
+        parts.groups,
+        architecture=parts.architecture,
+        about=about,
+        keep=keep,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +104,7 @@ def damage(path, how):
 @pytest.mark.parametrize("how", ["truncated", "bit flipped", "removed"])
 def test_damage_to_any_file_is_noticed_and_the_previous_checkpoint_taken(checkpoints, how, capsys):
     names = sorted(file.name for file in (checkpoints / "step_2").iterdir())
-    assert {"manifest.json", "checksums.json", ".metadata", "metadata.json"} < set(names) and len(names) > 5
+    assert {"manifest.json", "checksums.json", ".metadata", "metadata.json"} < set(names) and len(names) >= 5
     for name in names:
         kept = (checkpoints / "step_2" / name).read_bytes()
         damage(checkpoints / "step_2" / name, how)

@@ -52,10 +52,16 @@ def test_objectives():
     assert (mixed.lm_weight, mixed.kd_weight, mixed.temperature) == (pytest.approx(0.3), 0.7, 2.0)
 
 
-@pytest.mark.parametrize(("keys", "message"), [
-    ({"kd_ratio": 1.5}, "between 0 and 1, not 1.5"), ({"temperature": 0}, "must be above 0"),
-    ({"beta": 1.0}, "both excluded"), ({"skew_alpha": 1.0}, r"in \[0, 1\)"), ({"divergence": "kl"}, "must be one of forward_kl"),
-])
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"kd_ratio": 1.5}, "between 0 and 1, not 1.5"),
+        ({"temperature": 0}, "must be above 0"),
+        ({"beta": 1.0}, "both excluded"),
+        ({"skew_alpha": 1.0}, r"in \[0, 1\)"),
+        ({"divergence": "kl"}, "must be one of forward_kl"),
+    ],
+)
 def test_values_that_cannot_be(keys, message):
     with pytest.raises(ConfigError, match=message):
         from_mapping(DistillationConfig, keys, "test")

@@ -15,10 +15,20 @@ from tests.reference.one_rank import TrainingParts
 SCHEDULE = OptimizerConfig(lr=1e-3, min_lr=1e-4, lr_warmup_iters=10)
 
 
-@pytest.mark.parametrize(("step", "rate"), [
-    (0, 0.0), (1, 1e-4), (5, 5e-4), (9, 9e-4), (10, 1e-3), (55, 5.5e-4), (100, 1e-4), (1000, 1e-4),
-    (40, 1e-4 + 0.5 * 9e-4 * (1 + math.cos(math.pi / 3))),
-])
+@pytest.mark.parametrize(
+    ("step", "rate"),
+    [
+        (0, 0.0),
+        (1, 1e-4),
+        (5, 5e-4),
+        (9, 9e-4),
+        (10, 1e-3),
+        (55, 5.5e-4),
+        (100, 1e-4),
+        (1000, 1e-4),
+        (40, 1e-4 + 0.5 * 9e-4 * (1 + math.cos(math.pi / 3))),
+    ],
+)
 def test_warm_up_and_cosine(step, rate):
     assert learning_rate(step, SCHEDULE, 100) == pytest.approx(rate, rel=1e-12, abs=1e-18)
 
@@ -29,10 +39,15 @@ def test_rates_without_warm_up_start_at_the_top_and_end_at_a_tenth():
     assert learning_rate(3, OptimizerConfig(lr=1.0, lr_warmup_iters=4), 4) == 0.75
 
 
-@pytest.mark.parametrize(("keys", "message"), [
-    ({"lr": 0}, "'optimizer.lr' must be above 0"), ({"lr": 1e-3, "min_lr": 1e-2}, "between 0 and optimizer.lr"),
-    ({"clip_grad": -1}, "'optimizer.clip_grad' must not be negative"), ({"adam_beta2": 1.0}, r"must be in \[0, 1\)"),
-])
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"lr": 0}, "'optimizer.lr' must be above 0"),
+        ({"lr": 1e-3, "min_lr": 1e-2}, "between 0 and optimizer.lr"),
+        ({"clip_grad": -1}, "'optimizer.clip_grad' must not be negative"),
+        ({"adam_beta2": 1.0}, r"must be in \[0, 1\)"),
+    ],
+)
 def test_values_that_cannot_be(keys, message):
     with pytest.raises(ConfigError, match=message):
         from_mapping(OptimizerConfig, keys, "test")
@@ -103,8 +118,9 @@ def test_an_optimizer_that_has_not_stepped_has_a_state(dataset):
     with distributed_runtime() as runtime:
         parts = TrainingParts(dataset, runtime)
         assert "optimizer" in training_state(parts.model, parts.optimizer, parts.groups, is_loading=False)
-        assert all(float(state["step"]) == 0 and not state["exp_avg"].any()
-                   for _, _, state in adam_parameters(parts.optimizer))
+        assert all(
+            float(state["step"]) == 0 and not state["exp_avg"].any() for _, _, state in adam_parameters(parts.optimizer)
+        )
 
 
 def test_bf16_keeps_fp32_master_weights(dataset):

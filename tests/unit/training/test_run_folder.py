@@ -18,10 +18,19 @@ def run_folder(dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "run"
     with distributed_runtime() as runtime:
         parts = TrainingParts(dataset, runtime)
-        save_checkpoint(folder / "checkpoints", Progress(3), parts.model, parts.optimizer, parts.groups,
-                        architecture=parts.architecture, about={
-                            "dataset_fingerprint": dataset.fingerprint, "seq_length": dataset.seq_length,
-                            "config": dataclasses.asdict(parts.config)})
+        save_checkpoint(
+            folder / "checkpoints",
+            Progress(3),
+            parts.model,
+            parts.optimizer,
+            parts.groups,
+            architecture=parts.architecture,
+            about={
+                "dataset_fingerprint": dataset.fingerprint,
+                "seq_length": dataset.seq_length,
+                "config": dataclasses.asdict(parts.config),
+            },
+        )
     return folder
 
 
@@ -37,12 +46,18 @@ def test_the_same_settings_go_on(dataset, run_folder, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize(("keys", "message"), [
-    ({"training": {"seed": 11, "global_batch_size": 4, "micro_batch_size": 4}}, "training.seed 10 where 11 is asked for"),
-    ({"training": {"global_batch_size": 8}}, "training.global_batch_size 4 where 8"),
-    ({"data": {"path": "x", "shuffle": False}}, "data.shuffle True where False"),
-    ({"data": {"path": "x", "seq_length": 40}}, "sequence length 32 where 40"),
-])
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"training": {"seed": 11, "global_batch_size": 4, "micro_batch_size": 4}},
+            "training.seed 10 where 11 is asked for",
+        ),
+        ({"training": {"global_batch_size": 8}}, "training.global_batch_size 4 where 8"),
+        ({"data": {"path": "x", "shuffle": False}}, "data.shuffle True where False"),
+        ({"data": {"path": "x", "seq_length": 40}}, "sequence length 32 where 40"),
+    ],
+)
 def test_other_settings_are_refused(dataset, run_folder, keys, message):
     with pytest.raises(CheckpointError, match=message):
         resumed(dataset, run_folder, **keys)

@@ -16,8 +16,15 @@ from tests.reference.one_rank import TrainingParts
 
 def make_step(parts, reduction="token"):
     loss = MicroBatchLoss(build_objective(parts.config.distillation), None, parts.groups, reduction, unwrap)
-    return TrainStep(model=parts.model, optimizer=parts.optimizer, groups=parts.groups, micro_batch_loss=loss,
-                     teacher=None, reduction=reduction, clip_grad=1.0)
+    return TrainStep(
+        model=parts.model,
+        optimizer=parts.optimizer,
+        groups=parts.groups,
+        micro_batch_loss=loss,
+        teacher=None,
+        reduction=reduction,
+        clip_grad=1.0,
+    )
 
 
 def micro_batches(dataset):
@@ -29,9 +36,17 @@ def micro_batches(dataset):
 def test_loss_and_norm_are_those_of_the_whole_batch(dataset, reduction):
     with distributed_runtime() as runtime:
         parts, batches = TrainingParts(dataset, runtime), micro_batches(dataset)
-        losses = torch.cat([torch.nn.functional.cross_entropy(
-            full_logits(parts.model[0].module, batch.tokens).transpose(1, 2).double(), batch.labels, reduction="none")
-            * batch.loss_mask for batch in batches])
+        losses = torch.cat(
+            [
+                torch.nn.functional.cross_entropy(
+                    full_logits(parts.model[0].module, batch.tokens).transpose(1, 2).double(),
+                    batch.labels,
+                    reduction="none",
+                )
+                * batch.loss_mask
+                for batch in batches
+            ]
+        )
         lengths = torch.cat([batch.loss_mask for batch in batches]).sum(1)
         expected = (losses.sum() / lengths.sum()) if reduction == "token" else (losses.sum(1) / lengths).mean()
         result = make_step(parts, reduction)(batches, 1e-3)

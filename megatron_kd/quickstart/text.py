@@ -20,7 +20,7 @@ from megatron_kd.data.artefact_folder import write_file
 from megatron_kd.errors import DataError
 
 MAX_DOCUMENT_BYTES = 160_000
-MAX_CORPUS_BYTES = 5_200_000
+MAX_CORPUS_BYTES = 4_800_000
 MIN_DOCUMENT_BYTES = 200
 # Not text that a model should learn from: installed packages, tests (not everywhere), tables, the topics' own file.
 LEFT_OUT_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"})

@@ -70,7 +70,7 @@ def collect_report(seconds: float, skipped_steps: int = 0) -> Report:
         for student in plan.STUDENTS
     )
     second = plan.SECOND_SEED_RUN
-    second_seed = model_result(second.method, plan.run_folder(second.step), plan.hf_folder(second.step))
+    second_seed = model_result(second.method, plan.run_folder(second.step))
     _require_equal_flops((*students, second_seed))
     bigram = score_bigram(fit_bigram(corpus), heldout)
     return Report(

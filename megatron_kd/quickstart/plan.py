@@ -3,7 +3,7 @@
     text → tokenizer → tokenize ─┬→ teacher ──┬→ score_teacher ──┐
                                  │            └→ vanilla_kd      ├→ sample ─┬→ miniplm
                                  ├→ reference ─→ score_reference ┘          └→ miniplm_vanilla_kd (and the teacher)
-                                 └→ pretrain, pretrain_seed2                       every student → export (not the second seed)
+                                 └→ pretrain, pretrain_seed2                       every student → export
 
 Every step but the first two is a verb of ``tools/`` with a file of ``examples/quickstart``; the paths in those files
 are relative to the folder where the quickstart runs.

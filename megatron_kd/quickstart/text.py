@@ -4,7 +4,7 @@
 
 A document is a source file, or a topic of the built-in documentation (``help("topics")``). Tables of character codes
 and files that one document would let dominate a split are left out. The order is that of the hash of a document's
-name, so it is mixed and the same on every machine with the same Python; the first 5 MB in that order are taken.
+name, so it is mixed and the same on every machine with the same Python; the first 4 MB in that order are taken.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from megatron_kd.data.artefact_folder import write_file
 from megatron_kd.errors import DataError
 
 MAX_DOCUMENT_BYTES = 160_000
-MAX_CORPUS_BYTES = 4_800_000
+MAX_CORPUS_BYTES = 4_200_000
 MIN_DOCUMENT_BYTES = 200
 # Not text that a model should learn from: installed packages, tests (not everywhere), tables, the topics' own file.
 LEFT_OUT_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"})

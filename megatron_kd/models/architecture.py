@@ -88,10 +88,11 @@ ARCHITECTURES: dict[str, ModelArchitecture] = {
     "qwen_500m": _qwen(24, 1024, 2816, 16),
     "qwen_1.2b": _qwen(24, 1536, 4224, 16, tie_word_embeddings=False),
     "qwen_1.8b": _qwen(24, 2048, 5504, 16, tie_word_embeddings=False),
-    # Toy sizes for a CPU; their vocabulary is the dataset's tokenizer's.
-    "qwen_toy_reference": _qwen(2, 96, 256, 4, vocab=0, rope_theta=10_000.0),
-    "qwen_toy_student": _qwen(4, 128, 352, 4, vocab=0, rope_theta=10_000.0),
-    "qwen_toy_teacher": _qwen(6, 256, 704, 8, vocab=0, rope_theta=10_000.0),
+    # Toy sizes for a CPU, sized for the quickstart's minutes; narrow layers want a wide init_std.
+    # Their vocabulary is the dataset's tokenizer's.
+    "qwen_toy_reference": _qwen(2, 64, 176, 4, vocab=0, rope_theta=10_000.0, init_std=0.08),
+    "qwen_toy_student": _qwen(4, 64, 176, 4, vocab=0, rope_theta=10_000.0, init_std=0.08),
+    "qwen_toy_teacher": _qwen(4, 96, 256, 4, vocab=0, rope_theta=10_000.0, init_std=0.08),
     "qwen_toy_untied": _qwen(4, 96, 256, 4, vocab=0, groups=2, rope_theta=10_000.0, tie_word_embeddings=False),
     "qwen_21m": _qwen(6, 256, 704, 4, vocab=32_000, tie_word_embeddings=False),
 }

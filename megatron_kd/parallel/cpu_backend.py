@@ -111,6 +111,9 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def _replace_factories() -> None:
+    # torch.device(...) as a context looks factories up by identity: it must know the real ones before they are wrapped,
+    # or transformers' from_pretrained would leave buffers on the meta device and uninitialised.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 

@@ -8,6 +8,8 @@ from megatron_kd.cli import VERBS
 from megatron_kd.config import load_config
 from megatron_kd.data.sample_by_difference import SampleByDifferenceConfig
 from megatron_kd.data.tokenize_corpus import TokenizeCorpusConfig
+from megatron_kd.models.architecture import architecture_by_name
+from megatron_kd.planning.flops import matched_steps
 from megatron_kd.quickstart import plan
 from megatron_kd.quickstart.steps import step_keys
 from megatron_kd.scoring.run import ScoreCorpusConfig
@@ -46,6 +48,17 @@ def test_each_path_that_a_step_reads_is_what_a_step_before_it_makes() -> None:
     assert {sample.data.path, sample.teacher_scores, sample.reference_scores, sample.output} <= made
     corpus = load_config(TokenizeCorpusConfig, CONFIGS / "tokenize_corpus.yaml")
     assert {*corpus.input, corpus.tokenizer, corpus.output, corpus.heldout_output, corpus.reference_output} <= made
+
+
+@pytest.mark.parametrize("name", ["student_vanilla_kd", "student_miniplm", "student_miniplm_vanilla_kd"])
+def test_students_cost_what_the_baseline_costs(name: str) -> None:
+    baseline, config = training_config("student_pretrain"), training_config(name)
+    student = architecture_by_name(config.model.name).with_vocab_size(plan.VOCAB_SIZE).parameters
+    teacher = architecture_by_name(training_config("teacher").model.name).with_vocab_size(plan.VOCAB_SIZE).parameters
+    expected = matched_steps(baseline.training.train_iters, student, teacher, config.distillation.method)
+    assert config.training.train_iters == expected
+    assert config.training.global_batch_size == baseline.training.global_batch_size
+    assert config.model == baseline.model and config.optimizer == baseline.optimizer
 
 
 def test_methods_differ_in_what_they_are_named_after() -> None:

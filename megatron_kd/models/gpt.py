@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron_kd.losses import OutputHead, run_forward_pre_hooks
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.models.layer_specs import LayerSpecName, choose_layer_spec, decoder_layer_spec
+from megatron_kd.models.rotary import provide_fused_rotary
 from megatron_kd.parallel.groups import is_first_stage, is_last_stage
 from megatron_kd.parallel.layout import ParallelLayout
 
@@ -86,6 +87,8 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron-Core's configuration of ``architecture`` under ``layout``."""
     on_cuda = device.type == "cuda"
+    if not on_cuda:
+        provide_fused_rotary()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     interleaved = layout.virtual_pipeline is not None
     return TransformerConfig(
@@ -120,7 +123,7 @@ def transformer_config(
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=on_cuda and _has_fused_weight_gradient(),
         bias_activation_fusion=on_cuda,
-        apply_rope_fusion=False,
+        apply_rope_fusion=not on_cuda,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         bias_dropout_fusion=False,

@@ -1,0 +1,54 @@
+"""Rotary position embedding in three passes over its input, where Transformer Engine's fused kernel is not installed.
+
+Megatron-Core's own unfused version takes a dozen passes and copies. It calls a kernel by the name
+``fused_apply_rotary_pos_emb`` if the configuration says ``apply_rope_fusion``; on a CPU that name is given this one.
+"""
+
+import torch
+from megatron.core.models.common.embeddings import rope_utils
+from torch import Tensor
+
+
+def provide_fused_rotary() -> None:
+    """Give Megatron-Core :func:`apply_rotary` where it found no kernel of Transformer Engine."""
+    if rope_utils.fused_apply_rotary_pos_emb is None:
+        rope_utils.fused_apply_rotary_pos_emb = apply_rotary
+
+
+def apply_rotary(values: Tensor, angles: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotate each pair (i, i + width / 2) of the last dimension by its angle (RoFormer, arXiv 2104.09864, eq. 34).
+
+    Args:
+        values: [sequence, batch, heads, width].
+        angles: [sequence, 1, 1, width] radians, the second half equal to the first.
+        interleaved: must be False: pairs (2 i, 2 i + 1) are not what this rotates.
+    """
+    if interleaved or angles.shape[-1] != values.shape[-1]:
+        raise NotImplementedError(
+            f"rotation of interleaved pairs or of {angles.shape[-1]} of {values.shape[-1]} channels"
+        )
+    return _Rotation.apply(values, angles.cos().to(values.dtype), angles.sin().to(values.dtype))
+
+
+class _Rotation(torch.autograd.Function):
+    """The backward pass is the rotation by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _rotate(values, cosine, sine, 1.0)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cosine, sine = ctx.saved_tensors
+        return _rotate(gradient, cosine, sine, -1.0), None, None
+
+
+def _rotate(values: Tensor, cosine: Tensor, sine: Tensor, direction: float) -> Tensor:
+    first, second = values.chunk(2, dim=-1)
+    first_sine, second_sine = sine.chunk(2, dim=-1)
+    rotated = values * cosine
+    rotated_first, rotated_second = rotated.chunk(2, dim=-1)
+    rotated_first.addcmul_(second, first_sine, value=-direction)
+    rotated_second.addcmul_(first, second_sine, value=direction)
+    return rotated

@@ -14,6 +14,7 @@ import sys
 from typing import Any, Callable
 
 import torch
+import torch.utils._device
 
 _FACTORIES = (
     "tensor",

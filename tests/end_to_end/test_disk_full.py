@@ -52,11 +52,11 @@ def test_files_that_may_not_grow(ranks, dataset, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A mounted file system of 6 MB, where the machine lets us."""
+    """A mounted file system of 2.5 MB, one and a half checkpoints, where the machine lets us."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", str(folder)], capture_output=True, text=True
     )
     if mounted.returncode:
         pytest.skip(f"cannot mount a small file system here: {mounted.stderr.strip()}")

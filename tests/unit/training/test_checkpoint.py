@@ -74,7 +74,7 @@ def test_round_trip_of_weights_moments_and_progress(dataset, tmp_path):
             assert all(torch.equal(ours[key], theirs[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
         architecture, state, manifest = load_full_state(path)
     assert architecture == parts.architecture and manifest["progress"]["tokens"] == 70
-    assert torch.equal(state["decoder.final_layernorm.weight"], torch.ones(96))
+    assert torch.equal(state["decoder.final_layernorm.weight"], torch.ones(architecture.hidden_size))
 
 
 def test_retention_and_latest(dataset, tmp_path):

@@ -54,13 +54,17 @@ class _BlockedCausalAttention(torch.autograd.Function):
         row_sums = (gradient * output).sum(-1).t().unsqueeze(-1)
         grad_q, grad_k, grad_v = (scaled.new_empty(heads, length, width) for _ in range(3))
         last = len(kept) - 1
+        # Products are added with add_: baddbmm_ into a slice makes one small product a head, each with its own threads.
         for block in range(last, -1, -1):  # the last block reaches every key, so it writes and the others add
             start, end = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, length)
             probabilities, rows = kept[block], rows_g[:, start:end]
-            keep = 0.0 if block == last else 1.0
-            grad_v[:, :end].baddbmm_(probabilities.transpose(1, 2), rows, beta=keep)
             grad_scores = torch.bmm(rows, rows_v[:, :end].transpose(1, 2))
             grad_scores.sub_(row_sums[:, start:end]).mul_(probabilities)
             grad_q[:, start:end] = torch.bmm(grad_scores, rows_k[:, :end])
-            grad_k[:, :end].baddbmm_(grad_scores.transpose(1, 2), rows_q[:, start:end], beta=keep)
+            if block == last:
+                torch.bmm(probabilities.transpose(1, 2), rows, out=grad_v)
+                torch.bmm(grad_scores.transpose(1, 2), rows_q[:, start:end], out=grad_k)
+            else:
+                grad_v[:, :end].add_(torch.bmm(probabilities.transpose(1, 2), rows))
+                grad_k[:, :end].add_(torch.bmm(grad_scores.transpose(1, 2), rows_q[:, start:end]))
         return grad_q.mul_(ctx.scale).transpose(0, 1), grad_k.transpose(0, 1), grad_v.transpose(0, 1), None

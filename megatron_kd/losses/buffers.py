@@ -1,9 +1,7 @@
 """Large temporary buffers. On Linux CPUs they are asked to be backed by huge pages.
 
-A fresh buffer's first touch otherwise faults once per 4 KiB: measured on an AMD EPYC, one thread, 256 MiB: 111 ms
-without and 27 ms with huge pages, beside 9 ms for a buffer that had been touched before. Smaller blocks are left alone:
-the C library keeps those of up to 32 MiB for the next call, and advice on memory in use costs more than it brings
-(10 ms on 8 MiB).
+A fresh buffer's first touch otherwise faults once per 4 KiB. Smaller blocks are left alone: the C library keeps those of
+up to 32 MiB for the next call, and advice on memory that is in use costs more than it brings.
 """
 
 import ctypes

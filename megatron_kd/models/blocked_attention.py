@@ -2,7 +2,7 @@
 
 A block of rows attends only to the keys up to its end, so little above the diagonal is computed. The probabilities
 are kept for the backward pass (heads x sequence² / 2 numbers), which limits it to short sequences; torch's own CPU
-kernel recomputes them and takes about twice as long there (benchmarks/bench_training.py).
+kernel recomputes them, which is slower there.
 """
 
 import torch

@@ -149,8 +149,7 @@ def _replace_random_state() -> None:
 def _keep_freed_memory() -> None:
     """Let the C library keep large freed blocks: activations of the same sizes come again in every step.
 
-    Otherwise each is mapped and zeroed anew, page by page: 4 to 12% of a step of the 21M model in
-    benchmarks/bench_training.py. Other C libraries than glibc are left as they are.
+    Otherwise each is mapped and zeroed anew, page by page. Other C libraries than glibc are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

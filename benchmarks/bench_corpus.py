@@ -1,0 +1,68 @@
+"""The corpus tools' speed and memory, side by side with what they stand beside; one module per question.
+
+    python benchmarks/bench_corpus.py [--quick] [--only tokenise,loader] [--output benchmarks/results/corpus.json]
+
+Every ``benchmarks/bench_corpus_<name>.py`` is one sub-benchmark: ``measure(quick, folder)`` yields its rows (plain
+mappings) as they are measured, ``describe(row)`` is the line that is printed for one. ``folder`` is empty, on the disk
+of ``--scratch``, and removed afterwards.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.provenance import provenance  # noqa: E402
+
+PREFIX = "bench_corpus_"
+
+
+def main() -> None:
+    """Run the chosen sub-benchmarks, print and record their figures."""
+    names = available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small inputs: minutes become seconds, ratios get rough")
+    parser.add_argument("--only", default=",".join(names), help=f"of {', '.join(names)}")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--scratch", type=Path, help="where temporary files go; by default the system's")
+    options = parser.parse_args()
+    chosen = options.only.split(",")
+    if unknown := [name for name in chosen if name not in names]:
+        parser.error(f"--only {', '.join(unknown)}: choose of {', '.join(names)}")
+    record: dict[str, Any] = {"benchmark": "corpus", "quick": options.quick, "provenance": provenance()}
+    record["results"] = {name: run_one(name, options.quick, options.scratch) for name in chosen}
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(record, indent=2) + "\n")
+    sys.exit(any(row.get("failed") for rows in record["results"].values() for row in rows))
+
+
+def available() -> list[str]:
+    """Names of the sub-benchmarks that are here."""
+    return sorted(path.stem.removeprefix(PREFIX) for path in Path(__file__).parent.glob(f"{PREFIX}*.py"))
+
+
+def run_one(name: str, quick: bool, scratch: Path | None) -> list[dict[str, Any]]:
+    """The rows of one sub-benchmark; one that breaks does not stop the others."""
+    module = importlib.import_module(f"benchmarks.{PREFIX}{name}")
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=f"bench-{name}-") as folder:
+        try:
+            for row in module.measure(quick, Path(folder)):
+                rows.append(row)
+                sys.stdout.write(f"{name:<10} {module.describe(row)}\n")
+                sys.stdout.flush()
+        except Exception as error:  # noqa: BLE001 - reported, and the exit status says so
+            traceback.print_exc()
+            rows.append({"failed": f"{type(error).__name__}: {error}"})
+    return rows
+
+
+if __name__ == "__main__":
+    main()

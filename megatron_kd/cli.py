@@ -2,7 +2,8 @@
 
     python tools/train.py --config FILE [key=value …] [--dry-run]
 
-Exit status: 0 on success; 2, with one line on stderr, for a bad configuration or bad input; 1 for anything else.
+Exit status: 0 on success; 2, with one line on stderr, for a bad configuration or bad input; 75 for a run that was told
+to stop and goes on when started again; 1 for anything else.
 """
 
 import argparse
@@ -15,10 +16,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from megatron_kd.config import dump_yaml, load_config
-from megatron_kd.errors import ConfigError, UserError
+from megatron_kd.errors import EXIT_BAD_INPUT, ConfigError, UserError
 from megatron_kd.quiet import silence_known_noise
-
-EXIT_BAD_INPUT = 2
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def _run_verb(name: str, arguments: Sequence[str]) -> int:
         run: Callable[[Any], Any] = getattr(module, verb.run)
         run(config)
     except UserError as error:
-        return _refuse(name, str(error), error.is_reported)
+        return _refuse(name, str(error), error.is_reported, error.exit_status)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return _refuse(
@@ -100,9 +99,9 @@ def _run_verb(name: str, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _refuse(name: str, message: str, is_reported: bool | None = None) -> int:
+def _refuse(name: str, message: str, is_reported: bool | None = None, status: int = EXIT_BAD_INPUT) -> int:
     """One line on stderr, from one rank only under torchrun: rank 0 where the ranks have not agreed on one."""
     if not is_reported if is_reported is not None else os.environ.get("RANK", "0") == "0":
         sys.stderr.write(f"{name}: {' '.join(message.split())}\n")
         sys.stderr.flush()
-    return EXIT_BAD_INPUT
+    return status

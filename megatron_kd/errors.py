@@ -4,12 +4,18 @@ Anything else that is raised is a fault of this project and shows its traceback.
 """
 
 
+EXIT_BAD_INPUT = 2
+EXIT_REQUEUE = 75
+"""EX_TEMPFAIL of sysexits.h: the same command, started again, goes on."""
+
+
 class UserError(Exception):
     """Bad input: the message says what is wrong, where, and what to do about it, on one line.
 
     ``is_reported`` is True where another rank of the same world prints it.
     """
 
+    exit_status = EXIT_BAD_INPUT
     is_reported: bool | None = None
 
 
@@ -31,3 +37,9 @@ class LayoutError(ConfigError):
 
 class NonFiniteLossError(UserError):
     """A loss or gradient norm that is not finite: training stopped before the optimizer step."""
+
+
+class Preempted(UserError):
+    """The run was told to stop, and did so with a checkpoint: the same command goes on from it."""
+
+    exit_status = EXIT_REQUEUE

@@ -17,6 +17,7 @@ from megatron_kd.losses import DenseKnowledge, OutputHead
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import is_last_stage
 from megatron_kd.parallel.schedule import forward_only
+from megatron_kd.teachers.control import Decision
 
 
 class ColocatedTeacher:
@@ -52,6 +53,9 @@ class ColocatedTeacher:
             return None
         hidden = self._kept.pop(id(batch)) if self._runs_first else self._forward([batch])[0]
         return DenseKnowledge(hidden=hidden.flatten(0, 1), head=self._head)
+
+    def follow(self, decision: Decision) -> None:
+        """Nothing: it runs where the loop runs."""
 
     @torch.no_grad()
     def _forward(self, batches: Sequence[Batch]) -> list[Tensor]:

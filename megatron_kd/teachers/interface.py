@@ -8,6 +8,7 @@ from typing import Iterator, Literal, Protocol, Sequence
 
 from megatron_kd.data.batch import Batch
 from megatron_kd.losses import DenseKnowledge
+from megatron_kd.teachers.control import Decision
 
 
 @dataclass(frozen=True)
@@ -37,3 +38,6 @@ class Teacher(Protocol):
 
     def knowledge(self, batch: Batch) -> DenseKnowledge | None:
         """The teacher's knowledge about ``batch``, on the student's last pipeline stage; None elsewhere."""
+
+    def follow(self, decision: Decision) -> None:
+        """Learn what the training loop does after a batch (see control.py); nothing to do where it runs here."""

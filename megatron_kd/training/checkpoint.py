@@ -11,9 +11,9 @@ import json
 import shutil
 import sys
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,7 @@ from megatron_kd.parallel.agreement import on_main_rank
 from megatron_kd.parallel.groups import create_process_groups
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_kd.parallel.runtime import distributed_runtime
+from megatron_kd.training.survival import Incidents
 
 _UNTOLD = "another rank could not write"
 FORMAT = {"backend": "torch_dist", "layout": "fully_reshardable"}
@@ -53,12 +54,24 @@ FORMAT = {"backend": "torch_dist", "layout": "fully_reshardable"}
 class Progress:
     """How far a run has come: everything beside weights and optimizer state that a resumed run needs.
 
-    The data position is the step: the order of chunks is a pure function of the seed and the step.
+    The order of chunks is a pure function of the seed and the position.
     """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    incidents: Incidents = field(default_factory=Incidents)
+
+    @property
+    def position(self) -> int:
+        """The next global batch, counted from the start of the run: skipped ones count."""
+        return self.step + self.incidents.skipped_batches
+
+    @classmethod
+    def from_manifest(cls, manifest: Mapping[str, Any]) -> "Progress":
+        """What a checkpoint's manifest says."""
+        values = dict(manifest["progress"])
+        return cls(**{**values, "incidents": Incidents.from_mapping(values.get("incidents"))})
 
 
 def save_checkpoint(
@@ -81,11 +94,24 @@ def save_checkpoint(
     Raises:
         UserError: rank 0 could not write (a full disk, say); the previous checkpoint is untouched.
     """
-    final = checkpoints / f"step_{progress.step}"
-    on_main_rank(lambda: _remove_passed_over(checkpoints, progress.step))
     state = training_state(model, optimizer, groups, is_loading=False)
-    with _buildingon_main_rank(final) as folder:
-        failure = _save_sharded(state, folder) or on_main_rank(lambda: _describe(folder, progress, architecture, about))
+    return _save(
+        checkpoints, progress.step, state, lambda folder: _describe(folder, progress, architecture, about), keep
+    )
+
+
+def take_part_in_save(checkpoints: Path, step: int) -> None:
+    """What a rank without a part of the student does while the others are in :func:`save_checkpoint`."""
+    _save(checkpoints, step, {}, lambda _: None, None)
+
+
+def _save(
+    checkpoints: Path, step: int, state: dict[str, Any], describe: Callable[[Path], str | None], keep: int | None
+) -> Path:
+    final = checkpoints / f"step_{step}"
+    on_main_rank(lambda: _remove_passed_over(checkpoints, step))
+    with _building_on_main_rank(final) as folder:
+        failure = _save_sharded(state, folder) or on_main_rank(lambda: describe(folder))
         if failure is not None:
             raise UserError(f"checkpoint {final} could not be written: {failure}{_space_left(checkpoints)}")
     on_main_rank(lambda: _publish(checkpoints, final, keep))
@@ -107,7 +133,14 @@ def load_checkpoint(
     for i, chunk in enumerate(model):
         chunk.module.load_state_dict(loaded[f"model{i}"], strict=False)
     optimizer.load_state_dict(loaded["optimizer"])
-    return Progress(**info.manifest["progress"])
+    return Progress.from_manifest(info.manifest)
+
+
+def take_part_in_load(checkpoints: Path) -> None:
+    """What a rank without a part of the student does while the others find and load the newest whole checkpoint."""
+    info = newest_whole_checkpoint(checkpoints)
+    if info is not None:
+        load_sharded_state({}, info.path)
 
 
 def newest_whole_checkpoint(checkpoints: Path) -> CheckpointInfo | None:
@@ -238,7 +271,7 @@ def _publish(checkpoints: Path, final: Path, keep: int | None) -> None:
 
 
 @contextmanager
-def _buildingon_main_rank(final: Path) -> Iterator[Path]:
+def _building_on_main_rank(final: Path) -> Iterator[Path]:
     """A folder that rank 0 makes and, if every rank gets through the block, renames to ``final``."""
     stack = ExitStack()
     folder = Path(on_main_rank(lambda: str(stack.enter_context(building(final)))))

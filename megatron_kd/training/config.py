@@ -8,6 +8,7 @@ from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.teachers.interface import TeacherConfig
 from megatron_kd.training.objective import DistillationConfig, LossReduction
 from megatron_kd.training.optimizer import OptimizerConfig
+from megatron_kd.training.survival import SurvivalConfig
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class TrainingConfig:
     save_interval: int | None = None
     """None saves at the end only."""
     keep_checkpoints: int | None = 2
+    """How many of the newest checkpoints remain; None keeps all."""
+    keep_every: int | None = None
+    """Checkpoints whose step is a multiple of this remain for good."""
+    allow_other_data: bool = False
+    """Go on from a checkpoint that was made with another dataset."""
 
     def validate(self) -> Iterator[str]:
         """Faults in the values, one message each."""
@@ -46,6 +52,7 @@ class TrainingConfig:
             "eval_interval",
             "save_interval",
             "keep_checkpoints",
+            "keep_every",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -65,6 +72,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    survival: SurvivalConfig = field(default_factory=SurvivalConfig)
 
     def validate(self) -> Iterator[str]:
         """Faults in the values together, one message each."""

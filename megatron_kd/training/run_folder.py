@@ -39,17 +39,19 @@ def checkpoint_to_resume(
         return None
     before = info.manifest["config"]
     pairs = [
-        ("dataset", info.manifest["dataset_fingerprint"], data.fingerprint),
         ("data.shuffle", before["data"]["shuffle"], config.data.shuffle),
         ("sequence length", info.manifest["seq_length"], config.data.seq_length or data.seq_length),
     ]
     pairs += [
         (f"training.{name}", before["training"][name], getattr(config.training, name)) for name in _SAME_TRAINING_KEYS
     ]
+    if not config.training.allow_other_data:
+        pairs.insert(0, ("dataset", info.manifest["dataset_fingerprint"], data.fingerprint))
     faults = [f"{name} {had} where {asked} is asked for" for name, had, asked in pairs if had != asked]
     if faults:
         raise CheckpointError(
             f"{info.path} was made with {', '.join(faults)}: choose another output or the same settings"
+            + (" (training.allow_other_data=true goes on with other data)" if faults[0].startswith("dataset ") else "")
         )
     check_same_architecture(info, architecture)
     return info

@@ -1,7 +1,9 @@
-"""The training loop: batches in order, steps, metrics, evaluation, checkpoints."""
+"""The training loop: batches in order, steps, metrics, evaluation, checkpoints, and what it does when trouble comes."""
 
 import dataclasses
+import itertools
 import time
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
@@ -13,7 +15,7 @@ from megatron_kd.data.batch import Batch, make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.loader import BatchSchedule, ChunkOrder
 from megatron_kd.data.prefetch import prefetch
-from megatron_kd.errors import NonFiniteLossError
+from megatron_kd.errors import NonFiniteLossError, Preempted
 from megatron_kd.metrics.tracker import RunTracker
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.models.weights import open_checkpoint
@@ -21,10 +23,14 @@ from megatron_kd.parallel.layout import ParallelLayout, as_mapping
 from megatron_kd.parallel.runtime import Runtime
 from megatron_kd.planning.flops import training_flops
 from megatron_kd.scoring.chunk_losses import heldout_loss
+from megatron_kd.teachers.control import Action, Decision
 from megatron_kd.training.build import unwrap
-from megatron_kd.training.checkpoint import Progress, save_checkpoint
+from megatron_kd.training.checkpoint import Progress, load_checkpoint, newest_whole_checkpoint, save_checkpoint
 from megatron_kd.training.config import TrainConfig
+from megatron_kd.training.hang import HangWatch
 from megatron_kd.training.optimizer import learning_rate
+from megatron_kd.training.signals import SignalWatch
+from megatron_kd.training.survival import Survival
 from megatron_kd.training.train_step import StepResult, TrainStep
 
 
@@ -57,34 +63,97 @@ class Trainer:
         self.flops_per_token = training_flops(architecture.parameters, 1, config.distillation.method, teacher)
 
     def run(self, progress: Progress) -> None:
-        """Train from ``progress`` to the end."""
-        settings, first_step = self.config.training, progress.step
-        tracker = RunTracker(
-            self.folder, settings.train_iters, progress.step, self.runtime.is_main, self.config.model.name
-        )
-        try:
-            for batches in prefetch(lambda: self._batches(first_step), depth=2):
-                progress = self._train_one(batches, progress, tracker)
-                if _is_due(progress.step, settings.eval_interval, settings.train_iters):
-                    self._evaluate(progress, tracker)
-                if _is_due(progress.step, settings.save_interval, settings.train_iters):
-                    tracker.flush()
-                    self._save(progress)
-        finally:
-            tracker.close()
+        """Train from ``progress`` to the end.
 
-    def _train_one(self, batches: Sequence[Batch], progress: Progress, tracker: RunTracker) -> Progress:
+        Raises:
+            Preempted: a signal asked the run to stop; a checkpoint was written.
+            NonFiniteLossError: a batch that the policy does not skip.
+        """
+        settings, first_position = self.config.training, progress.position
+        self._has_checkpoint = progress.step > 0
+        with ExitStack() as stack:
+            signals = stack.enter_context(SignalWatch(self.config.survival.exit_within_seconds))
+            self.survival = Survival(
+                self.config.survival, self.folder, signals, self.groups.intra_dist_opt, self.runtime.is_main
+            )
+            self.hang_watch = stack.enter_context(HangWatch(60.0 * self.config.survival.hang_minutes))
+            stack.callback(lambda: self.tracker.close())
+            self.tracker = self._open_tracker(progress)
+            batches = stack.enter_context(closing(prefetch(lambda: self._batches(first_position), depth=2)))
+            while progress.step < settings.train_iters:
+                progress = self._advance(next(batches), progress)
+
+    def _advance(self, batches: Sequence[Batch], progress: Progress) -> Progress:
+        """One global batch and whatever is due after it."""
+        settings, before = self.config.training, progress
+        self.hang_watch.beat(f"step {progress.step + 1}")
+        progress, rolls_back = self._train_one(batches, progress)
+        if rolls_back and self._has_checkpoint:
+            return self._rewind(progress)
+        has_stepped = progress.step > before.step
+        if has_stepped and _is_due(progress.step, settings.eval_interval, settings.train_iters):
+            self.hang_watch.beat(f"evaluation after step {progress.step}")
+            self._evaluate(progress)
+        stops = self.survival.stop_requested(self.runtime.device)
+        if has_stepped and (stops or _is_due(progress.step, settings.save_interval, settings.train_iters)):
+            self._save(progress)
+        ended = progress.step == settings.train_iters
+        self._tell(Action.STOP if stops or ended else Action.CONTINUE, progress)
+        if stops and not ended:
+            raise Preempted(
+                f"told to stop: step {progress.step} of {settings.train_iters} is saved in {self.folder}, the same "
+                "command goes on from there"
+            )
+        return progress
+
+    def _train_one(self, batches: Sequence[Batch], progress: Progress) -> tuple[Progress, bool]:
+        """The progress after a step or a skipped batch, and whether its loss asks for a rollback."""
         started = time.perf_counter()
         rate = learning_rate(progress.step, self.config.optimizer, self.config.training.train_iters)
+        chunks = self.schedule.chunks(progress.position).tolist()
         try:
             result = self.step([batch.to(self.runtime.device) for batch in batches], rate)
         except NonFiniteLossError as error:
-            chunks = self.schedule.chunks(progress.step).tolist()
-            raise NonFiniteLossError(f"step {progress.step + 1}: {error}; chunks of the batch: {chunks}") from None
+            reason = f"{error}; chunks of the batch: {chunks}"
+            incidents = self.survival.skip(progress.incidents, progress.step + 1, reason)
+            if incidents is None:
+                raise NonFiniteLossError(f"step {progress.step + 1}: {reason}") from None
+            return dataclasses.replace(progress, incidents=incidents), False
         seconds = time.perf_counter() - started
-        progress = Progress(progress.step + 1, progress.tokens + result.tokens, progress.seconds + seconds)
-        tracker.step(self._row(progress, result, rate, seconds))
-        return progress
+        incidents, rolls_back = self.survival.after_loss(progress.incidents, progress.step + 1, result.loss, chunks)
+        progress = Progress(progress.step + 1, progress.tokens + result.tokens, progress.seconds + seconds, incidents)
+        self.tracker.step(self._row(progress, result, rate, seconds))
+        return progress, rolls_back
+
+    def _rewind(self, progress: Progress) -> Progress:
+        """Back to the newest checkpoint; the batches since then are passed over."""
+        self._tell(Action.REWIND, progress)
+        self.hang_watch.beat(f"rollback after step {progress.step}")
+        info = newest_whole_checkpoint(self.folder / "checkpoints")
+        restored = load_checkpoint(info, self.model, self.optimizer, self.groups)
+        incidents = dataclasses.replace(
+            progress.incidents, skipped_batches=progress.position - restored.step, losses=restored.incidents.losses
+        )
+        self.survival.record(
+            "rollback", progress.step, f"going on from step {restored.step} with global batch {progress.position}"
+        )
+        restored = dataclasses.replace(restored, incidents=incidents)
+        self.tracker.close()
+        self.tracker = self._open_tracker(restored)
+        return restored
+
+    def _tell(self, action: Action, progress: Progress) -> None:
+        if self.step.teacher is not None:
+            self.step.teacher.follow(Decision(action, progress.position, progress.step))
+
+    def _open_tracker(self, progress: Progress) -> RunTracker:
+        return RunTracker(
+            self.folder,
+            self.config.training.train_iters,
+            progress.step,
+            self.runtime.is_main,
+            self.config.model.name,
+        )
 
     def _row(self, progress: Progress, result: StepResult, rate: float, seconds: float) -> dict[str, Any]:
         settings = self.config.training
@@ -105,7 +174,7 @@ class Trainer:
             "seconds": progress.seconds,
         }
 
-    def _evaluate(self, progress: Progress, tracker: RunTracker) -> None:
+    def _evaluate(self, progress: Progress) -> None:
         if self.heldout is None:
             return
         self._gather_parameters()
@@ -118,7 +187,7 @@ class Trainer:
             micro_batch_size=self.config.training.micro_batch_size,
         )
         positions = self.config.training.global_batch_size * self._seq_length
-        tracker.evaluation(
+        self.tracker.evaluation(
             {
                 "step": progress.step,
                 "tokens": progress.tokens,
@@ -136,6 +205,10 @@ class Trainer:
                 chunk.start_param_sync(force_sync=True)
 
     def _save(self, progress: Progress) -> None:
+        self.hang_watch.beat(f"checkpoint of step {progress.step}")
+        self._tell(Action.SAVE, progress)
+        self._has_checkpoint = True
+        self.tracker.flush()
         self._gather_parameters()
         save_checkpoint(
             self.folder / "checkpoints",
@@ -158,11 +231,12 @@ class Trainer:
             },
         )
 
-    def _batches(self, first_step: int) -> Iterator[list[Batch]]:
+    def _batches(self, first_position: int) -> Iterator[list[Batch]]:
+        """Every global batch from a position on, without end: skipped ones make the run read more than its steps."""
         settings = self.config.training
-        for step in range(first_step, settings.train_iters):
+        for position in itertools.count(first_position):
             rows = self.schedule.micro_batches(
-                step, self.groups.dp.rank(), self.groups.dp.size(), settings.micro_batch_size
+                position, self.groups.dp.rank(), self.groups.dp.size(), settings.micro_batch_size
             )
             yield [make_batch(self.data, indices, self._seq_length) for indices in rows]
 

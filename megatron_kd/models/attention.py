@@ -61,7 +61,7 @@ class SDPACoreAttention(torch.nn.Module):
         Returns:
             [sequence, batch, heads x width].
         """
-        if self._suits_blocks(query, attention_mask):
+        if self._suits_blocks(query, key, attention_mask):
             return self._attend_in_blocks(query, key, value)
         mask = None if attention_mask is None else ~attention_mask
         context = scaled_dot_product_attention(
@@ -70,17 +70,17 @@ class SDPACoreAttention(torch.nn.Module):
             value.permute(1, 2, 0, 3),
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None,
+            is_causal=mask is None and query.shape[0] > 1,  # one query attends to all that is cached
             scale=self.softmax_scale,
             enable_gqa=self.is_grouped,
         )
         return context.permute(2, 0, 1, 3).flatten(2)
 
-    def _suits_blocks(self, query: Tensor, attention_mask: Tensor | None) -> bool:
+    def _suits_blocks(self, query: Tensor, key: Tensor, attention_mask: Tensor | None) -> bool:
         return (
             query.device.type == "cpu"
             and query.dtype == torch.float32
-            and query.shape[0] <= MAX_SEQUENCE
+            and 1 < query.shape[0] == key.shape[0] <= MAX_SEQUENCE
             and attention_mask is None
             and not self.is_grouped
             and not (self.training and self.dropout)

@@ -1,0 +1,121 @@
+"""The decoding loop: prompts of any lengths in, sequences out, the same on every rank of the model.
+
+All sequences stand at the same position: decoding starts after the shortest prompt, and a sequence whose prompt is
+not over takes the prompt's id in the place of a drawn one. So no row is padded on the left, and positions are true.
+"""
+
+from dataclasses import dataclass
+from typing import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_kd.errors import DataError
+from megatron_kd.generation.policies import NextToken, Policy
+from megatron_kd.generation.random_numbers import uniforms
+from megatron_kd.generation.sampling import SamplingConfig, choose
+from megatron_kd.parallel.groups import is_last_stage
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Finished sequences.
+
+    Attributes:
+        tokens: int64 [b, max_length], prompt and response, ``pad_id`` after the end.
+        lengths: int64 [b], tokens of each sequence, its end-of-sequence id included.
+        prompt_lengths: int64 [b].
+        log_probabilities: fp32 [b, max_length] for each name that the policy records: of the token at that place given
+            those before it; 0 in prompts and after the end. On the last pipeline stage only, empty elsewhere.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    prompt_lengths: Tensor
+    log_probabilities: dict[str, Tensor]
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy,
+    prompts: Sequence[np.ndarray],
+    seeds: np.ndarray,
+    *,
+    max_length: int,
+    eos_id: int | None,
+    pad_id: int,
+    sampling: SamplingConfig = SamplingConfig(),
+    device: torch.device = torch.device("cpu"),
+) -> Generated:
+    """Continue every prompt until ``eos_id`` or ``max_length`` tokens. Collective over the model's ranks.
+
+    Args:
+        policy: with empty caches for at least as many sequences and tokens.
+        prompts: ids of each sequence, at least one.
+        seeds: uint64 [b]; a sequence's text depends on its prompt and seed, not on what else is in the batch.
+        max_length: tokens of prompt and response together; a prompt of that length gets no response.
+
+    Raises:
+        DataError: a prompt is empty or longer than ``max_length``.
+    """
+    ids, lengths = _lay_out(prompts, max_length, pad_id, device)
+    start = int(lengths.min())
+    is_last = is_last_stage(policy.groups)
+    records = [ids.new_zeros(ids.shape, dtype=torch.float32) for _ in policy.recorded] if is_last else []
+    ends = torch.full_like(lengths, max_length)
+    if start < max_length:
+        next_token = policy.next_token(ids[:, :start])
+    for position in range(start, max_length):
+        in_prompt, ended = position < lengths, position >= ends
+        drawn = _draw(next_token, seeds, position, sampling, policy.groups, ids[:, position])
+        writes = ~in_prompt & ~ended
+        ids[:, position] = torch.where(writes, drawn, ids[:, position])
+        if is_last:
+            _record(records, next_token, ids[:, position], writes, position)
+        if eos_id is not None:
+            ends = torch.where(writes & (drawn == eos_id), position + 1, ends)
+        if position + 1 == max_length or bool((ends <= position + 1).all()):
+            break
+        next_token = policy.next_token(ids[:, position : position + 1])
+    return Generated(ids, ends, lengths, dict(zip(policy.recorded, records)))
+
+
+def _lay_out(
+    prompts: Sequence[np.ndarray], max_length: int, pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    lengths = [len(prompt) for prompt in prompts]
+    if min(lengths) < 1 or max(lengths) > max_length:
+        raise DataError(
+            f"prompts of {min(lengths)} to {max(lengths)} tokens where 1 to {max_length} fit: shorten the prompts or "
+            "raise the length"
+        )
+    ids = np.full((len(prompts), max_length), pad_id, dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = prompt
+    return torch.from_numpy(ids).to(device), torch.tensor(lengths, device=device)
+
+
+def _draw(
+    next_token: NextToken | None,
+    seeds: np.ndarray,
+    position: int,
+    sampling: SamplingConfig,
+    groups: ProcessGroupCollection,
+    like: Tensor,
+) -> Tensor:
+    """The drawn tokens [b] on every stage."""
+    tokens = torch.empty_like(like)
+    if next_token is not None:
+        tokens.copy_(choose(next_token.logits, uniforms(seeds, position), sampling))
+    if groups.pp.size() > 1:
+        dist.broadcast(tokens, group=groups.pp, group_src=groups.pp.size() - 1)
+    return tokens
+
+
+def _record(records: list[Tensor], next_token: NextToken, tokens: Tensor, writes: Tensor, position: int) -> None:
+    for record, values in zip(records, next_token.log_probabilities):
+        chosen = values.gather(1, tokens.clamp_max(values.shape[1] - 1).unsqueeze(1)).squeeze(1)
+        record[:, position] = torch.where(writes, chosen, 0.0)

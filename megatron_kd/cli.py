@@ -39,6 +39,9 @@ VERBS: dict[str, Verb] = {
         "SampleByDifferenceConfig",
         "keep the chunks that the teacher finds easier",
     ),
+    "generate_corpus": Verb(
+        "megatron_kd.generation.generate_corpus", "GenerateCorpusConfig", "a model's own text as a chunk dataset (SeqKD)"
+    ),
     "convert_to_hf": Verb("megatron_kd.conversion.export_hf", "ConvertToHFConfig", "checkpoint to Hugging Face folder"),
     "evaluate": Verb("megatron_kd.evaluation.run", "EvaluateConfig", "held-out loss and bits per byte"),
     "inspect_dataset": Verb("megatron_kd.data.inspect_dataset", "InspectDatasetConfig", "what an artefact on disk is"),

@@ -23,6 +23,7 @@ from megatron_kd.errors import DataError
 KIND = "chunk_dataset"
 CHUNK_IDS_NAME = "chunk_ids.npy"
 TOKEN_BYTES_NAME = "token_byte_lengths.npy"
+PROMPT_LENGTHS_NAME = "prompt_lengths.npy"
 DEFAULT_CHUNKS_PER_SHARD = 1_000_000
 MASK_RULE = "input_is_not_pad"
 
@@ -186,6 +187,13 @@ class ChunkDataset:
         return CHUNK_IDS_NAME not in self.checksums.files
 
     @cached_property
+    def prompt_lengths(self) -> np.ndarray | None:
+        """How many ids of each chunk are a prompt, int32 ``[num_chunks]``; None where chunks are not divided so."""
+        if PROMPT_LENGTHS_NAME not in self.checksums.files:
+            return None
+        return np.load(self.path / PROMPT_LENGTHS_NAME, mmap_mode="r")
+
+    @cached_property
     def token_byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes that each id stands for, int32 ``[vocab_size]``; 0 for special tokens."""
         return np.load(self.path / TOKEN_BYTES_NAME)
@@ -283,6 +291,11 @@ class ChunkDatasetWriter:
         """Write a further small file into the dataset and checksum it; it is no part of the fingerprint."""
         (self.folder / name).write_bytes(contents)
         self._extra_files.append(name)
+
+    def add_array(self, name: str, values: np.ndarray) -> None:
+        """Write an array into the dataset; it is part of the fingerprint."""
+        np.save(self.folder / name, values)
+        self._checksums.add_file(self.folder, name)
 
     def finish(
         self,

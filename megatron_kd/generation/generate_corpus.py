@@ -1,0 +1,205 @@
+"""``generate_corpus``: a model's own text as a chunk dataset, for sequence-level distillation (SeqKD).
+
+    torchrun --nproc-per-node 2 tools/generate_corpus.py data.path=CORPUS model.path=TEACHER output=GENERATED
+
+Each chunk's first ids are the prompt and the model samples the rest; ``prompt: begin`` starts from the end-of-document
+id instead. Every text has a seed of its own, so the result depends on neither batch size nor layout. What is done
+is kept in ``<output>.parts``; a killed job goes on from there and gives the same bytes.
+"""
+
+import dataclasses
+import sys
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterator, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_kd.config import to_mapping
+from megatron_kd.data.artefact_folder import building
+from megatron_kd.data.chunk_dataset import KIND, PROMPT_LENGTHS_NAME, ChunkDataset, ChunkDatasetWriter
+from megatron_kd.data.manifest import already_made, recipe_of
+from megatron_kd.errors import ConfigError, DataError
+from megatron_kd.generation.parts import Part, PartFolder
+from megatron_kd.generation.sampling import SamplingConfig
+from megatron_kd.generation.texts import PromptSource, generate_part
+from megatron_kd.models.fingerprint import weights_fingerprint
+from megatron_kd.models.loading import LoadedModel, ScoredModelConfig, load_for_inference
+from megatron_kd.parallel.agreement import on_main_rank
+from megatron_kd.parallel.layout import ParallelConfig
+from megatron_kd.parallel.runtime import Runtime, distributed_runtime
+from megatron_kd.planning.flops import forward_flops
+
+TEXTS_PER_PART = 512
+
+
+@dataclass(frozen=True)
+class PromptDataConfig:
+    """The ``data.*`` keys of generation."""
+
+    path: str
+    """A chunk dataset: the prompts, and in any case the tokenizer."""
+
+
+@dataclass(frozen=True)
+class GenerateCorpusConfig:
+    """Everything that ``generate_corpus`` reads."""
+
+    data: PromptDataConfig
+    model: ScoredModelConfig
+    output: str
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    prompt: Literal["chunk", "begin"] = "chunk"
+    """``begin``: every text starts from the end-of-document id alone."""
+    prompt_length: int = 768
+    """First ids of a chunk; a shorter chunk is its own prompt."""
+    response_length: int = 256
+    """The most ids that the model adds."""
+    num_texts: int | None = None
+    """None means one for every chunk; needed with ``prompt: begin``."""
+    stop_at_eos: bool = True
+    """False goes on with another document after the end of one, up to the length."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    seed: int = 10
+    micro_batch_size: int = 16
+
+    def validate(self) -> Iterator[str]:
+        """Faults in the values, one message each."""
+        for name in ("prompt_length", "response_length", "micro_batch_size", "num_texts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield f"'{name}' must be at least 1, not {value}"
+        if self.prompt == "begin" and self.num_texts is None:
+            yield "'prompt' begin needs 'num_texts', the number of texts"
+
+
+def run(config: GenerateCorpusConfig) -> Path:
+    """Generate, write the dataset and return its folder."""
+    with distributed_runtime() as runtime:
+        dataset = ChunkDataset.open(config.data.path)
+        loaded = load_for_inference(config.model, config.parallel, dataset, runtime)
+        fingerprint = weights_fingerprint(loaded.chunks, loaded.groups.intra_dist_opt)
+        prompts = _prompt_source(config, dataset)
+        _check_positions(loaded, prompts)
+        recipe = _recipe(config, dataset, fingerprint, prompts)
+        if on_main_rank(lambda: already_made(config.output, KIND, recipe)):
+            return Path(config.output)
+        parts = PartFolder(Path(f"{config.output}.parts"), recipe)
+        on_main_rank(parts.prepare)
+        _generate_missing(config, loaded, prompts, parts, runtime)
+        on_main_rank(lambda: _write(config, dataset, loaded, fingerprint, recipe, prompts, parts))
+    return Path(config.output)
+
+
+def _prompt_source(config: GenerateCorpusConfig, dataset: ChunkDataset) -> PromptSource:
+    if config.num_texts is not None and config.prompt == "chunk" and config.num_texts > dataset.num_chunks:
+        raise ConfigError(f"num_texts {config.num_texts} is above the {dataset.num_chunks} chunks of {dataset.path}")
+    return PromptSource(
+        dataset,
+        num_texts=config.num_texts or dataset.num_chunks,
+        prompt_length=config.prompt_length if config.prompt == "chunk" else 0,
+        response_length=config.response_length,
+    )
+
+
+def _check_positions(loaded: LoadedModel, prompts: PromptSource) -> None:
+    """Raise :class:`DataError` if a text can be longer than what the model was made for."""
+    positions = loaded.info.architecture.max_position_embeddings
+    if prompts.max_length > positions:
+        raise DataError(
+            f"prompt and response together reach {prompts.max_length} ids, {loaded.info.path} has {positions} "
+            "positions: lower prompt_length or response_length"
+        )
+
+
+def _recipe(config: GenerateCorpusConfig, dataset: ChunkDataset, fingerprint: str, prompts: PromptSource) -> str:
+    """All that the text depends on: neither layout nor batch size."""
+    names = ("prompt", "prompt_length", "response_length", "stop_at_eos", "seed")
+    return recipe_of(
+        {
+            "tool": "generate_corpus",
+            "dataset": dataset.fingerprint,
+            "model": fingerprint,
+            "num_texts": prompts.num_texts,
+            "sampling": dataclasses.asdict(config.sampling),
+            **{name: getattr(config, name) for name in names},
+        }
+    )
+
+
+def _generate_missing(
+    config: GenerateCorpusConfig, loaded: LoadedModel, prompts: PromptSource, parts: PartFolder, runtime: Runtime
+) -> None:
+    starts = range(0, prompts.num_texts, TEXTS_PER_PART)
+    done = on_main_rank(lambda: [parts.is_done(number) for number in range(len(starts))])
+    with tqdm(
+        total=prompts.num_texts,
+        initial=min(prompts.num_texts, sum(done) * TEXTS_PER_PART),
+        desc="generate",
+        unit="text",
+        disable=not runtime.is_main,
+        file=sys.stderr,
+        mininterval=0.5 if sys.stderr.isatty() else 10.0,
+    ) as bar:
+        for number, start in enumerate(starts):
+            if done[number]:
+                continue
+            numbers = np.arange(start, min(start + TEXTS_PER_PART, prompts.num_texts))
+            part = generate_part(
+                loaded.chunks,
+                loaded.groups,
+                prompts,
+                numbers,
+                seed=config.seed,
+                sampling=config.sampling,
+                stop_at_eos=config.stop_at_eos,
+                micro_batch_size=config.micro_batch_size,
+                device=runtime.device,
+                on_texts=bar.update,
+            )
+            on_main_rank(lambda: parts.save(number, part))
+
+
+def _write(
+    config: GenerateCorpusConfig,
+    dataset: ChunkDataset,
+    loaded: LoadedModel,
+    fingerprint: str,
+    recipe: str,
+    prompts: PromptSource,
+    parts: PartFolder,
+) -> None:
+    seq_length = max(dataset.seq_length, prompts.max_length - 1)
+    count = -(-prompts.num_texts // TEXTS_PER_PART)
+    prompt_lengths = []
+    with (
+        building(config.output) as folder,
+        closing(ChunkDatasetWriter(folder, dataset.tokenizer_info(), seq_length)) as writer,
+    ):
+        for number in range(count):
+            part: Part = parts.load(number)
+            writer.add(part.ids, part.lengths)
+            prompt_lengths.append(part.prompt_lengths)
+        writer.add_array(PROMPT_LENGTHS_NAME, np.concatenate(prompt_lengths).astype(np.int32))
+        writer.finish(
+            {
+                "tool": "generate_corpus",
+                "recipe": recipe,
+                "config": to_mapping(config),
+                "flops": forward_flops(loaded.info.architecture.parameters, writer.num_tokens),
+            },
+            parents=_parents(dataset, loaded, fingerprint),
+        )
+    parts.remove()
+    sys.stderr.write(
+        f"generate_corpus: {writer.num_chunks:,} texts of {writer.num_tokens:,} tokens into {config.output}\n"
+    )
+
+
+def _parents(dataset: ChunkDataset, loaded: LoadedModel, fingerprint: str) -> list[dict[str, Any]]:
+    return [
+        {"kind": KIND, "path": str(dataset.path), "fingerprint": dataset.fingerprint},
+        {"kind": "checkpoint", "path": str(loaded.info.path), "fingerprint": fingerprint},
+    ]

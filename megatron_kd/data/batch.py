@@ -55,13 +55,16 @@ class Batch:
         )
 
 
-def make_batch(dataset: ChunkDataset, chunk_indices: np.ndarray, seq_length: int) -> Batch:
+def make_batch(
+    dataset: ChunkDataset, chunk_indices: np.ndarray, seq_length: int, mask_prompt: bool = False
+) -> Batch:
     """Read chunks and lay them out as a batch on the CPU.
 
     Args:
         dataset: where from.
         chunk_indices: ``[b]``.
         seq_length: s; every chunk has at most s + 1 ids.
+        mask_prompt: leave out the positions that predict an id of the chunk's prompt.
 
     Raises:
         DataError: a chunk is longer, or damaged on disk.
@@ -73,6 +76,8 @@ def make_batch(dataset: ChunkDataset, chunk_indices: np.ndarray, seq_length: int
     real = positions < lengths[:, None] - 1
     inputs[~real] = dataset.pad_id  # a short chunk's last id is a label only
     mask = real & (inputs != dataset.pad_id)
+    if mask_prompt:
+        mask &= positions >= dataset.prompt_lengths[chunk_indices][:, None] - 1
     return Batch(
         tokens=torch.from_numpy(inputs),
         labels=torch.from_numpy(labels),

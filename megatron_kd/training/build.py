@@ -34,6 +34,11 @@ def open_datasets(config: TrainConfig) -> tuple[ChunkDataset, ChunkDataset | Non
             f"data.seq_length {config.data.seq_length} is below the {data.seq_length} of {config.data.path}: "
             "tokenise again with shorter chunks"
         )
+    if config.data.mask_prompt and data.prompt_lengths is None:
+        raise DataError(
+            f"{config.data.path} has no prompts, so data.mask_prompt cannot leave them out: use a dataset of "
+            "generate_corpus, or data.mask_prompt=false"
+        )
     if heldout is not None and heldout.tokenizer_hash != data.tokenizer_hash:
         raise DataError(
             f"{config.data.eval_path} has tokenizer {heldout.tokenizer_hash}, "

@@ -20,6 +20,8 @@ class TrainingDataConfig:
     seq_length: int | None = None
     """None means the dataset's."""
     shuffle: bool = True
+    mask_prompt: bool = False
+    """Leave the predictions inside prompts out of the loss; the dataset then says where each chunk's prompt ends."""
 
 
 @dataclass(frozen=True)

@@ -238,7 +238,7 @@ class Trainer:
             rows = self.schedule.micro_batches(
                 position, self.groups.dp.rank(), self.groups.dp.size(), settings.micro_batch_size
             )
-            yield [make_batch(self.data, indices, self._seq_length) for indices in rows]
+            yield [make_batch(self.data, indices, self._seq_length, self.config.data.mask_prompt) for indices in rows]
 
     @property
     def _seq_length(self) -> int:

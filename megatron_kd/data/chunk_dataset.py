@@ -169,6 +169,15 @@ class ChunkDataset:
         parts = [shard.lengths for shard in self.shards]
         return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
 
+    def lengths_between(self, start: int, stop: int) -> np.ndarray:
+        """Ids of the chunks in ``[start, stop)``, int32, read from the indices that they are in."""
+        parts = [
+            shard.lengths[max(0, start - first) : max(0, stop - first)]
+            for shard, first in zip(self.shards, self._starts.tolist(), strict=False)
+            if first < stop and start < first + len(shard)
+        ]
+        return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
+
     @cached_property
     def chunk_ids(self) -> np.ndarray:
         """The id of each chunk in the root dataset, int64 ``[num_chunks]``."""

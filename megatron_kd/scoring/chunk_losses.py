@@ -1,11 +1,12 @@
-"""Negative log-likelihood of every chunk of a dataset under a model: what scoring and held-out evaluation share.
+"""Negative log-likelihood of chunks under a model: what scoring and held-out evaluation share.
 
-Micro-batch m holds chunks [m·b, (m+1)·b) whatever the layout; data-parallel rank r computes those with m ≡ r. The
-fused loss gives the loss of every token without holding logits; a chunk's is their sum over unmasked positions.
+``scoring/micro_batches.py`` says which chunks share a forward pass. The fused loss gives the loss of every token without
+holding logits; a chunk's is their sum over unmasked positions.
 """
 
 import math
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Callable, Sequence
 
 import numpy
@@ -19,8 +20,7 @@ from megatron_kd.losses import linear_distillation_loss
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import is_last_stage, sum_over_group
 from megatron_kd.parallel.schedule import forward_only
-
-MICRO_BATCHES_PER_SCHEDULE = 8
+from megatron_kd.scoring.micro_batches import MicroBatch, MicroBatchPlan, width_multiple
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,82 @@ class HeldoutLoss:
         return self.nats / math.log(2) / max(1, self.text_bytes)
 
 
+class ChunkScorer:
+    """Computes the losses of a unit's chunks on the ranks of one replica of the model.
+
+    Args:
+        chunks: the model on this rank (not DDP-wrapped), in evaluation mode.
+        groups: of the model.
+        dataset: what is scored.
+        device: of the model.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[HiddenStateGPTModel],
+        groups: ProcessGroupCollection,
+        dataset: ChunkDataset,
+        device: torch.device,
+    ) -> None:
+        self._chunks, self._groups, self._dataset, self._device = chunks, groups, dataset, device
+        byte_lengths = numpy.asarray(dataset.token_byte_lengths, dtype=numpy.int64)
+        self._byte_lengths = torch.from_numpy(byte_lengths).to(device)
+        self.has_results = is_last_stage(groups) and groups.tp.rank() == 0
+        """Whether this rank is the one of its replica that :meth:`unit` gives the losses to."""
+
+    @torch.no_grad()
+    def unit(self, micro_batches: Sequence[MicroBatch]) -> ChunkLosses | None:
+        """Losses of a unit's chunks in dataset order, on the rank that ``has_results``; None on the others.
+
+        Collective over the ranks of a replica.
+        """
+        columns: list[Tensor] = []
+        for (_, width), same_shape in groupby(micro_batches, key=lambda micro_batch: micro_batch.shape):
+            columns += self._run(list(same_shape), width)
+        if not self.has_results:
+            return None
+        indices = numpy.concatenate([micro_batch.indices for micro_batch in micro_batches])
+        table = torch.cat(columns).cpu().numpy()[numpy.argsort(indices, kind="stable")]
+        return ChunkLosses(table[:, 0], table[:, 1].astype(numpy.int64), table[:, 2].astype(numpy.int64))
+
+    def _run(self, micro_batches: list[MicroBatch], width: int) -> list[Tensor]:
+        """fp64 [rows, 3] of each: nats, tokens, bytes."""
+        batches = [make_batch(self._dataset, m.indices, width).to(self._device) for m in micro_batches]
+        missing = -len(batches) % self._groups.pp.size() if len(self._chunks) > 1 else 0
+        found = forward_only(
+            self._chunks,
+            self._groups,
+            lambda batch: (batch.tokens, batch.position_ids),
+            self._columns,
+            batches + batches[-1:] * missing,  # an interleaved pipeline takes whole rounds
+            seq_length=width,
+            micro_batch_size=len(micro_batches[0].indices),
+        )
+        return found[: len(batches)] if self.has_results else []
+
+    def _columns(self, batch: Batch, hidden: Tensor) -> Tensor:
+        model = self._chunks[-1]
+        result = linear_distillation_loss(
+            hidden,
+            model.output_head(),
+            batch.labels.transpose(0, 1).reshape(-1),
+            batch.loss_mask.transpose(0, 1).reshape(-1),
+            tp_group=self._groups.tp,
+            sequence_parallel=model.config.sequence_parallel,
+        )
+        rows, length = batch.tokens.shape
+        losses = result.token_lm_losses.view(length, rows).transpose(0, 1)
+        mask = batch.loss_mask > 0
+        return torch.stack(
+            [
+                torch.where(mask, losses, 0.0).double().sum(1),
+                mask.sum(1).double(),
+                (self._byte_lengths[batch.labels] * mask).sum(1).double(),
+            ],
+            dim=1,
+        )
+
+
 @torch.no_grad()
 def chunk_losses(
     chunks: Sequence[HiddenStateGPTModel],
@@ -67,36 +143,27 @@ def chunk_losses(
         chunks: the model on this rank (not DDP-wrapped).
         on_chunks: told how many chunks were done, for progress.
     """
+    plan = MicroBatchPlan(
+        dataset, micro_batch_size, width_multiple(groups.tp.size(), chunks[0].config.sequence_parallel)
+    )
+    scorer = ChunkScorer(chunks, groups, dataset, device)
     # fp64 columns: nats, tokens, bytes; every rank fills what it computed, one sum at the end merges them.
     table = torch.zeros(dataset.num_chunks, 3, dtype=torch.float64)
-    byte_lengths = torch.from_numpy(numpy.asarray(dataset.token_byte_lengths, dtype=numpy.int64))
-    count = math.ceil(dataset.num_chunks / micro_batch_size)
-    own = range(groups.dp.rank(), count, groups.dp.size())
     was_training = chunks[0].training
     for chunk in chunks:
         chunk.eval()
-    for start in range(0, len(own), MICRO_BATCHES_PER_SCHEDULE):
-        batches = [
-            _read(dataset, m, micro_batch_size).to(device) for m in own[start : start + MICRO_BATCHES_PER_SCHEDULE]
-        ]
-        losses = forward_only(
-            chunks,
-            groups,
-            lambda batch: (batch.tokens, batch.position_ids),
-            lambda batch, hidden: _token_losses(chunks[-1], groups, batch, hidden),
-            batches,
-            seq_length=dataset.seq_length,
-            micro_batch_size=micro_batch_size,
-        )
-        if is_last_stage(groups) and groups.tp.rank() == 0:
-            for batch, loss in zip(batches, losses):
-                _fill(table, batch, loss, byte_lengths, dataset.num_chunks)
+    for unit in range(groups.dp.rank(), plan.num_units, groups.dp.size()):
+        start, stop = plan.chunk_range(unit)
+        losses = scorer.unit(plan.unit(unit))
+        if losses is not None:
+            columns = numpy.stack([losses.nats, losses.tokens, losses.text_bytes], axis=1)
+            table[start:stop] = torch.from_numpy(columns)
         if on_chunks is not None:
-            on_chunks(len(batches) * micro_batch_size * groups.dp.size())
+            on_chunks((stop - start) * groups.dp.size())
     for chunk in chunks:
         chunk.train(was_training)
-    table = sum_over_group(table.to(device), groups.intra_dist_opt).cpu().numpy()
-    return ChunkLosses(table[:, 0], table[:, 1].astype(numpy.int64), table[:, 2].astype(numpy.int64))
+    merged = sum_over_group(table.to(device), groups.intra_dist_opt).cpu().numpy()
+    return ChunkLosses(merged[:, 0], merged[:, 1].astype(numpy.int64), merged[:, 2].astype(numpy.int64))
 
 
 def heldout_loss(
@@ -110,41 +177,3 @@ def heldout_loss(
     """Totals of :func:`chunk_losses`."""
     losses = chunk_losses(chunks, groups, dataset, device=device, micro_batch_size=micro_batch_size)
     return HeldoutLoss(float(losses.nats.sum()), int(losses.tokens.sum()), int(losses.text_bytes.sum()))
-
-
-def _read(dataset: ChunkDataset, index: int, size: int) -> Batch:
-    """Micro-batch ``index``; the last one is filled up with masked copies of the dataset's last chunk."""
-    indices = numpy.arange(index * size, (index + 1) * size)
-    batch = make_batch(dataset, numpy.minimum(indices, dataset.num_chunks - 1), dataset.seq_length)
-    beyond = torch.from_numpy(indices >= dataset.num_chunks)
-    batch.loss_mask[beyond] = 0.0
-    batch.chunk_indices[beyond] = -1
-    return batch
-
-
-def _token_losses(model: HiddenStateGPTModel, groups: ProcessGroupCollection, batch: Batch, hidden: Tensor) -> Tensor:
-    """[b, s] fp32, 0 where masked."""
-    result = linear_distillation_loss(
-        hidden,
-        model.output_head(),
-        batch.labels.transpose(0, 1).reshape(-1),
-        batch.loss_mask.transpose(0, 1).reshape(-1),
-        tp_group=groups.tp,
-        sequence_parallel=model.config.sequence_parallel,
-    )
-    rows, length = batch.tokens.shape
-    return result.token_lm_losses.view(length, rows).transpose(0, 1)
-
-
-def _fill(table: Tensor, batch: Batch, losses: Tensor, byte_lengths: Tensor, num_chunks: int) -> None:
-    real = (batch.chunk_indices >= 0).cpu()
-    mask = batch.loss_mask > 0
-    columns = torch.stack(
-        [
-            (losses * mask).double().sum(1).cpu(),
-            mask.sum(1).double().cpu(),
-            (byte_lengths[batch.labels.cpu()] * mask.cpu()).sum(1).double(),
-        ],
-        dim=1,
-    )
-    table[batch.chunk_indices.cpu()[real]] = columns[real]

@@ -1,26 +1,36 @@
 """``score_corpus``: the mean negative log-likelihood per token of every chunk under a model, into a score file.
 
 torchrun --nproc-per-node 2 tools/score_corpus.py data.path=CORPUS model.path=RUN output=SCORES
+
+Replicas of the model take units of chunks as they get free; finished units are kept in ``<output>.partial``, so a run
+that was killed goes on, on any number of ranks, and gives the same scores.
 """
 
-import dataclasses
+import secrets
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterator
 
 import numpy
+import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_kd.data.artefact_folder import refuse_existing
+from megatron_kd.config import to_mapping
 from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.manifest import already_made, recipe_of
 from megatron_kd.errors import DataError
 from megatron_kd.models.fingerprint import weights_fingerprint
 from megatron_kd.models.loading import LoadedModel, ScoredModelConfig, load_for_inference
+from megatron_kd.parallel.agreement import on_main_rank
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.parallel.runtime import Runtime, distributed_runtime
-from megatron_kd.scoring.chunk_losses import ChunkLosses, chunk_losses
-from megatron_kd.scoring.score_file import write_score_file
+from megatron_kd.scoring.chunk_losses import ChunkLosses, ChunkScorer
+from megatron_kd.scoring.hand_out import WorkQueue
+from megatron_kd.scoring.journal import ScoreJournal
+from megatron_kd.scoring.leakage import refuse_training_data
+from megatron_kd.scoring.micro_batches import MicroBatchPlan, width_multiple
+from megatron_kd.scoring.score_file import KIND, ScoreFile, write_score_file
 
 
 @dataclass(frozen=True)
@@ -39,27 +49,44 @@ class ScoreCorpusConfig:
     output: str
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     micro_batch_size: int = 16
+    """Rows of ``seq_length`` positions in a forward pass; shorter chunks are more rows, for as many positions."""
+    chunks_per_unit: int | None = None
+    """Chunks handed out, and saved, at a time; None for 128 micro-batches, fewer for small datasets."""
+    force: bool = False
+    """Score a reference split with the model that was trained on it."""
 
     def validate(self) -> Iterator[str]:
         """Faults in the values, one message each."""
         if self.micro_batch_size < 1:
             yield f"'micro_batch_size' must be at least 1, not {self.micro_batch_size}"
+        if self.chunks_per_unit is not None and self.chunks_per_unit < 1:
+            yield f"'chunks_per_unit' must be at least 1, not {self.chunks_per_unit}"
+        if self.parallel.context_parallel_size > 1:
+            yield "'parallel.context_parallel_size' must be 1: chunks are scored whole"
 
 
 def run(config: ScoreCorpusConfig) -> Path:
-    """Score every chunk and return the score file's folder."""
-    refuse_existing(Path(config.output))
+    """Score every chunk and return the score file's folder.
+
+    Raises:
+        DataError: the dataset is damaged, is the model's own reference split, or the output is something else; a loss
+            is not finite.
+        CheckpointError: the model is missing, damaged, or reads other ids.
+    """
     with distributed_runtime() as runtime:
         dataset = ChunkDataset.open(config.data.path)
         loaded = load_for_inference(config.model, config.parallel, dataset, runtime)
+        on_main_rank(lambda: refuse_training_data(loaded.info, dataset, config.force))
         fingerprint = weights_fingerprint(loaded.chunks, loaded.groups.intra_dist_opt)
-        scores = mean_losses(_score(config, dataset, loaded, runtime))
-        if runtime.is_main:
-            _write(config, dataset, loaded, fingerprint, scores)
+        plan = _plan(config, dataset, loaded)
+        recipe = _recipe(config, dataset, loaded, fingerprint, plan)
+        if on_main_rank(lambda: _is_made(config, recipe)):
+            return Path(config.output)
+        _score(config, dataset, loaded, fingerprint, plan, recipe, runtime)
     return Path(config.output)
 
 
-def mean_losses(losses: ChunkLosses) -> numpy.ndarray:
+def mean_losses(losses: ChunkLosses, first_chunk: int = 0) -> numpy.ndarray:
     """Mean loss of a token per chunk, float32; NaN where a chunk has no unmasked position.
 
     Raises:
@@ -68,35 +95,98 @@ def mean_losses(losses: ChunkLosses) -> numpy.ndarray:
     broken = numpy.flatnonzero(~numpy.isfinite(losses.nats))
     if len(broken):
         raise DataError(
-            f"{len(broken)} chunks have a loss that is not finite, the first is chunk {broken[0]}: "
+            f"{len(broken)} chunks have a loss that is not finite, the first is chunk {first_chunk + broken[0]}: "
             "is the model damaged?"
         )
     with numpy.errstate(invalid="ignore"):
         return (losses.nats / losses.tokens).astype(numpy.float32)
 
 
-def _score(config: ScoreCorpusConfig, dataset: ChunkDataset, loaded: LoadedModel, runtime: Runtime) -> ChunkLosses:
+def _score(
+    config: ScoreCorpusConfig,
+    dataset: ChunkDataset,
+    loaded: LoadedModel,
+    fingerprint: str,
+    plan: MicroBatchPlan,
+    recipe: str,
+    runtime: Runtime,
+) -> None:
+    """Compute what is missing in the journal, then write the score file."""
+    journal = ScoreJournal(config.output, dataset.num_chunks)
+    try:
+        on_main_rank(lambda: journal.claim(recipe))
+        name, done = on_main_rank(lambda: (secrets.token_hex(8), journal.done_units()))
+        todo = sorted(set(range(plan.num_units)) - set(done))
+        if done and runtime.is_main:
+            sys.stderr.write(f"score_corpus: {len(done):,} of {plan.num_units:,} units were done before\n")
+        queue = WorkQueue(todo, name, loaded.groups, runtime.device)
+        _work(queue, plan, ChunkScorer(loaded.chunks, loaded.groups, dataset, runtime.device), journal, runtime)
+        dist.barrier()
+        on_main_rank(lambda: _write(config, dataset, loaded, fingerprint, recipe, journal.gather()))
+    finally:
+        journal.close()
+    if runtime.is_main:
+        journal.remove()
+
+
+def _work(queue: WorkQueue, plan: MicroBatchPlan, scorer: ChunkScorer, journal: ScoreJournal, runtime: Runtime) -> None:
+    """Score the units that this replica is given."""
     with tqdm(
-        total=dataset.num_chunks,
+        total=journal.num_chunks,
         desc="score",
         unit="chunk",
+        unit_scale=True,
         disable=not runtime.is_main,
         file=sys.stderr,
         mininterval=0.5 if sys.stderr.isatty() else 10.0,
     ) as bar:
-        return chunk_losses(
-            loaded.chunks,
-            loaded.groups,
-            dataset,
-            device=runtime.device,
-            micro_batch_size=config.micro_batch_size,
-            on_chunks=lambda count: bar.update(min(count, bar.total - bar.n)),
-        )
+        before = plan.num_units - queue.num_units
+        bar.initial = min(before * plan.chunks_per_unit, bar.total)
+        for unit in queue:
+            losses = scorer.unit(plan.unit(unit))
+            if losses is not None:
+                first = plan.chunk_range(unit)[0]
+                journal.add(unit, first, mean_losses(losses, first), float(losses.nats.sum()))
+            if runtime.is_main:
+                bar.update(min((before + queue.num_taken()) * plan.chunks_per_unit, bar.total) - bar.n)
+
+
+def _plan(config: ScoreCorpusConfig, dataset: ChunkDataset, loaded: LoadedModel) -> MicroBatchPlan:
+    multiple = width_multiple(loaded.groups.tp.size(), config.parallel.sequence_parallel)
+    return MicroBatchPlan(dataset, config.micro_batch_size, multiple, config.chunks_per_unit)
+
+
+def _recipe(
+    config: ScoreCorpusConfig, dataset: ChunkDataset, loaded: LoadedModel, fingerprint: str, plan: MicroBatchPlan
+) -> str:
+    return recipe_of({
+        "tool": "score_corpus", "dataset": dataset.fingerprint, "model": fingerprint,
+        "precision": _precision(config, loaded), "micro_batch_size": config.micro_batch_size,
+        "chunks_per_unit": plan.chunks_per_unit,
+    })  # fmt: skip
+
+
+def _is_made(config: ScoreCorpusConfig, recipe: str) -> bool:
+    if not already_made(config.output, KIND, recipe):
+        return False
+    ScoreFile.open(config.output)
+    sys.stderr.write(f"score_corpus: {config.output}: already made from this dataset and model, nothing to do\n")
+    return True
+
+
+def _precision(config: ScoreCorpusConfig, loaded: LoadedModel) -> str:
+    return config.model.precision or loaded.info.manifest["precision"]
 
 
 def _write(
-    config: ScoreCorpusConfig, dataset: ChunkDataset, loaded: LoadedModel, fingerprint: str, scores: numpy.ndarray
+    config: ScoreCorpusConfig,
+    dataset: ChunkDataset,
+    loaded: LoadedModel,
+    fingerprint: str,
+    recipe: str,
+    scores: numpy.ndarray,
 ) -> None:
+    manifest = loaded.info.manifest
     write_score_file(
         config.output,
         scores,
@@ -105,11 +195,12 @@ def _write(
             "path": str(loaded.info.path),
             "fingerprint": fingerprint,
             "parameters": loaded.info.architecture.parameters,
-            "trained_on": loaded.info.manifest["dataset_fingerprint"],
+            "trained_on": manifest.get("dataset_fingerprint"),
+            "trained_on_path": manifest.get("dataset_path"),
         },
-        compute_dtype=config.model.precision or loaded.info.manifest["precision"],
-        producer={"tool": "score_corpus", "config": dataclasses.asdict(config)},
+        compute_dtype=_precision(config, loaded),
+        producer={"tool": "score_corpus", "config": to_mapping(config), "recipe": recipe},
     )
     finite = scores[numpy.isfinite(scores)]
-    mean = f"mean {finite.mean():.4f} nats a token" if len(finite) else "no chunk has an unmasked position"
+    mean = f"mean {finite.mean(dtype=numpy.float64):.4f} nats a token" if len(finite) else "no chunk has a position"
     sys.stderr.write(f"score_corpus: {len(scores):,} chunks of {config.data.path} into {config.output}, {mean}\n")

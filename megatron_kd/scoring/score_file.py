@@ -119,35 +119,13 @@ def write_score_file(
         raise ValueError(f"scores of shape {scores.shape} for {dataset.num_chunks} chunks")
     unscored = [int(index) for index in np.flatnonzero(np.isnan(scores)) if not dataset.has_unmasked_position(index)]
     _refuse_not_finite(scores, np.array(unscored, dtype=np.int64), f"{output} (model {model.get('path', '?')})")
+    facts = _facts(dataset, model, compute_dtype, unscored, reset_attention_mask, reset_position_ids)
     with building(output) as folder:
         np.save(folder / SCORES_NAME, scores)
         checksums = Checksums()
         checksums.add_file(folder, SCORES_NAME)
-        facts = {
-            "dataset": {
-                "path": str(dataset.path),
-                "fingerprint": dataset.fingerprint,
-                "root_fingerprint": dataset.root_fingerprint,
-                "tokenizer_hash": dataset.tokenizer_hash,
-                "num_chunks": dataset.num_chunks,
-            },
-            "model": dict(model),
-            "view": {
-                "mask_rule": MASK_RULE,
-                "reset_attention_mask": reset_attention_mask,
-                "reset_position_ids": reset_position_ids,
-            },
-            "compute_dtype": compute_dtype,
-            "unscored": unscored,
-        }
-        identity = {
-            "dataset": dataset.fingerprint,
-            "model": model["fingerprint"],
-            "view": facts["view"],
-            "unscored": unscored,
-        }
         body = {
-            "fingerprint": fingerprint_of(identity, checksums),
+            "fingerprint": _fingerprint(facts, checksums),
             "quantity": "mean negative log-likelihood per predicted token, nats",
             "dtype": "float32",
             **facts,
@@ -157,6 +135,44 @@ def write_score_file(
         }
         write_manifest(folder, KIND, body, checksums)
     return ScoreFile.open(output)
+
+
+def _facts(
+    dataset: ChunkDataset,
+    model: Mapping[str, Any],
+    compute_dtype: str,
+    unscored: list[int],
+    reset_attention_mask: bool,
+    reset_position_ids: bool,
+) -> dict[str, Any]:
+    """What the manifest says of the scores themselves."""
+    return {
+        "dataset": {
+            "path": str(dataset.path),
+            "fingerprint": dataset.fingerprint,
+            "root_fingerprint": dataset.root_fingerprint,
+            "tokenizer_hash": dataset.tokenizer_hash,
+            "num_chunks": dataset.num_chunks,
+        },
+        "model": dict(model),
+        "view": {
+            "mask_rule": MASK_RULE,
+            "reset_attention_mask": reset_attention_mask,
+            "reset_position_ids": reset_position_ids,
+        },
+        "compute_dtype": compute_dtype,
+        "unscored": unscored,
+    }
+
+
+def _fingerprint(facts: Mapping[str, Any], checksums: Checksums) -> str:
+    identity = {
+        "dataset": facts["dataset"]["fingerprint"],
+        "model": facts["model"]["fingerprint"],
+        "view": facts["view"],
+        "unscored": facts["unscored"],
+    }
+    return fingerprint_of(identity, checksums)
 
 
 def _refuse_not_finite(scores: np.ndarray, unscored: np.ndarray, where: str) -> None:

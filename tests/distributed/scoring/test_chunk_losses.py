@@ -23,6 +23,7 @@ LAYOUTS = {
     "TP2": {"tensor_model_parallel_size": 2},
     "TP2 SP": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "PP2": {"pipeline_model_parallel_size": 2},
+    "PP2 VPP2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
     "DP2": {},
 }
 
@@ -33,7 +34,7 @@ def score_here(keys, path, naive=False):
     layout = ParallelLayout.for_world(ParallelConfig(**keys), torch.distributed.get_world_size())
     groups = create_process_groups(layout)
     seed_everything(0, groups)
-    architecture = dataclasses.replace(TINY, num_layers=2)
+    architecture = dataclasses.replace(TINY, num_layers=4)
     chunks = build_model(
         architecture, layout, groups, precision="fp32", device=torch.device("cpu"), max_sequence_length=32
     )
@@ -61,7 +62,7 @@ def test_every_rank_has_the_losses_of_one(layout, dataset):
         assert ours[1].tolist() == tokens.tolist() and ours[2].tolist() == text_bytes.tolist()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "VPP" not in name])  # the model has two layers
 def test_the_verbs_agree_with_one_rank(layout, dataset, trained, tmp_path):
     keys = [f"parallel.{name}={str(value).lower()}" for name, value in LAYOUTS[layout].items()]
     paths = [f"data.path={dataset.path}", f"model.path={trained}"]

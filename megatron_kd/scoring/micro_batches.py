@@ -1,0 +1,88 @@
+"""Which chunks share a micro-batch: a pure function of the dataset's lengths and three numbers, never of the ranks.
+
+    dataset order → units of neighbouring chunks → inside a unit, longest first → rows of about one length
+
+A unit is what is handed to a rank and what is redone after a kill. Its chunks are read from neighbouring bytes; sorting
+inside it makes the rows of a micro-batch nearly equally long, so little padding is computed.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy
+
+from megatron_kd.data.chunk_dataset import ChunkDataset
+
+WIDTH_MULTIPLE = 16
+MICRO_BATCHES_PER_UNIT = 128
+LEAST_UNITS = 64
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one forward pass: chunk indices int64 ``[rows]``, and the positions that each row has."""
+
+    indices: numpy.ndarray
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, positions)."""
+        return len(self.indices), self.width
+
+
+class MicroBatchPlan:
+    """The micro-batches of a whole dataset, a unit at a time.
+
+    Args:
+        dataset: what is scored.
+        micro_batch_size: rows of full length; shorter rows are more, for the same number of positions.
+        width_multiple: positions of a row are rounded up to it (never beyond ``seq_length``).
+        chunks_per_unit: None for 128 micro-batches, fewer where that would make less than 64 units.
+    """
+
+    def __init__(
+        self,
+        dataset: ChunkDataset,
+        micro_batch_size: int,
+        width_multiple: int = WIDTH_MULTIPLE,
+        chunks_per_unit: int | None = None,
+    ) -> None:
+        self._dataset = dataset
+        self._positions = micro_batch_size * dataset.seq_length
+        self._multiple = width_multiple
+        if chunks_per_unit is None:
+            share = dataset.num_chunks // LEAST_UNITS // micro_batch_size * micro_batch_size
+            chunks_per_unit = max(micro_batch_size, min(MICRO_BATCHES_PER_UNIT * micro_batch_size, share))
+        self.chunks_per_unit = chunks_per_unit
+
+    @property
+    def num_units(self) -> int:
+        """Units of the dataset."""
+        return math.ceil(self._dataset.num_chunks / self.chunks_per_unit)
+
+    def chunk_range(self, unit: int) -> tuple[int, int]:
+        """First chunk of a unit, and the one after its last."""
+        start = unit * self.chunks_per_unit
+        return start, min(start + self.chunks_per_unit, self._dataset.num_chunks)
+
+    def unit(self, unit: int) -> list[MicroBatch]:
+        """The micro-batches of a unit; each of its chunks is in one of them."""
+        start, stop = self.chunk_range(unit)
+        needed = numpy.maximum(self._dataset.lengths_between(start, stop).astype(numpy.int64) - 1, 1)
+        order = numpy.argsort(-needed, kind="stable")
+        found, first = [], 0
+        while first < len(order):
+            width = self._width(int(needed[order[first]]))
+            rows = order[first : first + max(1, self._positions // width)]
+            found.append(MicroBatch(start + rows, width))
+            first += len(rows)
+        return found
+
+    def _width(self, longest: int) -> int:
+        return min(math.ceil(longest / self._multiple) * self._multiple, self._dataset.seq_length)
+
+
+def width_multiple(tensor_parallel_size: int, sequence_parallel: bool) -> int:
+    """What widths are rounded to: 16, and under sequence parallelism also a multiple of the tensor-parallel size."""
+    return math.lcm(WIDTH_MULTIPLE, tensor_parallel_size) if sequence_parallel else WIDTH_MULTIPLE

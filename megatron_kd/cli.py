@@ -44,6 +44,7 @@ VERBS: dict[str, Verb] = {
     ),
     "convert_to_hf": Verb("megatron_kd.conversion.export_hf", "ConvertToHFConfig", "checkpoint to Hugging Face folder"),
     "evaluate": Verb("megatron_kd.evaluation.run", "EvaluateConfig", "held-out loss and bits per byte"),
+    "plan_run": Verb("megatron_kd.planning.run", "PlanRunConfig", "memory, time and storage of a run, before it starts"),
     "inspect_dataset": Verb("megatron_kd.data.inspect_dataset", "InspectDatasetConfig", "what an artefact on disk is"),
 }
 

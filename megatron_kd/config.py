@@ -5,7 +5,9 @@ verb's configuration is a dataclass of those. ``load_config`` reads a file, appl
 key and type and raises one :class:`~megatron_kd.errors.ConfigError` that lists all that is wrong. A file may start
 from another one: ``base: other.yaml`` (relative to the file) is loaded first and the file's keys are laid over it.
 
-A dataclass may define ``validate(self) -> Iterable[str]``: it yields one message per fault in its values.
+A dataclass may define ``validate(self) -> Iterable[str]``: it yields one message per fault in its values. One that sets
+``READS_A_PART = True`` reads some keys of a file that belongs to another verb: it skips the others, unless they look like
+one of its own misspelt.
 """
 
 import dataclasses
@@ -24,6 +26,7 @@ from megatron_kd.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT")
 MAX_BASE_DEPTH = 8
+MISSPELT = 0.88
 
 
 class _Loader(yaml.SafeLoader):
@@ -129,7 +132,7 @@ def _build(schema: type, tree: Any, prefix: str, faults: list[str]) -> Any:
     hints = typing.get_type_hints(schema)
     fields = {field.name: field for field in dataclasses.fields(schema)}
     for key in tree:
-        if key not in fields:
+        if key not in fields and not (getattr(schema, "READS_A_PART", False) and not _nearly(str(key), fields)):
             faults.append(f"unknown key '{prefix}{key}'" + _nearest(str(key), schema, prefix))
     values = {}
     for name, field in fields.items():
@@ -226,6 +229,10 @@ def _nearest(key: str, schema: type, prefix: str) -> str:
     candidates = {full.rsplit(".", 1)[-1]: full for full in _all_keys(schema, prefix)}
     match = difflib.get_close_matches(key, candidates, n=1, cutoff=0.5)
     return f" (did you mean '{candidates[match[0]]}'?)" if match else ""
+
+
+def _nearly(key: str, fields: Mapping[str, Any]) -> bool:
+    return bool(difflib.get_close_matches(key, fields, n=1, cutoff=MISSPELT))
 
 
 def _first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ from typing import Iterator
 
 from megatron_kd.models.gpt import ModelConfig, Precision
 from megatron_kd.parallel.layout import ParallelConfig
+from megatron_kd.planning.config import PlanConfig
 from megatron_kd.teachers.interface import TeacherConfig
 from megatron_kd.training.objective import DistillationConfig, LossReduction
 from megatron_kd.training.optimizer import OptimizerConfig
@@ -75,6 +76,8 @@ class TrainConfig:
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     survival: SurvivalConfig = field(default_factory=SurvivalConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """Read by ``plan_run`` alone."""
 
     def validate(self) -> Iterator[str]:
         """Faults in the values together, one message each."""

@@ -1,0 +1,126 @@
+"""What ``plan_run`` reads: the ``plan.*`` keys, and the part of a training configuration that a plan depends on.
+
+Nothing here imports torch: a plan is wanted before anything is installed, and at once.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Iterator, Literal
+
+from megatron_kd.models.architecture import ARCHITECTURES
+from megatron_kd.parallel.layout import ParallelConfig
+from megatron_kd.planning.hardware import GPUS
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """The ``plan.*`` keys: hardware, models and corpus that a training configuration does not name by itself."""
+
+    gpu: str = "h100"
+    num_gpus: int = 8
+    gpus_per_node: int = 8
+    mfu: float = 0.4
+    """Share of the peak that the whole job keeps, the teacher's FLOPs counted; time follows from it."""
+    network_gb_per_second: float = 50.0
+    """A GPU's share of the network between nodes, one direction (400 Gb/s InfiniBand a GPU is 50)."""
+    usable_memory: float = 0.9
+    """Share of a GPU's memory that a layout may fill; the rest is fragmentation, NCCL and cuBLAS."""
+    teacher: str | None = None
+    """Architecture of the teacher by name; None means no teacher in the plan."""
+    reference: str = "qwen_104m"
+    baseline_steps: int | None = None
+    """Steps of plain pre-training that the budgets are matched to; None means training.train_iters."""
+    seq_length: int = 1024
+    """Positions of a row where data.seq_length leaves it to the dataset."""
+    corpus_tokens: float = 100e9
+    reference_tokens: float = 5e9
+    ratio: float = 0.5
+    output: str | None = None
+    """A JSON file for the whole plan."""
+
+    def validate(self) -> Iterator[str]:
+        """Faults in the values, one message each."""
+        if self.gpu not in GPUS:
+            yield f"'plan.gpu' is '{self.gpu}', not one of {', '.join(GPUS)}"
+        for name in ("teacher", "reference"):
+            value = getattr(self, name)
+            if value is not None and value not in ARCHITECTURES:
+                yield f"'plan.{name}' is '{value}', not one of {', '.join(ARCHITECTURES)}"
+        for name in ("num_gpus", "gpus_per_node", "seq_length"):
+            if getattr(self, name) < 1:
+                yield f"'plan.{name}' must be at least 1, not {getattr(self, name)}"
+        for name in ("mfu", "usable_memory", "ratio"):
+            if not 0 < getattr(self, name) <= 1:
+                yield f"'plan.{name}' must be above 0 and at most 1, not {getattr(self, name)}"
+        for name in ("corpus_tokens", "reference_tokens", "network_gb_per_second"):
+            if getattr(self, name) <= 0:
+                yield f"'plan.{name}' must be above 0, not {getattr(self, name)}"
+        if self.baseline_steps is not None and self.baseline_steps < 1:
+            yield f"'plan.baseline_steps' must be at least 1, not {self.baseline_steps}"
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """``model.*`` of the run."""
+
+    READS_A_PART: ClassVar[bool] = True
+    name: str = "qwen_toy_student"
+
+    def validate(self) -> Iterator[str]:
+        """Faults in the values, one message each."""
+        if self.name not in ARCHITECTURES:
+            yield f"'model.name' is '{self.name}', not one of {', '.join(ARCHITECTURES)}"
+
+
+@dataclass(frozen=True)
+class PlannedData:
+    """``data.*`` of the run."""
+
+    READS_A_PART: ClassVar[bool] = True
+    seq_length: int | None = None
+
+
+@dataclass(frozen=True)
+class PlannedTraining:
+    """``training.*`` of the run."""
+
+    READS_A_PART: ClassVar[bool] = True
+    train_iters: int = 1000
+    global_batch_size: int = 8
+    micro_batch_size: int = 8
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+@dataclass(frozen=True)
+class PlannedDistillation:
+    """``distillation.*`` of the run."""
+
+    READS_A_PART: ClassVar[bool] = True
+    method: str = "none"
+
+
+@dataclass(frozen=True)
+class PlannedTeacher:
+    """``teacher.*`` of the run."""
+
+    READS_A_PART: ClassVar[bool] = True
+    placement: str = "none"
+
+
+@dataclass(frozen=True)
+class PlanRunConfig:
+    """A training configuration as ``plan_run`` sees it; keys that only training reads are passed over."""
+
+    READS_A_PART: ClassVar[bool] = True
+    model: PlannedModel = field(default_factory=PlannedModel)
+    data: PlannedData = field(default_factory=PlannedData)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    training: PlannedTraining = field(default_factory=PlannedTraining)
+    distillation: PlannedDistillation = field(default_factory=PlannedDistillation)
+    teacher: PlannedTeacher = field(default_factory=PlannedTeacher)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+
+    def validate(self) -> Iterator[str]:
+        """Faults in the values together, one message each."""
+        if self.teacher.placement != "none" and self.plan.teacher is None:
+            yield f"'plan.teacher' (an architecture's name) is required, since teacher.placement is " \
+                f"{self.teacher.placement}"

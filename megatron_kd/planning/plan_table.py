@@ -1,0 +1,129 @@
+"""A plan as text for a terminal."""
+
+from typing import Iterable, Iterator
+
+from megatron_kd.planning.hardware import GIB
+from megatron_kd.planning.plan import Plan
+
+PARTS = {
+    "weights": "weights",
+    "gradients": "gradients, fp32",
+    "optimizer": "optimizer state, this rank's share",
+    "activations": "activations in flight",
+    "loss": "loss: logit chunks, hidden gradients",
+    "teacher_weights": "teacher's weights",
+    "teacher_activations": "teacher's activations and hidden states",
+}
+UNITS = ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+def plan_text(plan: Plan) -> str:
+    """The whole plan."""
+    sections = [
+        _models(plan), _budgets(plan), _memory(plan), _communication(plan), _costs(plan), _storage(plan),
+        _recommendation(plan), _paper(plan),
+    ]
+    return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
+    """Columns padded to their width, the first to the left, the others to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    text = ["  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
+                      for column, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in lines]
+    return [text[0], "-" * len(text[0]), *text[1:]]
+
+
+def amount(size: float) -> str:
+    """Bytes for a person: ``3.2 TB``."""
+    for unit, name in UNITS:
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size:.0f} B"
+
+
+def _models(plan: Plan) -> list[str]:
+    a = plan.assumptions
+    head = (f"{plan.models[0].name}, {a['method']}, {a['train_iters']:,} steps of {a['global_batch_size']:,} x "
+            f"{a['seq_length']:,} = {a['tokens']:.4g} tokens, {a['precision']}, "
+            f"{a['num_gpus']} x {a['gpu']} at {a['mfu']:.0%} MFU")
+    rows = ([f"{m.role} {m.name}", f"{m.parameters:,}", f"{m.non_embedding:,}", f"{m.embedding:,}"]
+            for m in plan.models)
+    return [head, "", *table(["model", "parameters", "non-embedding", "embedding"], rows)]
+
+
+def _budgets(plan: Plan) -> list[str]:
+    rows = []
+    for b in plan.budgets:
+        printed = [f"{b.paper.formula:,}", f"{b.paper.printed:,}", f"{b.paper.deviation:+.1%}"] if b.paper else [""] * 3
+        rows.append([b.method, f"{b.flops_per_token:.4g}", f"{b.steps:,}", *printed])
+    columns = ["equal training FLOPs", "FLOPs/token", "steps", "paper's formula", "paper prints", "deviation"]
+    return table(columns, rows)
+
+
+def _memory(plan: Plan) -> list[str]:
+    stages = plan.stages
+    header = [f"memory of a rank, {plan.layout}", *(f"stage {i}" if len(stages) > 1 else "GiB" for i in
+                                                    range(len(stages)))]
+    rows = [[text, *(f"{getattr(stage, part) / GIB:.2f}" for stage in stages)] for part, text in PARTS.items()
+            if any(getattr(stage, part) for stage in stages)]
+    rows.append(["total", *(f"{stage.total / GIB:.2f}" for stage in stages)])
+    verdict = "fits" if max(stage.total for stage in stages) <= plan.memory_limit else "DOES NOT FIT"
+    lines = [*table(header, rows), f"{verdict} into {plan.memory_limit / GIB:.1f} GiB a GPU"]
+    if len(stages) > 1:
+        split = plan.split
+        lines += [
+            f"pipeline bubble {plan.bubble:.1%}; slowest stage {split.even_slowest:.2f} x the mean with an even split, "
+            f"{split.slowest:.2f} x with layers {', '.join(map(str, split.layers))}",
+        ]
+    if plan.head_share:
+        lines.append(f"the teacher's head on the student's last stage: +{plan.head_share:.0%} of the student's FLOPs")
+    return lines
+
+
+def _communication(plan: Plan) -> list[str]:
+    names = {"tensor": "tensor parallel", "pipeline": "pipeline", "data": "data parallel",
+             "context": "context parallel", "hand_off": "teacher's hidden states"}
+    rows = [[text, amount(getattr(plan.traffic, name))] for name, text in names.items() if getattr(plan.traffic, name)]
+    return table(["sent by a rank in a step", "bytes"], rows) if rows else []
+
+
+def _costs(plan: Plan) -> list[str]:
+    rows = [[c.what, f"{c.flops:.3g}", f"{c.hours:,.1f}", f"{c.gpu_hours:,.0f}"] for c in plan.costs]
+    return table(["cost", "FLOPs", "hours", "GPU-hours"], rows)
+
+
+def _storage(plan: Plan) -> list[str]:
+    a = plan.assumptions
+    rows = [
+        [f"corpus, {a['corpus_tokens']:.3g} tokens", amount(plan.corpus_bytes), ""],
+        [f"difference-sampled, ratio {a['ratio']}", amount(plan.sampled_bytes), ""],
+        ["a score file of it", amount(plan.score_bytes), ""],
+        *([f"cache of {a['tokens']:.3g} tokens: {c.name}", amount(c.total), f"{c.bytes_per_token:,.0f}"]
+          for c in plan.caches),
+    ]
+    return table(["storage", "bytes", "bytes/token"], rows)
+
+
+def _recommendation(plan: Plan) -> list[str]:
+    r = plan.recommendation
+    layout = f"{r.candidate.layout.describe()}, micro-batch {r.candidate.micro_batch_size}" if r.candidate else "none"
+    teacher = f", teacher {r.placement}, payload {r.payload}" if r.placement != "none" else ""
+    return [f"recommended: {layout}{teacher}", *(f"  - {reason}" for reason in r.reasons)]
+
+
+def _paper(plan: Plan) -> list[str]:
+    return list(_paper_lines(plan)) if plan.one_trillion else []
+
+
+def _paper_lines(plan: Plan) -> Iterator[str]:
+    yield "beside the MiniPLM paper (arXiv 2410.17215)"
+    for budget in plan.budgets:
+        if budget.paper and abs(budget.paper.deviation) > 0.03:
+            yield (f"  - {budget.method}: its formula gives {budget.paper.formula:,} steps, it prints "
+                   f"{budget.paper.printed:,} ({budget.paper.deviation:+.1%}); no rounding leads from one to the other")
+    yield "  - its formulas use rounded sizes (0.2B, 0.5B, 1.2B, teacher 1.8B); 'steps' above uses all parameters"
+    for reading in plan.offline_readings:
+        yield f"  - offline {reading.printed:.0e} in print; {reading.counted}: {reading.flops:.3g}"
+    yield f"  - C_1T (20 x 100K steps x 524,288 tokens = 1.0486e12): {plan.one_trillion:.4g} FLOPs"

@@ -1,0 +1,94 @@
+"""The plan's memory against the bytes of the tensors of a real step, by category, on every rank of several layouts."""
+
+import numpy
+import pytest
+
+from megatron_kd.data.chunk_dataset import write_chunk_dataset
+from megatron_kd.data.tokenizer_info import plain_tokenizer_info
+from megatron_kd.models.architecture import architecture_by_name
+from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
+from megatron_kd.planning.memory import loss_chunk_bytes, rank_parameters, student_memory, teacher_memory
+from tests.distributed.ranks import shared_ranks
+from tests.distributed.training.runs import train_in_ranks
+from tests.reference.tensor_bytes import measure_step
+
+WITHIN = 0.10
+VOCABULARY, SEQ_LENGTH = 3000, 128
+BATCH, MICRO_BATCH = 16, 2
+T, P, S, V = ("parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size",
+              "parallel.sequence_parallel", "parallel.virtual_pipeline_model_parallel_size")
+CASES = {
+    "one rank": (1, {}),
+    "TP2": (2, {T: 2}),
+    "TP2 SP": (2, {T: 2, S: True}),
+    "PP2": (2, {P: 2}),
+    "PP2 VPP2": (2, {P: 2, V: 2}),
+    "DP2": (2, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """16 full chunks of ids below 3,000."""
+    generator = numpy.random.default_rng(0)
+    chunks = (generator.integers(1, VOCABULARY, SEQ_LENGTH + 1) for _ in range(BATCH))
+    folder = tmp_path_factory.mktemp("rows") / "chunks"
+    return write_chunk_dataset(folder, chunks, plain_tokenizer_info(VOCABULARY, 0), SEQ_LENGTH)
+
+
+@pytest.fixture(scope="module")
+def big_teacher(rows, tmp_path_factory):
+    """The run folder of a toy teacher over the same vocabulary."""
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    train_in_ranks("TP1 PP1", [f"data.path={rows.path}", "model.name=qwen_toy_teacher", "training.train_iters=1",
+                               "training.global_batch_size=2", "training.micro_batch_size=2"], folder)
+    return folder
+
+
+def assert_within(planned, measured, what):
+    assert planned == pytest.approx(measured, rel=WITHIN, abs=0.01), f"{what}: {planned:.0f} planned, {measured:.0f}"
+
+
+@pytest.mark.parametrize(
+    ("case", "precision"), [*((case, "bf16") for case in CASES), ("one rank", "fp32"), ("DP2", "fp32")]
+)
+def test_every_part_is_within_ten_per_cent(case, precision, rows, big_teacher, tmp_path):
+    world, keys = CASES[case]
+    with_teacher = precision == "bf16" and V not in keys
+    settings = [f"data.path={rows.path}", f"output={tmp_path}", "model.name=qwen_toy_student",
+                f"training.global_batch_size={BATCH}", f"training.micro_batch_size={MICRO_BATCH}",
+                f"training.precision={precision}", *(f"{key}={str(value).lower()}" for key, value in keys.items())]
+    if with_teacher:
+        settings += ["distillation.method=vanilla_kd", "teacher.placement=colocated", f"teacher.path={big_teacher}"]
+    measured = shared_ranks(world).run(measure_step, settings)
+    parallel = ParallelConfig(**{key.split(".")[1]: value for key, value in keys.items()})
+    layout = ParallelLayout.for_world(parallel, world)
+    student = architecture_by_name("qwen_toy_student").with_vocab_size(VOCABULARY)
+    teacher = architecture_by_name("qwen_toy_teacher").with_vocab_size(VOCABULARY)
+    sizes = {"precision": precision, "micro_batch_size": MICRO_BATCH, "seq_length": SEQ_LENGTH,
+             "micro_batches": layout.micro_batches(BATCH, MICRO_BATCH)}
+    for rank, found in enumerate(measured):
+        stage = layout.coordinates(rank).pipeline
+        planned = student_memory(student, layout, stage, fused=False, device="cpu", **sizes)
+        where = f"{case}, rank {rank}"
+        assert_within(planned.weights, found["weights"], f"{where}, weights")
+        assert_within(planned.gradients, found["gradients"], f"{where}, gradients")
+        assert_within(planned.optimizer, found["optimizer"], f"{where}, optimizer")
+        hidden = MICRO_BATCH * SEQ_LENGTH * student.hidden_size * (2 if precision == "bf16" else 4)
+        last = stage == layout.pipeline - 1
+        if precision == "bf16":  # fp32 attention is blocked on a CPU and keeps other tensors
+            assert_within(planned.activations + (hidden if last else 0), found["saved"], f"{where}, activations")
+        if last and precision == "fp32":
+            chunks = loss_chunk_bytes(student, layout, MICRO_BATCH * SEQ_LENGTH, precision, 1, "cpu")
+            assert_within(chunks, found["loss_chunks"], f"{where}, loss")
+        if with_teacher:
+            frozen = teacher_memory(teacher, layout, stage, **sizes)
+            assert_within(frozen.teacher_weights, found["teacher_weights"], f"{where}, teacher's weights")
+
+
+def test_the_parameters_of_all_ranks_are_the_model():
+    student = architecture_by_name("qwen_1.2b")  # untied, nothing twice
+    layout = ParallelLayout.for_world(ParallelConfig(pipeline_model_parallel_size=4), 4)
+    total = sum(rank_parameters(student, layout, stage) for stage in range(4))
+    assert total == student.parameters  # 151,936 rows need no padding
+    assert sum(rank_parameters(student, layout, stage, (7, 7, 7, 3)) for stage in range(4)) == total

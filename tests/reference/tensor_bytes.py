@@ -1,0 +1,124 @@
+"""What a training step really holds, by category: bytes of the tensors themselves, read on the rank."""
+
+from typing import Any
+
+import torch
+
+from megatron_kd.config import load_config
+from megatron_kd.data.batch import make_batch
+from megatron_kd.data.loader import BatchSchedule, ChunkOrder
+
+
+class _Kept:
+    """A tensor that autograd keeps; the storage counts as long as one of these refers to it."""
+
+    def __init__(self, tensor: torch.Tensor, ledger: "Ledger"):
+        self.tensor, self.ledger, self.key = tensor, ledger, tensor.untyped_storage().data_ptr()
+        ledger.add(self.key, tensor.untyped_storage().nbytes())
+
+    def __del__(self) -> None:
+        self.ledger.remove(self.key)
+
+
+class Ledger:
+    """Bytes that autograd keeps, each storage once; ``peak`` is the most at one time."""
+
+    def __init__(self, ignored: set[int]):
+        self.ignored, self.holders, self.sizes, self.now, self.peak = ignored, {}, {}, 0, 0
+
+    def add(self, key: int, size: int) -> None:
+        if key in self.ignored:
+            return
+        if not self.holders.get(key):
+            self.sizes[key] = size
+            self.now += size
+        self.holders[key] = self.holders.get(key, 0) + 1
+        self.peak = max(self.peak, self.now)
+
+    def remove(self, key: int) -> None:
+        if key in self.ignored:
+            return
+        self.holders[key] -= 1
+        if not self.holders[key]:
+            self.now -= self.sizes[key]
+
+
+def measure_step(settings: list[str]) -> dict[str, float]:
+    """Bytes by category on this rank, after one step of the run that ``settings`` describe."""
+    from megatron_kd.models.architecture import architecture_by_name
+    from megatron_kd.parallel.groups import create_process_groups
+    from megatron_kd.parallel.runtime import distributed_runtime
+    from megatron_kd.quiet import silence_known_noise
+
+    silence_known_noise()
+    from megatron_kd.training.build import build_student, build_teacher, open_datasets, plan_layout, unwrap
+    from megatron_kd.training.config import TrainConfig
+    from megatron_kd.training.optimizer import build_optimizer
+
+    config = load_config(TrainConfig, None, settings)
+    with distributed_runtime() as runtime:
+        data, _ = open_datasets(config)
+        architecture = architecture_by_name(config.model.name).with_vocab_size(data.vocab_size)
+        layout = plan_layout(config, architecture, data, runtime)
+        groups = create_process_groups(layout)
+        teacher = build_teacher(config, data, layout, groups, runtime)
+        model = build_student(config, architecture, data, layout, groups, runtime)
+        optimizer = build_optimizer(config.optimizer, model, groups, bf16=config.training.precision == "bf16")
+        peaks = _one_step(config, data, groups, teacher, model, unwrap, optimizer)
+        return {
+            "weights": _bytes(p for chunk in model for p in chunk.parameters()),
+            "gradients": float(sum(b.grad_data.nbytes for chunk in model
+                                   for b in [*chunk.buffers, *chunk.expert_parallel_buffers])),
+            "optimizer": _optimizer_bytes(optimizer),
+            "teacher_weights": _bytes(p for chunk in (teacher._chunks if teacher else []) for p in chunk.parameters()),
+            **peaks,
+        }
+
+
+def _one_step(config: Any, data: Any, groups: Any, teacher: Any, model: Any, unwrap: Any, optimizer: Any) -> dict:
+    from megatron_kd.losses import fused_linear
+    from megatron_kd.training.objective import MicroBatchLoss, build_objective
+    from megatron_kd.training.train_step import TrainStep
+
+    settings = config.training
+    order = BatchSchedule(ChunkOrder(data.num_chunks, seed=1, shuffle=False), settings.global_batch_size)
+    rows = order.micro_batches(0, groups.dp.rank(), groups.dp.size(), settings.micro_batch_size)
+    batches = [make_batch(data, indices, config.data.seq_length or data.seq_length) for indices in rows]
+    step = TrainStep(
+        model=model, optimizer=optimizer, groups=groups, teacher=teacher, reduction=settings.loss_reduction,
+        clip_grad=1.0,
+        micro_batch_loss=MicroBatchLoss(build_objective(config.distillation), teacher, groups,
+                                        settings.loss_reduction, unwrap),
+    )
+    chunks, real = [0.0], fused_linear.allocate
+
+    def counted(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        buffer = real(*arguments, **keywords)
+        chunks.append(buffer.nbytes)
+        return buffer
+
+    fused_linear.allocate = counted
+    ledger = Ledger({p.untyped_storage().data_ptr() for chunk in model for p in chunk.parameters()}
+                    | {b.grad_data.untyped_storage().data_ptr() for chunk in model for b in chunk.buffers})
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: _Kept(t, ledger), lambda kept: kept.tensor):
+            step(batches, 1e-3)
+    finally:
+        fused_linear.allocate = real
+    calls = len(batches)
+    return {"saved": float(ledger.peak), "loss_chunks": sum(chunks) / calls}
+
+
+def _bytes(tensors: Any) -> float:
+    return float(sum(t.nbytes for t in {id(t): t for t in tensors}.values()))
+
+
+def _optimizer_bytes(optimizer: Any) -> float:
+    """Adam's moments and, under bf16, the fp32 master weights."""
+    total = 0
+    for part in optimizer.chained_optimizers:
+        for state in part.optimizer.state.values():
+            total += sum(t.nbytes for t in state.values() if torch.is_tensor(t) and t.dim())
+        masters = getattr(part, "shard_fp32_from_float16_groups", None) or []
+        total += sum(t.nbytes for group in masters for t in group if t is not None)
+    return float(total)

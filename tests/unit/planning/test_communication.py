@@ -1,0 +1,46 @@
+"""Bytes a rank sends, against counts by hand."""
+
+import pytest
+
+from megatron_kd.models.architecture import architecture_by_name
+from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
+from megatron_kd.planning.communication import step_traffic
+from megatron_kd.planning.memory import rank_parameters
+
+STUDENT, TEACHER = architecture_by_name("qwen_500m"), architecture_by_name("qwen_1.8b")
+SIZES = {"precision": "bf16", "micro_batch_size": 4, "seq_length": 1024, "micro_batches": 2}
+POSITIONS = 4 * 1024 * 2
+
+
+def traffic(world, teacher=None, remote=False, **keys):
+    layout = ParallelLayout.for_world(ParallelConfig(**keys), world)
+    return layout, step_traffic(STUDENT, teacher, layout, remote_teacher=remote, **SIZES)
+
+
+def test_one_rank_sends_nothing():
+    _, sent = traffic(1)
+    assert (sent.tensor, sent.pipeline, sent.data, sent.context, sent.hand_off) == (0, 0, 0, 0, 0)
+
+
+def test_data_parallel_reduces_fp32_gradients_and_gathers_weights():
+    layout, sent = traffic(8)
+    assert sent.data == pytest.approx(7 / 8 * rank_parameters(STUDENT, layout, 0) * 6) and sent.tensor == 0
+
+
+def test_tensor_parallel_reduces_four_times_a_layer():
+    _, sent = traffic(2, tensor_model_parallel_size=2)
+    hidden = POSITIONS * 1024 * 2
+    assert sent.tensor == pytest.approx(2 * 0.5 * 4 * 24 * hidden + 2 * 0.5 * 6 * 4 * POSITIONS)
+
+
+def test_a_teacher_adds_its_forward_pass_or_its_hidden_states():
+    _, alone = traffic(2, tensor_model_parallel_size=2)
+    _, colocated = traffic(2, teacher=TEACHER, tensor_model_parallel_size=2)
+    _, remote = traffic(2, teacher=TEACHER, remote=True, tensor_model_parallel_size=2)
+    assert colocated.tensor - alone.tensor == pytest.approx(2 * 0.5 * 2 * 24 * POSITIONS * 2048 * 2)
+    assert remote.tensor == alone.tensor and remote.hand_off == POSITIONS * 2048 * 2
+
+
+def test_a_pipeline_sends_a_hidden_state_each_way():
+    _, sent = traffic(4, pipeline_model_parallel_size=4)
+    assert sent.pipeline == 2 * POSITIONS * 1024 * 2

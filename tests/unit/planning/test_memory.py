@@ -1,0 +1,41 @@
+"""The constants that the plan repeats, because it must not import what defines them, are still those."""
+
+import pytest
+import torch
+
+from megatron_kd.losses.fused_linear import DEFAULT_CHUNK_BYTES
+from megatron_kd.losses.logits import LARGEST_TILE, MOST_TEMPORARIES, bytes_per_logit
+from megatron_kd.models.architecture import architecture_by_name
+from megatron_kd.models.gpt import padded_vocab_size
+from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
+from megatron_kd.planning import memory
+
+
+def test_constants_are_those_of_the_loss():
+    assert memory.LOSS_CHUNK_BYTES == DEFAULT_CHUNK_BYTES
+    assert memory.LOSS_TEMPORARY_BYTES == MOST_TEMPORARIES * LARGEST_TILE * 4
+    for models in (1, 2):
+        assert bytes_per_logit(torch.float32, torch.float32, models) == memory.LOGIT_BYTES * models
+        assert bytes_per_logit(torch.bfloat16, torch.float32, models) == memory.LOGIT_BYTES * models + 2
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4, 8])
+@pytest.mark.parametrize("vocab_size", [300, 151_936, 128_256])
+def test_padded_rows(vocab_size, tensor):
+    assert memory.padded_rows(vocab_size, tensor) == padded_vocab_size(vocab_size, tensor)
+
+
+def test_in_flight_micro_batches_fall_along_a_pipeline():
+    student = architecture_by_name("qwen_500m")
+    layout = ParallelLayout.for_world(ParallelConfig(pipeline_model_parallel_size=4), 4)
+    held = [memory.in_flight_layers(student, layout, stage, micro_batches=16) for stage in range(4)]
+    assert held == [24, 18, 12, 6]
+    assert memory.in_flight_layers(student, layout, 0, micro_batches=2) == 12
+
+
+def test_a_long_batch_fills_the_loss_budget_and_no_more():
+    student = architecture_by_name("qwen_500m")
+    layout = ParallelLayout.for_world(ParallelConfig(), 1)
+    sizes = [memory.loss_chunk_bytes(student, layout, tokens, "bf16", 2) for tokens in (8, 1 << 14, 1 << 20)]
+    assert sizes[0] == 8 * 151_936 * 10
+    assert sizes[1] == sizes[2] == (896 - 32) << 20

@@ -1,0 +1,139 @@
+"""A whole plan: the paper's numbers, what it recommends, what it refuses; the examples' configurations are planned."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_kd.config import load_config
+from megatron_kd.errors import ConfigError, LayoutError
+from megatron_kd.planning.config import PlanRunConfig
+from megatron_kd.planning.paper import offline_readings, one_trillion_flops, printed_steps
+from megatron_kd.planning.plan import make_plan
+from megatron_kd.planning.plan_table import amount, plan_text
+from megatron_kd.planning.run import run
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+MINIPLM = REPOSITORY / "examples/miniplm_pile_qwen/student_500m.yaml"
+KD = ["distillation.method=vanilla_kd", "teacher.placement=colocated"]
+
+
+def plan(*overrides, file=MINIPLM):
+    return make_plan(load_config(PlanRunConfig, file, overrides))
+
+
+@pytest.mark.parametrize(
+    ("student", "method", "formula", "printed"),
+    [
+        ("qwen_200m", "vanilla_kd", 25_000, 25_000), ("qwen_500m", "vanilla_kd", 45_455, 45_000),
+        ("qwen_1.2b", "vanilla_kd", 66_667, 65_000), ("qwen_200m", "minillm", 13_636, 15_000),
+        ("qwen_500m", "minillm", 26_786, 30_000), ("qwen_1.2b", "minillm", 42_857, 40_000),
+    ],
+)
+def test_steps_of_the_paper(student, method, formula, printed):
+    row = printed_steps(student, "qwen_1.8b", method)
+    assert (row.formula, row.printed) == (formula, printed)
+    assert row.deviation == pytest.approx(printed / formula - 1)
+    assert printed_steps(student, "qwen_500m", method) is None
+
+
+def test_steps_of_the_exact_sizes():
+    steps = {budget.method: budget.steps for budget in plan().budgets}
+    assert steps["none"] == 100_000
+    assert steps["vanilla_kd"] == round(100_000 * 3 * 463_987_712 / (3 * 463_987_712 + 1_836_828_672))
+
+
+@pytest.mark.parametrize(("student", "flops"), [("qwen_200m", 1.258e21), ("qwen_500m", 3.146e21),
+                                                ("qwen_1.2b", 7.298e21)])
+def test_c_1t(student, flops):
+    assert one_trillion_flops(student) == pytest.approx(flops, rel=1e-3)
+
+
+def test_offline_flops_say_what_is_counted():
+    readings = {reading.counted: reading for reading in offline_readings()}
+    kept = next(r for text, r in readings.items() if "50B tokens" in text)
+    proxy = next(r for text, r in readings.items() if "proxy" in text)
+    assert kept.flops == 1.8e20 and kept.printed == 2e20 and proxy.flops == proxy.printed == 9e18
+
+
+def test_time_is_flops_over_rate():
+    costs = {cost.what: cost for cost in plan("plan.num_gpus=64", "plan.mfu=0.5").costs}
+    training = costs["training"]
+    assert training.flops == 6 * 463_987_712 * 100_000 * 512 * 1024
+    assert training.hours == pytest.approx(training.flops / (64 * 989.5e12 * 0.5) / 3600)
+    assert training.gpu_hours == pytest.approx(64 * training.hours)
+    assert costs["offline: teacher scores the corpus"].flops == 2 * 1_836_828_672 * 100_000_000_000
+
+
+def test_a_cached_teacher_costs_nothing_while_training():
+    online, cached = plan(*KD), plan(KD[0], "teacher.placement=cached")
+    assert cached.costs[0].flops == plan().costs[0].flops < online.costs[0].flops
+    assert cached.stages[0].teacher_weights == 0 < online.stages[0].teacher_weights
+
+
+def test_small_models_are_planned_data_parallel():
+    best = plan(*KD, "plan.num_gpus=64").recommendation
+    assert (best.candidate.layout.tensor, best.candidate.layout.pipeline) == (1, 1)
+    assert best.placement == "colocated" and best.payload == "hidden" and len(best.reasons) >= 4
+
+
+def test_what_does_not_fit_is_split_or_refused():
+    tight = plan(*KD, "plan.num_gpus=8", "plan.usable_memory=0.12").recommendation
+    layout = tight.candidate.layout
+    assert layout.tensor * layout.pipeline > 1 or tight.candidate.micro_batch_size < 8
+    assert tight.candidate.memory.total <= 0.12 * 79 * 2**30
+    nothing = plan(*KD, "plan.usable_memory=0.01").recommendation
+    assert nothing.candidate is None and "no layout of 8 GPUs" in nothing.reasons[-1]
+
+
+def test_a_pipeline_gets_an_uneven_split():
+    split = plan(*KD, "parallel.pipeline_model_parallel_size=4").split
+    assert split.layers[-1] < 6 and split.slowest < split.even_slowest
+    assert "with layers" in plan_text(plan(*KD, "parallel.pipeline_model_parallel_size=4"))
+
+
+def test_the_text_names_the_deviation_from_the_paper():
+    text = plan_text(plan())
+    for expected in ("26,786", "30,000", "+12.0%", "45,455", "463,987,712", "308,405,248", "1.8e+20", "3.146e+21"):
+        assert expected in text
+
+
+def test_json_holds_everything(tmp_path, capsys):
+    made = run(load_config(PlanRunConfig, MINIPLM, [*KD, f"plan.output={tmp_path / 'a/plan.json'}"]))
+    assert json.loads((tmp_path / "a/plan.json").read_text()) == json.loads(json.dumps(made.as_dict()))
+    assert "recommended:" in capsys.readouterr().out
+
+
+def test_the_command_answers_in_two_seconds_without_torch():
+    code = ("import sys; from megatron_kd.cli import _run_verb\n"
+            f"assert _run_verb('plan_run', ['--config', {str(MINIPLM)!r}]) == 0\n"
+            "assert 'torch' not in sys.modules and 'megatron.core' not in sys.modules")
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=REPOSITORY)
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["distillation.method=vanilla_kd", "plan.teacher=null"], ConfigError, "plan.teacher"),
+        (["plan.gpu=abacus"], ConfigError, "not one of a100"),
+        (["plan.mfu=40"], ConfigError, "at most 1"),
+        (["plan.numgpus=8"], ConfigError, "plan.num_gpus"),
+        (["parallel.tensor_model_parallel_sise=2"], ConfigError, "tensor_model_parallel_size"),
+        (["training.global_batch_sise=2"], ConfigError, "global_batch_size"),
+        (["distillation.method=telepathy"], ConfigError, "no cost formula"),
+        (["parallel.tensor_model_parallel_size=3", "plan.num_gpus=3"], LayoutError, "student under TP3"),
+        (["plan.num_gpus=7", "parallel.tensor_model_parallel_size=2"], LayoutError, "7 ranks do not divide"),
+    ],
+)
+def test_what_it_refuses(overrides, error, message):
+    with pytest.raises(error, match=message):
+        plan(*overrides)
+
+
+def test_amounts():
+    assert [amount(size) for size in (12, 3.2e12, 1.5e9)] == ["12 B", "3.2 TB", "1.5 GB"]

@@ -86,6 +86,10 @@ class ParallelLayout:
         pipeline, data = divmod(rest, self.data)
         return RankCoordinates(tensor=tensor, context=context, data=data, pipeline=pipeline)
 
+    def rank_at(self, *, tensor: int, data: int, pipeline: int, context: int = 0) -> int:
+        """The rank that stands there: the inverse of ``coordinates``."""
+        return ((pipeline * self.data + data) * self.context + context) * self.tensor + tensor
+
     def rank_groups(self, *dimensions: str) -> list[list[int]]:
         """All groups of ranks that differ only in ``dimensions``, each in rank order, ordered by first rank."""
         fixed = [name for name in ("tensor", "context", "data", "pipeline") if name not in dimensions]

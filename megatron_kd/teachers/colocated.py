@@ -1,13 +1,19 @@
-"""A teacher on the student's ranks and in the student's tensor and pipeline layout.
+"""A teacher on the student's ranks, with a parallel layout of its own.
 
-Without a pipeline each micro-batch's teacher pass runs just before its student pass. With one, a teacher pass inside
-the student's schedule would wait for ranks that wait for it, so all passes of a step run first and the last stage
-keeps their hidden states ([s, b, h_teacher] a micro-batch) until the loss takes them.
+    begin_step   token ids of all data-parallel ranks to all of them
+    a wave       teacher's forward-only schedule over some rounds (round m: micro-batch m of every data-parallel rank),
+                 then hidden states [s, b, h_teacher] from its last stage to the student's
+    knowledge    hidden states out of the stash, and the output weight, sharded once by the student's intervals
+
+A student without a pipeline asks for micro-batches on all ranks alike, so waves run just in time, as small as keeps
+every replica and stage busy. Inside a pipelined student's schedule a teacher pass would wait for ranks that wait for
+it: there all waves of a step run first, and what the budget does not hold on the device waits in host memory.
 """
 
 from typing import Sequence
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
@@ -18,60 +24,167 @@ from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import is_last_stage
 from megatron_kd.parallel.schedule import forward_only
 from megatron_kd.teachers.control import Decision
+from megatron_kd.teachers.exchange import Transfer, exchange, reshard_head
+from megatron_kd.teachers.routing import Item, Routing
+from megatron_kd.teachers.stash import Stash
+
+PASSES_A_STAGE = 2  # micro-batches a wave for each pipeline stage of the teacher: its bubble is then a third
 
 
 class ColocatedTeacher:
-    """Dense knowledge from a frozen model that shares the student's process groups.
+    """Dense knowledge from a frozen model on the student's ranks.
 
     Args:
         chunks: the teacher's model chunks on this rank, weights loaded.
-        groups: process groups of the teacher's layout, which is the student's.
+        groups: process groups of the teacher's layout.
+        student_groups: those of the student's.
+        routing: both layouts over the ranks of the world.
+        student_rows: rows of the student's output weight on a tensor-parallel rank.
+        stash_bytes: hidden states that may be kept on a device; a wave makes at most half as many.
+        carrier: a group of all ranks for what moves between them, of no other use; None where nothing does.
     """
 
-    def __init__(self, chunks: Sequence[HiddenStateGPTModel], groups: ProcessGroupCollection):
+    def __init__(
+        self,
+        chunks: Sequence[HiddenStateGPTModel],
+        groups: ProcessGroupCollection,
+        *,
+        student_groups: ProcessGroupCollection,
+        routing: Routing,
+        student_rows: int,
+        stash_bytes: int = 1 << 30,
+        carrier: dist.ProcessGroup | None = None,
+    ):
         for chunk in chunks:
             chunk.requires_grad_(False)
             chunk.eval()
         self._chunks = list(chunks)
-        self._groups = groups
-        self._runs_first = groups.pp.size() > 1
-        self._kept: dict[int, Tensor] = {}
-        self._head: OutputHead | None = chunks[-1].output_head() if is_last_stage(groups) else None
+        self._groups, self._student_groups = groups, student_groups
+        self._routing, self._carrier = routing, carrier
+        self._budget = stash_bytes
+        self.stash = Stash(stash_bytes - stash_bytes // 2)
         self.passes = 0
+        """Micro-batches that went through this rank's layers."""
+        self._position = 0
+        self._inputs: dict[Item, tuple[Tensor, Tensor]] = {}
+        self._numbers: dict[int, int] = {}
+        self._next_round = 0
+        self._head = self._student_head(student_rows)
 
-    def begin_step(self, batches: Sequence[Batch]) -> None:
-        """Run the passes of a step ahead of a pipelined student; nothing otherwise."""
-        self._kept.clear()
-        if self._runs_first:
-            for batch, hidden in zip(batches, self._forward(batches)):
-                self._kept[id(batch)] = hidden
+    def begin_step(self, batches: Sequence[Batch], *, scheduled: bool = True) -> None:
+        """Make the step's token ids known to all ranks; run all its passes ahead of a pipelined student."""
+        self.stash.clear()
+        self._numbers = {id(batch): number for number, batch in enumerate(batches)}
+        self._inputs = self._gather(batches)
+        self._next_round = 0
+        while self._routing.student.pipeline > 1 and self._next_round < len(batches):
+            self._run_wave()
 
     def knowledge(self, batch: Batch) -> DenseKnowledge | None:
         """Hidden states [tokens, h_teacher] in sequence-major order, and the teacher's head; None before the last
         stage."""
         if self._head is None:
             return None
-        hidden = self._kept.pop(id(batch)) if self._runs_first else self._forward([batch])[0]
-        return DenseKnowledge(hidden=hidden.flatten(0, 1), head=self._head)
+        number = self._numbers[id(batch)]
+        while number >= self._next_round:
+            self._run_wave()
+        return DenseKnowledge(hidden=self.stash.take(number).flatten(0, 1), head=self._head)
 
     def follow(self, decision: Decision) -> None:
-        """Nothing: it runs where the loop runs."""
+        """Take up the global batch that follows; all else runs where the loop runs."""
+        self._position = decision.position
+
+    def _run_wave(self) -> None:
+        """The next rounds: teacher passes, then their hidden states to the student's last stage."""
+        stop = min(self._next_round + self._rounds_a_wave(), len(self._numbers))
+        items = self._routing.items(range(self._next_round, stop))
+        self._next_round = stop
+        own = [item for item in items if self._replica_of(item) == self._groups.dp.rank()]
+        self._deliver(items, dict(zip(own, self._forward(own) if own else [])))
+
+    def _rounds_a_wave(self) -> int:
+        student, teacher = self._routing.student, self._routing.teacher
+        tokens = next(iter(self._inputs.values()))[0]
+        item_bytes = tokens.numel() * self._chunks[0].config.hidden_size * self._chunks[0].config.params_dtype.itemsize
+        within_budget = max(1, self._budget // 2 // item_bytes)  # micro-batches of a replica
+        wanted = 1 if teacher.pipeline == 1 else PASSES_A_STAGE * teacher.pipeline
+        of_a_replica = within_budget if student.pipeline > 1 else min(wanted, within_budget)
+        return max(1, -(-teacher.data * of_a_replica // student.data))
+
+    def _replica_of(self, item: Item) -> int:
+        return self._routing.replica(self._position, item, len(self._numbers))
 
     @torch.no_grad()
-    def _forward(self, batches: Sequence[Batch]) -> list[Tensor]:
-        self.passes += len(batches)
-        rows, seq_length = batches[0].tokens.shape
+    def _forward(self, items: Sequence[Item]) -> list[Tensor]:
+        """Hidden states of ``items`` on the teacher's last stage; empty elsewhere."""
+        self.passes += len(items)
+        rows, seq_length = self._inputs[items[0]][0].shape
         return forward_only(
             self._chunks,
             self._groups,
-            lambda batch: (batch.tokens, batch.position_ids),
-            self._whole_sequence,
-            batches,
+            self._inputs.__getitem__,
+            lambda _, hidden: whole_sequence(hidden, self._chunks[-1], self._groups),
+            items,
             seq_length=seq_length,
             micro_batch_size=rows,
         )
 
-    def _whole_sequence(self, _: Batch, hidden: Tensor) -> Tensor:
-        if self._chunks[-1].config.sequence_parallel:
-            return gather_from_sequence_parallel_region(hidden, group=self._groups.tp)
-        return hidden
+    def _deliver(self, items: Sequence[Item], hidden: dict[Item, Tensor]) -> None:
+        """Move ``hidden`` from where it was computed to every rank that computes a loss with it."""
+        rank, routing = dist.get_rank(), self._routing
+        transfers: list[Transfer] = []
+        arrived: dict[Item, Tensor] = {}
+        for item in items:
+            replica = self._replica_of(item)
+            for tensor_rank, destination in enumerate(routing.destinations(item.data_rank)):
+                source = routing.source_for(replica, destination, tensor_rank)
+                if rank == destination:
+                    arrived[item] = hidden[item] if rank == source else self._buffer(item)
+                if source != destination and rank in (source, destination):
+                    tensor = arrived[item] if rank == destination else hidden[item]
+                    transfers.append(Transfer(source, destination, tensor))
+        if transfers:
+            exchange(transfers, self._carrier)
+        for item, states in arrived.items():
+            self.stash.put(item.micro_batch, states)
+
+    def _buffer(self, item: Item) -> Tensor:
+        tokens = self._inputs[item][0]
+        config = self._chunks[0].config
+        shape = (tokens.shape[1], tokens.shape[0], config.hidden_size)
+        return torch.empty(shape, dtype=config.params_dtype, device=tokens.device)
+
+    def _gather(self, batches: Sequence[Batch]) -> dict[Item, tuple[Tensor, Tensor]]:
+        """Token and position ids of every micro-batch that this rank's replica may compute."""
+        group, student, teacher = self._student_groups.dp, self._routing.student, self._routing.teacher
+        own = torch.stack([torch.stack([batch.tokens, batch.position_ids]) for batch in batches])
+        same_place = (student.tensor, student.pipeline) == (teacher.tensor, teacher.pipeline)
+        if group.size() == 1 or same_place:
+            return {Item(m, group.rank()): (ids[0], ids[1]) for m, ids in enumerate(own)}
+        own = own.int()
+        everyone = [torch.empty_like(own) for _ in range(group.size())]
+        dist.all_gather(everyone, own, group=group)
+        return {
+            Item(m, d): (ids[0], ids[1]) for d, step in enumerate(everyone) for m, ids in enumerate(step.long())
+        }
+
+    def _student_head(self, student_rows: int) -> OutputHead | None:
+        """The teacher's output layer for this rank's interval of ids; None before the student's last stage."""
+        own = self._chunks[-1].output_head() if is_last_stage(self._groups) else None
+        head = reshard_head(
+            own,
+            self._routing,
+            self._carrier,
+            student_rows=student_rows,
+            valid_vocab_size=self._chunks[0].valid_vocab_size,
+            hidden_size=self._chunks[0].config.hidden_size,
+            like=next(self._chunks[0].parameters()),
+        )
+        return head if is_last_stage(self._student_groups) else None
+
+
+def whole_sequence(hidden: Tensor, chunk: HiddenStateGPTModel, groups: ProcessGroupCollection) -> Tensor:
+    """[s, b, h] on every tensor-parallel rank."""
+    if chunk.config.sequence_parallel:
+        return gather_from_sequence_parallel_region(hidden, group=groups.tp)
+    return hidden

@@ -1,4 +1,4 @@
-"""What the training loop tells a teacher after every batch, so that one on other ranks keeps in step.
+"""What the training loop tells a teacher at its start and after every batch, so that one on other ranks keeps in step.
 
 For one batch: SAVE where a checkpoint follows (collective over the world), then one of CONTINUE, REWIND and STOP.
 ``position`` is the global batch, counted from 0, with which the student goes on. Batches are passed over but never read

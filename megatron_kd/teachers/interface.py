@@ -1,43 +1,83 @@
 """What the training loop knows of a teacher: it takes token ids and gives knowledge about them.
 
-A teacher is never wrapped in DDP, never in the optimizer and never in the student's checkpoint.
+A teacher is never wrapped in DDP, never in the optimizer and never in the student's checkpoint. Every placement gives
+the same interface, so the loop cannot tell them apart:
+
+    follow(decision)        what comes next: before the first batch and after each one
+    begin_step(batches)     before the student's schedule
+    knowledge(batch)        inside it, on the last pipeline stage
 """
 
 from dataclasses import dataclass
 from typing import Iterator, Literal, Protocol, Sequence
 
 from megatron_kd.data.batch import Batch
-from megatron_kd.losses import DenseKnowledge
+from megatron_kd.losses import DenseKnowledge, SparseKnowledge
 from megatron_kd.teachers.control import Decision
+
+Placement = Literal["none", "colocated", "remote", "cached"]
+Payload = Literal["hidden", "top_k", "sampled"]
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
     """The ``teacher.*`` keys."""
 
-    placement: Literal["none", "colocated", "remote", "cached"] = "none"
+    placement: Placement = "none"
     path: str | None = None
     cache_path: str | None = None
     tensor_model_parallel_size: int | None = None
-    """None means as the student's."""
+    """None means as the student's; 1 for a remote teacher."""
     pipeline_model_parallel_size: int | None = None
+    sequence_parallel: bool | None = None
+    """None means as the student's, where the teacher is tensor parallel."""
+    stash_megabytes: int = 1024
+    """Co-located: hidden states that are kept on a device at a time; more of them go to host memory."""
+    num_ranks: int | None = None
+    """Remote: how many of the world's ranks, the last ones, are the teacher's."""
+    prefetch_depth: int = 2
+    """Remote: micro-batches of a teacher's data-parallel rank that it may hold finished and not yet taken."""
+    payload: Payload = "hidden"
+    """Remote: what is sent. ``hidden`` states; or ``top_k`` / ``sampled`` ids and weights, the teacher's ranks computing
+    its output layer."""
+    top_k: int = 64
+    """Ids a token of the payload ``top_k``."""
+    num_draws: int = 50
+    """Draws a token of the payload ``sampled``."""
 
     def validate(self) -> Iterator[str]:
         """Faults in the values, one message each."""
-        if self.placement == "colocated" and self.path is None:
-            yield "'teacher.placement' is colocated, so 'teacher.path' (a checkpoint) is required"
-        if self.placement in ("remote", "cached"):
-            yield f"'teacher.placement' {self.placement} is not available yet: use colocated"
+        if self.placement in ("colocated", "remote") and self.path is None:
+            yield f"'teacher.placement' is {self.placement}, so 'teacher.path' (a checkpoint) is required"
+        if self.placement == "cached":
+            yield "'teacher.placement' cached is not available yet: use colocated"
+        if self.placement == "remote" and self.num_ranks is None:
+            yield "'teacher.placement' is remote, so 'teacher.num_ranks' (how many of the ranks are its) is required"
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "stash_megabytes", "num_ranks",
+                     "prefetch_depth", "top_k", "num_draws"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield f"'teacher.{name}' must be at least 1, not {value}"
+        if self.payload != "hidden" and self.placement in ("none", "colocated"):
+            yield f"'teacher.payload' {self.payload} is for a remote teacher: a {self.placement} one gives hidden states"
 
 
 class Teacher(Protocol):
     """One interface for every placement; the training loop cannot tell them apart."""
 
-    def begin_step(self, batches: Sequence[Batch]) -> None:
-        """Announce this rank's micro-batches of a step, in the order in which they will be asked for."""
+    def begin_step(self, batches: Sequence[Batch], *, scheduled: bool = True) -> None:
+        """Announce this rank's micro-batches, in the order in which they will be asked for. Collective over the
+        student's ranks, each with as many micro-batches.
 
-    def knowledge(self, batch: Batch) -> DenseKnowledge | None:
-        """The teacher's knowledge about ``batch``, on the student's last pipeline stage; None elsewhere."""
+        Args:
+            scheduled: they are the next ones of the training data's schedule, so that a teacher may have read ahead;
+                False for any others (held-out or generated text).
+        """
+
+    def knowledge(self, batch: Batch) -> DenseKnowledge | SparseKnowledge | None:
+        """The teacher's knowledge about one of the announced ``batch`` objects, on the student's last pipeline stage;
+        None elsewhere. Each is asked for once, in the announced order, on all ranks of that stage."""
 
     def follow(self, decision: Decision) -> None:
-        """Learn what the training loop does after a batch (see control.py); nothing to do where it runs here."""
+        """Learn what the training loop does next (see control.py): once before the first batch, then after each.
+        Collective over the student's ranks. After STOP nothing is asked any more."""

@@ -1,6 +1,5 @@
 """From a configuration to the objects that a run trains with: datasets, layout, student, teacher."""
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from megatron_kd.models.loading import check_same_tokenizer
 from megatron_kd.models.weights import check_same_architecture, load_weights, open_checkpoint
 from megatron_kd.parallel.layout import ParallelLayout
 from megatron_kd.parallel.runtime import Runtime, seed_everything
-from megatron_kd.teachers.colocated import ColocatedTeacher
+from megatron_kd.teachers.build import build_colocated
 from megatron_kd.teachers.interface import Teacher
 from megatron_kd.training.config import TrainConfig
 
@@ -123,33 +122,29 @@ def connect_schedule(model: DistributedDataParallel, groups: ProcessGroupCollect
 
 
 def build_teacher(
-    config: TrainConfig, data: ChunkDataset, layout: ParallelLayout, groups: ProcessGroupCollection, runtime: Runtime
+    config: TrainConfig,
+    architecture: ModelArchitecture,
+    data: ChunkDataset,
+    layout: ParallelLayout,
+    groups: ProcessGroupCollection,
+    runtime: Runtime,
 ) -> Teacher | None:
     """The teacher that the configuration asks for, with its weights; None without distillation."""
     if config.teacher.placement == "none" or config.teacher.path is None:
         return None
     info = open_checkpoint(config.teacher.path)
     check_same_tokenizer(info, data)
-    seq_length = config.data.seq_length or data.seq_length
-    layout = dataclasses.replace(layout, virtual_pipeline=None)
-    layout.check_model(
-        num_layers=info.architecture.num_layers,
-        num_attention_heads=info.architecture.num_attention_heads,
-        num_query_groups=info.architecture.num_query_groups,
-        ffn_hidden_size=info.architecture.ffn_hidden_size,
-        seq_length=seq_length,
-    )
-    chunks = build_model(
-        info.architecture,
+    return build_colocated(
+        config.teacher,
+        info,
+        architecture,
         layout,
         groups,
         precision=config.training.precision,
-        device=runtime.device,
         layer_spec=config.model.layer_spec,
-        max_sequence_length=seq_length,
+        seq_length=config.data.seq_length or data.seq_length,
+        device=runtime.device,
     )
-    load_weights(chunks, groups, info)
-    return ColocatedTeacher(chunks, groups)
 
 
 def unwrap(chunk: torch.nn.Module) -> HiddenStateGPTModel:

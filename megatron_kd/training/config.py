@@ -85,7 +85,3 @@ class TrainConfig:
             yield f"'distillation.method' {self.distillation.method} needs 'teacher.placement' (colocated) and its path"
         if self.distillation.method == "none" and self.teacher.placement != "none":
             yield f"'teacher.placement' is {self.teacher.placement}, but 'distillation.method' none uses no teacher"
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-            own, student = getattr(self.teacher, name), getattr(self.parallel, name)
-            if own is not None and own != student:
-                yield f"'teacher.{name}' {own} differs from the student's {student}: not available yet"

@@ -30,7 +30,7 @@ def run(config: TrainConfig) -> Path:
         layout = plan_layout(config, architecture, data, runtime)
         start = checkpoint_to_resume(config, architecture, data)
         groups = create_process_groups(layout)
-        teacher = build_teacher(config, data, layout, groups, runtime)
+        teacher = build_teacher(config, architecture, data, layout, groups, runtime)
         model = build_student(config, architecture, data, layout, groups, runtime)
         optimizer = build_optimizer(config.optimizer, model, groups, bf16=config.training.precision == "bf16")
         folder = prepare_run_folder(config)

@@ -80,6 +80,7 @@ class Trainer:
             stack.callback(lambda: self.tracker.close())
             self.tracker = self._open_tracker(progress)
             batches = stack.enter_context(closing(prefetch(lambda: self._batches(first_position), depth=2)))
+            self._tell(Action.CONTINUE if progress.step < settings.train_iters else Action.STOP, progress)
             while progress.step < settings.train_iters:
                 progress = self._advance(next(batches), progress)
 

@@ -13,6 +13,7 @@ from megatron_kd.models.gpt import full_logits
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.teachers.colocated import ColocatedTeacher
 from megatron_kd.teachers.interface import TeacherConfig
+from megatron_kd.teachers.routing import Routing
 from megatron_kd.training.build import unwrap
 from megatron_kd.training.checkpoint import Progress, load_full_state, save_checkpoint
 from megatron_kd.training.objective import DistillationConfig, MicroBatchLoss, build_objective
@@ -24,6 +25,15 @@ from tests.reference.one_rank import TINY, TrainingParts, tiny_model
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("data") / "chunks", chunks=16)
+
+
+def colocated(model, parts):
+    """A teacher of one rank, for a student of one rank."""
+    head = parts.model[0].module.output_head()
+    routing = Routing(parts.layout, parts.layout, [0], [0])
+    return ColocatedTeacher(
+        [model], parts.groups, student_groups=parts.groups, routing=routing, student_rows=head.weight.shape[0]
+    )
 
 
 def batches_of(dataset, count):
@@ -46,7 +56,7 @@ def step_with(parts, teacher):
 def test_a_step_passes_each_micro_batch_once_and_reports_the_divergence(dataset):
     with distributed_runtime() as runtime:
         parts, model = TrainingParts(dataset, runtime), tiny_model(seed=5)
-        teacher, batches = ColocatedTeacher([model], parts.groups), batches_of(dataset, 3)
+        teacher, batches = colocated(model, parts), batches_of(dataset, 3)
         before = [parameter.detach().clone() for parameter in model.parameters()]
         sums = numpy.zeros(3)
         for batch in batches:
@@ -72,7 +82,9 @@ def test_knowledge_is_hidden_states_in_the_order_of_the_students(dataset):
     with distributed_runtime() as runtime:
         parts, model = TrainingParts(dataset, runtime), tiny_model(seed=5)
         (batch,) = batches_of(dataset, 1)
-        knowledge = ColocatedTeacher([model], parts.groups).knowledge(batch)
+        teacher = colocated(model, parts)
+        teacher.begin_step([batch])
+        knowledge = teacher.knowledge(batch)
         logits = knowledge.hidden @ knowledge.head.weight[:300].t()
         expected = full_logits(model, batch.tokens).transpose(0, 1).reshape(-1, 300)
     torch.testing.assert_close(logits, expected)
@@ -83,7 +95,7 @@ def test_no_teacher_tensor_in_the_students_checkpoint(dataset, tmp_path):
     deeper = dataclasses.replace(TINY, num_layers=3)
     with distributed_runtime() as runtime:
         parts = TrainingParts(dataset, runtime)
-        teacher = ColocatedTeacher([tiny_model(deeper)], parts.groups)
+        teacher = colocated(tiny_model(deeper), parts)
         step_with(parts, teacher)(batches_of(dataset, 1), 1e-3)
         path = save_checkpoint(
             tmp_path / "checkpoints",
@@ -105,6 +117,9 @@ def test_no_teacher_tensor_in_the_students_checkpoint(dataset, tmp_path):
     ("keys", "message"),
     [
         ({"placement": "colocated"}, "'teacher.path' .* is required"),
+        ({"placement": "remote", "path": "x"}, "'teacher.num_ranks' .* is required"),
+        ({"placement": "colocated", "path": "x", "payload": "top_k"}, "is for a remote teacher"),
+        ({"placement": "remote", "path": "x", "num_ranks": 2, "prefetch_depth": 0}, "prefetch_depth' must be at least 1"),
         ({"placement": "moon"}, "must be one of none, colocated, remote, cached"),
     ],
 )

@@ -1,0 +1,72 @@
+"""Which data-parallel replica of a teacher computes which micro-batch, and where its hidden states go. Arithmetic only.
+
+A student with D data-parallel ranks and a teacher with E replicas: micro-batch m of the student's rank d is computed
+by exactly one replica, the same on every rank that asks, a pure function of (step, d, m).
+"""
+
+from dataclasses import dataclass
+from typing import Sequence
+
+from megatron_kd.parallel.layout import ParallelLayout
+
+
+@dataclass(frozen=True, order=True)
+class Item:
+    """A micro-batch of a step: number ``micro_batch`` of the student's data-parallel rank ``data_rank``."""
+
+    micro_batch: int
+    data_rank: int
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Both layouts, and the global ranks that hold them.
+
+    Args:
+        student: the student's layout.
+        teacher: the teacher's layout.
+        student_ranks: global rank of each rank of the student's layout.
+        teacher_ranks: the same of the teacher's; co-located teachers have the student's.
+    """
+
+    student: ParallelLayout
+    teacher: ParallelLayout
+    student_ranks: Sequence[int]
+    teacher_ranks: Sequence[int]
+
+    def replica(self, step: int, item: Item, micro_batches: int) -> int:
+        """The replica that computes ``item`` of ``step``, whose ranks have ``micro_batches`` each.
+
+        Where one data-parallel size divides the other, a replica serves neighbouring ranks and every step alike; else
+        micro-batches are dealt out in turn, across steps.
+        """
+        ours, theirs = self.student.data, self.teacher.data
+        if ours % theirs == 0:
+            return item.data_rank // (ours // theirs)
+        if theirs % ours == 0:
+            each = theirs // ours
+            return item.data_rank * each + (step * micro_batches + item.micro_batch) % each
+        return ((step * micro_batches + item.micro_batch) * ours + item.data_rank) % theirs
+
+    def items(self, micro_batches: range) -> list[Item]:
+        """All items of some micro-batch numbers, in the order in which they are computed and sent."""
+        return [Item(m, d) for m in micro_batches for d in range(self.student.data)]
+
+    def destinations(self, data_rank: int) -> list[int]:
+        """Global ranks of the student's last stage of ``data_rank``, by tensor-parallel rank."""
+        return [
+            self.student_ranks[self.student.rank_at(tensor=j, data=data_rank, pipeline=self.student.pipeline - 1)]
+            for j in range(self.student.tensor)
+        ]
+
+    def sources(self, replica: int) -> list[int]:
+        """Global ranks of the last stage of a teacher's ``replica``, by tensor-parallel rank."""
+        return [
+            self.teacher_ranks[self.teacher.rank_at(tensor=t, data=replica, pipeline=self.teacher.pipeline - 1)]
+            for t in range(self.teacher.tensor)
+        ]
+
+    def source_for(self, replica: int, destination: int, tensor_rank: int) -> int:
+        """Which of ``sources`` sends to ``destination``, the student's ``tensor_rank``: itself where it can."""
+        sources = self.sources(replica)
+        return destination if destination in sources else sources[tensor_rank % len(sources)]

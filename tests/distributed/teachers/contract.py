@@ -1,0 +1,118 @@
+"""Two steps of ``train`` on the ranks of a test world, and every gradient of them as the move of the weights.
+
+AdamW is turned into plain gradient descent by an epsilon far above every gradient, without decay and clipping: a
+weight then moves by its gradient times lr / eps, so comparing moves compares gradients.
+"""
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from megatron_kd.config import load_config
+from megatron_kd.metrics.tracker import read_metrics
+from tests.distributed.models.whole_weights import whole_weights
+from tests.distributed.ranks import shared_ranks
+
+STEPS = 2
+EVERY_GRADIENT = [
+    f"training.train_iters={STEPS}",
+    "training.global_batch_size=16",
+    "training.micro_batch_size=2",
+    "optimizer.lr=1e5",
+    "optimizer.min_lr=1e5",
+    "optimizer.adam_eps=1e5",
+    "optimizer.weight_decay=0",
+    "optimizer.clip_grad=0",
+    "distillation.method=vanilla_kd",
+    "model.name=qwen_toy_student",
+]
+
+
+def two_steps_here(settings: list[str], stash_bytes: int | None = None) -> dict[str, Any] | None:
+    """Train on this rank; its parts of the weights before and after, and what its teacher did."""
+    from megatron_kd.models.placement import global_indices, global_parameter_name, global_shape
+    from megatron_kd.quiet import silence_known_noise
+    from megatron_kd.teachers import build
+    from megatron_kd.teachers.colocated import ColocatedTeacher
+    from megatron_kd.training import run as module
+    from megatron_kd.training.build import unwrap
+    from megatron_kd.training.trainer import Trainer
+
+    silence_known_noise()
+    seen: dict[str, Any] = {}
+
+    def parts() -> list[Any]:
+        found = []
+        for chunk in map(unwrap, seen["student"]):
+            for local_name, parameter in chunk.named_parameters():
+                name = global_parameter_name(chunk, local_name)
+                indices = global_indices(name, parameter, chunk)
+                found.append((name, global_shape(name, parameter, chunk), indices, parameter.detach().clone()))
+        return found
+
+    def capture(name: str, function: Any) -> Any:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            seen[name] = function(*arguments, **keywords)
+            if name == "student":
+                seen["before"] = parts()
+            return seen[name]
+
+        return call
+
+    def with_stash(*arguments: Any, **keywords: Any) -> ColocatedTeacher:
+        return ColocatedTeacher(*arguments, **{**keywords, "stash_bytes": stash_bytes or keywords["stash_bytes"]})
+
+    with (
+        patch.object(build, "ColocatedTeacher", with_stash),
+        patch.object(module, "build_student", capture("student", module.build_student)),
+        patch.object(module, "build_teacher", capture("teacher", module.build_teacher)),
+        patch.object(Trainer, "_save", lambda self, progress: None),
+    ):
+        module.run(load_config(module.TrainConfig, None, settings))
+    if "student" not in seen:
+        return None
+    teacher = seen["teacher"]
+    groups = seen["student"][0].module.pg_collection
+    return {
+        "before": seen["before"],
+        "after": parts(),
+        "passes": getattr(teacher, "passes", None),
+        "replica": (teacher._groups.dp.rank(), teacher._groups.pp.rank(), teacher._groups.tp.rank())
+        if hasattr(teacher, "_groups")
+        else None,
+        "student_rank": (groups.dp.rank(), groups.pp.rank(), groups.tp.rank()),
+        "trainable_teacher_parameters": sum(
+            parameter.requires_grad for chunk in getattr(teacher, "_chunks", ()) for parameter in chunk.parameters()
+        ),
+        "stash": None if not hasattr(teacher, "stash") else vars(teacher.stash),
+    }
+
+
+def two_steps(world: int, settings: list[str], output: Path, **options: Any) -> dict[str, Any]:
+    """Run on a world of ranks: ``losses`` (rows), ``gradients`` (name -> whole tensor), ``answers`` by rank."""
+    settings = [*EVERY_GRADIENT, *settings, f"output={output}"]
+    answers = shared_ranks(world).run(two_steps_here, settings, timeout=300, **options)
+    students = [answer for answer in answers if answer is not None]
+    before, after = (whole_weights([{"parts": answer[when]} for answer in students]) for when in ("before", "after"))
+    return {
+        "losses": read_metrics(output),
+        "gradients": {name: before[name] - after[name] for name in before},
+        "answers": students,
+    }
+
+
+def assert_same(ours: dict[str, Any], reference: dict[str, Any], tolerance: float = 1e-4) -> None:
+    """Losses of every step and gradients of every parameter, relative to the reference."""
+    assert len(ours["losses"]) == len(reference["losses"]) == STEPS
+    for row, expected in zip(ours["losses"], reference["losses"], strict=True):
+        for key in ("loss", "lm_loss", "kd_loss", "teacher_entropy", "grad_norm"):
+            assert abs(row[key] - expected[key]) <= tolerance * abs(expected[key]), (key, row[key], expected[key])
+        assert row["tokens"] == expected["tokens"]
+    assert ours["gradients"].keys() == reference["gradients"].keys()
+    for name, expected in reference["gradients"].items():
+        difference = torch.linalg.vector_norm(ours["gradients"][name] - expected)
+        norm = torch.linalg.vector_norm(expected)
+        assert norm > 0, name
+        assert difference <= tolerance * norm, (name, float(difference / norm))

@@ -1,0 +1,98 @@
+"""Every placement under every pair of layouts gives the losses and gradients of one process.
+
+Student and teacher are filled up with data parallelism to four ranks each way (DP2 of the student: to two).
+``make test`` runs the cells of PAIRWISE, ``make test-slow`` all.
+"""
+
+import pytest
+
+from tests.distributed.teachers.contract import assert_same, two_steps
+
+STUDENTS = {
+    "TP1 PP1": (4, {}),
+    "TP2": (4, {"tensor": 2}),
+    "PP2": (4, {"pipeline": 2}),
+    "TP2 PP2": (4, {"tensor": 2, "pipeline": 2}),
+    "PP2 VPP2": (4, {"pipeline": 2, "virtual": 2}),
+    "DP2": (2, {}),
+}
+TEACHERS = {"same": None, "TP1 PP1": (1, 1), "TP2": (2, 1), "PP2": (1, 2)}
+PAIRWISE = {
+    ("TP1 PP1", "TP2"), ("TP1 PP1", "PP2"), ("TP2", "TP1 PP1"), ("TP2", "PP2"), ("PP2", "same"), ("PP2", "TP2"),
+    ("TP2 PP2", "PP2"), ("PP2 VPP2", "TP1 PP1"), ("DP2", "TP2"), ("DP2", "PP2"),
+}  # fmt: skip
+NAMES = {"tensor": "tensor_model_parallel_size", "pipeline": "pipeline_model_parallel_size",
+         "virtual": "virtual_pipeline_model_parallel_size"}  # fmt: skip
+MICRO_BATCHES = 8  # in the world and a step
+
+
+def cells():
+    for student in STUDENTS:
+        for teacher in TEACHERS:
+            marks = [] if (student, teacher) in PAIRWISE else [pytest.mark.slow]
+            yield pytest.param(student, teacher, marks=marks, id=f"{student}, teacher {teacher}")
+
+
+def keys_of(student, teacher):
+    keys = [f"parallel.{NAMES[name]}={size}" for name, size in STUDENTS[student][1].items()]
+    if TEACHERS[teacher] is not None:
+        tensor, pipeline = TEACHERS[teacher]
+        keys += [f"teacher.{NAMES['tensor']}={tensor}", f"teacher.{NAMES['pipeline']}={pipeline}"]
+    return keys
+
+
+@pytest.fixture(scope="module")
+def common(dataset, teacher):
+    return [f"data.path={dataset.path}", f"teacher.path={teacher}"]
+
+
+@pytest.fixture(scope="module")
+def reference(common, tmp_path_factory):
+    keys = ["teacher.placement=colocated"]
+    return two_steps(1, [*common, *keys], tmp_path_factory.mktemp("reference") / "run")
+
+
+@pytest.mark.parametrize(("student", "teacher_layout"), list(cells()))
+def test_colocated(student, teacher_layout, common, reference, tmp_path):
+    keys = ["teacher.placement=colocated", *keys_of(student, teacher_layout)]
+    ours = two_steps(STUDENTS[student][0], [*common, *keys], tmp_path / "run")
+    assert_same(ours, reference)
+    passes = [answer["passes"] for answer in ours["answers"] if answer["replica"][1:] == (0, 0)]
+    assert sum(passes) == 2 * MICRO_BATCHES, "each micro-batch goes through the teacher once in the world"
+    assert all(answer["trainable_teacher_parameters"] == 0 for answer in ours["answers"])
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher_layout", "more"),
+    [
+        ("PP2", "TP2", []),
+        ("TP2", "TP2", ["parallel.sequence_parallel=true"]),
+        ("TP2 PP2", "same", ["parallel.sequence_parallel=true"]),
+        ("TP1 PP1", "TP2", ["parallel.overlap_grad_reduce=true"]),
+    ],
+)
+def test_small_stashes_and_sequence_parallelism(student, teacher_layout, more, common, reference, tmp_path):
+    """A stash of one micro-batch: waves of one each, the others wait in host memory."""
+    item_bytes = 2 * 32 * 64 * 4
+    keys = ["teacher.placement=colocated", *keys_of(student, teacher_layout), *more]
+    ours = two_steps(4, [*common, *keys], tmp_path / "run", stash_bytes=2 * item_bytes)
+    assert_same(ours, reference)
+    stashes = [answer["stash"] for answer in ours["answers"]]
+    assert max(stash["peak_device_bytes"] for stash in stashes) == item_bytes
+    if "PP2" in student:
+        assert max(stash["peak_host_bytes"] for stash in stashes) >= 3 * item_bytes
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["distillation.divergence=jsd", "distillation.temperature=2.0", "distillation.kd_ratio=0.7"],
+        pytest.param(["distillation.divergence=reverse_kl", "distillation.kd_ratio=1.0"], marks=pytest.mark.slow),
+        pytest.param(["distillation.divergence=skew_reverse_kl"], marks=pytest.mark.slow),
+        pytest.param(["distillation.divergence=tvd"], marks=pytest.mark.slow),
+    ],
+)
+def test_divergences_mixing_and_temperature(keys, common, tmp_path):
+    common = [*common, "teacher.placement=colocated", *keys]
+    expected = two_steps(1, common, tmp_path / "one")
+    assert_same(two_steps(4, [*common, *keys_of("TP2 PP2", "TP2")], tmp_path / "four"), expected)

@@ -5,7 +5,7 @@ dataset selected from another keeps in ``chunk_ids.npy`` the id that each of its
 computed for the root serves the selection. See ``docs/file_formats.md``.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_kd.data.artefact_folder import building
-from megatron_kd.data.checksums import Checksums, LazyBlocks
+from megatron_kd.data.checksums import Checksums, FileChecksums, LazyBlocks
 from megatron_kd.data.indexed_dataset import IndexedDatasetReader, IndexedDatasetWriter, dtype_for_vocab
 from megatron_kd.data.manifest import fingerprint_of, read_manifest, versions, write_manifest
 from megatron_kd.data.tokenizer_info import TOKENIZER_FOLDER, TokenizerInfo
@@ -24,6 +24,7 @@ KIND = "chunk_dataset"
 CHUNK_IDS_NAME = "chunk_ids.npy"
 TOKEN_BYTES_NAME = "token_byte_lengths.npy"
 PROMPT_LENGTHS_NAME = "prompt_lengths.npy"
+DOMAINS_NAME = "domains.npy"
 DEFAULT_CHUNKS_PER_SHARD = 1_000_000
 MASK_RULE = "input_is_not_pad"
 
@@ -108,25 +109,19 @@ class ChunkDataset:
         self._blocks[shard].touch(start, stop)
         return reader.buffer[start:stop].view(self.dtype)
 
-    def read_runs(self, shard: int, indices: np.ndarray) -> np.ndarray:
-        """The bytes of some chunks of one shard, one after another, uint8; runs of neighbours are read as one range.
+    def verified_ranges(self, shard: int, starts: np.ndarray, stops: np.ndarray) -> list[np.ndarray]:
+        """Views of byte ranges of one shard's ``.bin``, uint8; every block between the first and the last is verified.
 
         Args:
             shard: number of the shard.
-            indices: chunk numbers inside the shard, ascending, at least one.
+            starts, stops: int64 ``[n]``, ascending, n at least 1.
 
         Raises:
             DataError: a block on disk is damaged.
         """
-        reader = self.shards[shard]
-        breaks = np.flatnonzero(np.diff(indices) != 1) + 1
-        firsts = np.concatenate([indices[:1], indices[breaks]])
-        lasts = np.concatenate([indices[breaks - 1], indices[-1:]])
-        starts = reader.pointers[firsts].tolist()
-        stops = (reader.pointers[lasts] + reader.lengths[lasts].astype(np.int64) * self.dtype.itemsize).tolist()
-        for start, stop in zip(starts, stops, strict=True):
-            self._blocks[shard].touch(start, stop)
-        return np.concatenate([reader.buffer[start:stop] for start, stop in zip(starts, stops, strict=True)])
+        self._blocks[shard].touch(int(starts[0]), int(stops[-1]))
+        buffer = self.shards[shard].buffer
+        return [buffer[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
 
     def gather(self, indices: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Several chunks as the rows of a matrix, right-padded with ``pad_id``.
@@ -202,6 +197,18 @@ class ChunkDataset:
             return None
         return np.load(self.path / PROMPT_LENGTHS_NAME, mmap_mode="r")
 
+    @property
+    def domain_names(self) -> list[str]:
+        """Labels of the domains that chunks come from; empty where the corpus names none."""
+        return list(self.manifest.get("domains", []))
+
+    @cached_property
+    def domains(self) -> np.ndarray | None:
+        """Domain of each chunk, a number in ``domain_names``, uint16 ``[num_chunks]``; None without domains."""
+        if DOMAINS_NAME not in self.checksums.files:
+            return None
+        return np.load(self.path / DOMAINS_NAME, mmap_mode="r")
+
     @cached_property
     def token_byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes that each id stands for, int32 ``[vocab_size]``; 0 for special tokens."""
@@ -247,11 +254,12 @@ class ChunkDatasetWriter:
         self.tokenizer = tokenizer
         self.seq_length = seq_length
         self.dtype = dtype_for_vocab(tokenizer.vocab_size)
-        self._chunks_per_shard = chunks_per_shard
+        self.chunks_per_shard = chunks_per_shard
         self._shard: IndexedDatasetWriter | None = None
         self._shards: list[dict[str, Any]] = []
         self._checksums = Checksums()
         self._extra_files: list[str] = []
+        self._domain_names: list[str] = []
         self.num_chunks = 0
         self.num_tokens = 0
 
@@ -269,19 +277,36 @@ class ChunkDatasetWriter:
             raise ValueError(f"chunk lengths {lengths.min()}…{lengths.max()} outside 1…{self.seq_length + 1}")
         while len(lengths):
             shard = self._open_shard()
-            taken = lengths[: self._chunks_per_shard - shard.num_chunks]
+            taken = lengths[: self.chunks_per_shard - shard.num_chunks]
             size = int(taken.sum()) * self.dtype.itemsize
             shard.add_bytes(data[:size], taken)
             self.num_chunks += len(taken)
             self.num_tokens += int(taken.sum())
             data, lengths = data[size:], lengths[len(taken) :]
-            if shard.num_chunks == self._chunks_per_shard:
+            if shard.num_chunks == self.chunks_per_shard:
                 self._close_shard()
 
     def _open_shard(self) -> IndexedDatasetWriter:
         if self._shard is None:
-            self._shard = IndexedDatasetWriter(self.folder / f"chunks-{len(self._shards):05d}", self.dtype)
+            self._shard = IndexedDatasetWriter(self.next_shard_prefix(), self.dtype)
         return self._shard
+
+    def next_shard_prefix(self) -> Path:
+        """Where the files of the next shard go, for one that is written elsewhere and added by :meth:`add_shard`."""
+        return self.folder / f"chunks-{len(self._shards):05d}"
+
+    def add_shard(self, files: Mapping[str, FileChecksums], num_chunks: int, num_tokens: int) -> None:
+        """Add a shard whose ``.bin`` and ``.idx`` are in place at :meth:`next_shard_prefix`."""
+        name = self.next_shard_prefix().name
+        self._checksums.files.update(files)
+        self._shards.append({"name": name, "chunks": num_chunks, "tokens": num_tokens})
+        self.num_chunks += num_chunks
+        self.num_tokens += num_tokens
+
+    def add_domains(self, names: Sequence[str], labels: np.ndarray) -> None:
+        """Record the domain of every chunk: ``labels`` ``[num_chunks]``, numbers in ``names``."""
+        self._domain_names = list(names)
+        self.add_array(DOMAINS_NAME, np.asarray(labels, dtype=np.uint16))
 
     def _close_shard(self) -> None:
         shard, self._shard = self._shard, None
@@ -332,6 +357,8 @@ class ChunkDatasetWriter:
             "num_tokens": self.num_tokens,
             "shards": self._shards,
         }
+        if self._domain_names:
+            facts["domains"] = self._domain_names
         if chunk_ids is not None:
             np.save(self.folder / CHUNK_IDS_NAME, np.asarray(chunk_ids, dtype=np.int64))
             self._checksums.add_file(self.folder, CHUNK_IDS_NAME)

@@ -5,7 +5,7 @@
     r(chunk) = reference NLL − teacher NLL, both means per token  →  the floor(ratio · n) largest, in corpus order
 
 Ties go to the lower chunk index. A chunk that the score files list as unscored is never kept. The result keeps, for
-every chunk, its id in the root dataset.
+every chunk, its id in the root dataset. ``docs/difference_sampling.md`` explains the keys and the report.
 """
 
 import json
@@ -17,18 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from megatron_kd.config import to_mapping
 from megatron_kd.data.artefact_folder import building
 from megatron_kd.data.chunk_dataset import KIND, ChunkDataset, ChunkDatasetWriter
+from megatron_kd.data.copy_chunks import copy_chunks
+from megatron_kd.data.differences import Differences, open_differences
 from megatron_kd.data.manifest import already_made, recipe_of
+from megatron_kd.data.selection import Candidates, select_at_least, select_within_budget
+from megatron_kd.data.selection_report import report_files, selection_facts
 from megatron_kd.errors import DataError
-from megatron_kd.scoring.score_file import ScoreFile
-
-COPY_BYTES = 32 << 20
-MAX_BINS = 200
-_COUNTING_PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -43,15 +41,40 @@ class SampleByDifferenceConfig:
     """Keys of ``sample_by_difference``."""
 
     data: SampledDataConfig
-    teacher_scores: str
-    reference_scores: str
     output: str
-    ratio: float = 0.5
+    teacher_scores: str | None = None
+    reference_scores: str | None = None
+    predicted_difference: str | None = None
+    """In the place of the two: what ``predict_difference`` wrote."""
+    ratio: float | None = None
+    """Share of the chunks; 0.5 if neither of the next two is given."""
+    token_budget: int | None = None
+    """At most this many ids."""
+    threshold: float | None = None
+    """Every chunk with at least this r, nats per token."""
+    stratify_by_domain: bool = False
+    """Keep the ratio, or its share of the budget, of each domain by itself."""
+    examples: int = 3
+    """Decoded chunks from the top, the middle and the bottom in the report."""
+    force: bool = False
+    """Use a reference model that was trained on chunks of this dataset."""
 
     def validate(self) -> Iterator[str]:
         """Yield what is wrong."""
-        if not 0 < self.ratio <= 1:
+        if self.ratio is not None and not 0 < self.ratio <= 1:
             yield f"ratio must be above 0 and at most 1, not {self.ratio}"
+        if self.token_budget is not None and self.token_budget < 1:
+            yield f"token_budget must be at least 1, not {self.token_budget}"
+        given = [key for key in ("ratio", "token_budget", "threshold") if getattr(self, key) is not None]
+        if len(given) > 1:
+            yield f"{' and '.join(given)} exclude each other: give one"
+        if self.stratify_by_domain and self.threshold is not None:
+            yield "stratify_by_domain needs ratio or token_budget: a threshold is the same for every domain"
+        if self.examples < 0:
+            yield f"examples must not be negative, not {self.examples}"
+        pair = (self.teacher_scores, self.reference_scores)
+        if (self.predicted_difference is None) != (None not in pair) or (any(pair) and None in pair):
+            yield "give teacher_scores and reference_scores, or predicted_difference"
 
 
 def run(config: SampleByDifferenceConfig) -> str:
@@ -62,21 +85,16 @@ def run(config: SampleByDifferenceConfig) -> str:
             output exists and is something else.
     """
     dataset = ChunkDataset.open(config.data.path)
-    teacher, reference = ScoreFile.open(config.teacher_scores), ScoreFile.open(config.reference_scores)
-    _check_pair(teacher, reference)
-    parents = [dataset.fingerprint, teacher.fingerprint, reference.fingerprint]
-    recipe = recipe_of({"tool": "sample_by_difference", "parents": parents, "ratio": config.ratio})
+    differences = open_differences(config, dataset)
+    recipe = _recipe(config, dataset, differences)
     if already_made(config.output, KIND, recipe):
         ChunkDataset.open(config.output)
-        _say(f"{config.output}: already made from these scores with this ratio, nothing to do")
+        _say(f"{config.output}: already made from these scores with these settings, nothing to do")
         return config.output
-    difference = np.subtract(reference.aligned_with(dataset), teacher.aligned_with(dataset), dtype=np.float32)
-    kept = select_largest(difference, int(config.ratio * dataset.num_chunks))
+    kept = np.flatnonzero(_select(config, dataset, differences))
     if not len(kept):
-        raise DataError(
-            f"{config.data.path}: ratio {config.ratio} of {dataset.num_chunks} chunks keeps none; raise ratio"
-        )
-    facts = selection_facts(difference, kept)
+        raise DataError(f"{config.data.path}: {_rule(config)} of {dataset.num_chunks} chunks keeps none; raise it")
+    facts = {**_rule_facts(config), **selection_facts(dataset, differences, kept)}
     with (
         building(config.output) as folder,
         closing(
@@ -84,14 +102,12 @@ def run(config: SampleByDifferenceConfig) -> str:
         ) as writer,
     ):
         copy_chunks(dataset, kept, writer)
-        writer.add_extra_file(
-            "selection.json", (json.dumps({"ratio": config.ratio, **facts}, indent=2) + "\n").encode()
-        )
-        _plot(difference, kept, folder / "selection.png")
-        writer.add_extra_file("selection.png", (folder / "selection.png").read_bytes())
+        writer.add_extra_file("selection.json", (json.dumps(facts, indent=2) + "\n").encode())
+        for name, contents in report_files(dataset, differences, kept, facts, config.examples):
+            writer.add_extra_file(name, contents)
         fingerprint = writer.finish(
             {"tool": "sample_by_difference", "config": to_mapping(config), "selection": facts, "recipe": recipe},
-            _parents(dataset, teacher, reference),
+            [{"kind": KIND, "path": str(dataset.path), "fingerprint": dataset.fingerprint}, *differences.parents],
             dataset.root_fingerprint,
             dataset.root_ids(kept),
         )
@@ -103,137 +119,54 @@ def run(config: SampleByDifferenceConfig) -> str:
     return config.output
 
 
-def select_largest(difference: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the ``count`` largest values, ascending, int64; ties to the lower index, NaN never.
-
-    In time linear in n and with one copy of the values: the count-th largest is found by partition, everything above
-    it is kept, and of those equal to it the first ones.
-
-    Args:
-        difference: float32 ``[n]``.
-        count: how many; fewer are returned if fewer are not NaN.
-    """
-    values = difference[~np.isnan(difference)]
-    count = min(count, len(values))
-    if count <= 0:
-        return np.zeros(0, dtype=np.int64)
-    values.partition(len(values) - count)
-    threshold = values[len(values) - count]
-    del values
-    above = difference > threshold
-    equal = np.flatnonzero(difference == threshold)[: count - int(above.sum())]
-    above[equal] = True
-    return np.flatnonzero(above)
+def _select(config: SampleByDifferenceConfig, dataset: ChunkDataset, differences: Differences) -> np.ndarray:
+    """Which chunks are kept, bool ``[num_chunks]``."""
+    domains = dataset.domains if config.stratify_by_domain else None
+    if config.stratify_by_domain and domains is None:
+        raise DataError(f"{dataset.path}: its chunks name no domain; tokenise it with domain_field, or do not stratify")
+    candidates = Candidates(
+        dataset.num_chunks,
+        differences.block,
+        costs=dataset.lengths_between if config.token_budget is not None else None,
+        groups=None if domains is None else lambda start, stop: domains[start:stop],
+        num_groups=1 if domains is None else len(dataset.domain_names),
+    )
+    if config.threshold is not None:
+        return select_at_least(candidates, config.threshold)
+    return select_within_budget(candidates, _budgets(config, candidates, dataset.num_tokens))
 
 
-def copy_chunks(dataset: ChunkDataset, kept: np.ndarray, writer: ChunkDatasetWriter) -> None:
-    """Append chunks of a dataset to ``writer``: runs of neighbours are copied as byte ranges, nothing is decoded.
-
-    Args:
-        dataset: where from; what is read is verified against its checksums.
-        kept: chunk indices, ascending.
-        writer: of the same dtype.
-    """
-    first = 0
-    with tqdm(total=len(kept), unit="chunk", unit_scale=True, desc="copy", disable=None) as bar:
-        for shard_number, shard in enumerate(dataset.shards):
-            stop = int(np.searchsorted(kept, first + len(shard)))
-            start = int(np.searchsorted(kept, first))
-            local = kept[start:stop] - first
-            for window in _windows(shard.lengths, local, dataset.dtype.itemsize):
-                writer.add_bytes(dataset.read_runs(shard_number, window), shard.lengths[window])
-                bar.update(len(window))
-            first += len(shard)
+def _budgets(config: SampleByDifferenceConfig, candidates: Candidates, num_tokens: int) -> list[int]:
+    """Chunks, or ids, that each group may keep: floor of its share."""
+    sizes = np.zeros(candidates.num_groups, dtype=np.float64)
+    for start, stop in candidates.blocks():
+        groups = np.zeros(stop - start, np.int64) if candidates.groups is None else candidates.groups(start, stop)
+        weights = None if candidates.costs is None else candidates.costs(start, stop)
+        sizes += np.bincount(groups, weights, minlength=candidates.num_groups)
+    if config.token_budget is None:
+        return [int((config.ratio or 0.5) * int(size)) for size in sizes]
+    return [config.token_budget * int(size) // num_tokens for size in sizes]
 
 
-def _windows(lengths: np.ndarray, local: np.ndarray, itemsize: int) -> Iterator[np.ndarray]:
-    """Pieces of ``local`` of about ``COPY_BYTES`` each."""
-    step = max(1, COPY_BYTES // max(1, int(lengths[:1000].mean() * itemsize))) if len(local) else 1
-    for start in range(0, len(local), step):
-        yield local[start : start + step]
+def _rule(config: SampleByDifferenceConfig) -> str:
+    return ", ".join(f"{key} {value}" for key, value in _rule_facts(config).items() if value)
 
 
-def selection_facts(difference: np.ndarray, kept: np.ndarray) -> dict[str, Any]:
-    """Numbers of a selection, for ``selection.json``; ``difference`` float32 ``[n]`` in nats per token."""
-    scored = ~np.isnan(difference)
-    count = int(scored.sum())
-    return {
-        "chunks": len(difference),
-        "kept": len(kept),
-        "unscored": len(difference) - count,
-        "threshold": float(difference[kept].min()),
-        "share_negative": float((difference < 0).sum() / max(count, 1)),
-        "mean_all": float(difference[scored].mean(dtype=np.float64)) if count else 0.0,
-        "mean_kept": float(difference[kept].mean(dtype=np.float64)),
-    }
+def _rule_facts(config: SampleByDifferenceConfig) -> dict[str, Any]:
+    rules = {key: getattr(config, key) for key in ("ratio", "token_budget", "threshold")}
+    chosen = {key: value for key, value in rules.items() if value is not None} or {"ratio": 0.5}
+    return {**chosen, "stratify_by_domain": config.stratify_by_domain}
 
 
-def _check_pair(teacher: ScoreFile, reference: ScoreFile) -> None:
-    if teacher.model_fingerprint == reference.model_fingerprint:
-        raise DataError(
-            f"{teacher.path} and {reference.path}: scores of the same model ({teacher.model_fingerprint}); "
-            "give the teacher's and the reference model's"
-        )
-    for key, value in teacher.view.items():
-        if reference.view.get(key) != value:
-            raise DataError(
-                f"{teacher.path} was scored with {key} = {value}, {reference.path} with {reference.view.get(key)}; "
-                "score both the same way"
-            )
-
-
-def _parents(dataset: ChunkDataset, teacher: ScoreFile, reference: ScoreFile) -> list[dict[str, str]]:
-    return [
-        {"kind": KIND, "path": str(dataset.path), "fingerprint": dataset.fingerprint},
-        {"kind": "score_file", "role": "teacher", "path": str(teacher.path), "fingerprint": teacher.fingerprint},
-        {"kind": "score_file", "role": "reference", "path": str(reference.path), "fingerprint": reference.fingerprint},
-    ]
+def _recipe(config: SampleByDifferenceConfig, dataset: ChunkDataset, differences: Differences) -> str:
+    parents = [dataset.fingerprint, *(parent["fingerprint"] for parent in differences.parents)]
+    return recipe_of({
+        "tool": "sample_by_difference", "parents": parents, **_rule_facts(config), "examples": config.examples,
+    })  # fmt: skip
 
 
 def _chunks_per_shard(dataset: ChunkDataset) -> int:
     return max((len(shard) for shard in dataset.shards), default=1)
-
-
-def _plot(difference: np.ndarray, kept: np.ndarray, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    low, high = _plot_range(difference)
-    edges = np.linspace(low, high, int(np.clip(np.sqrt(len(difference)), 10, MAX_BINS)) + 1)
-    everything = _histogram(difference, edges)
-    chosen = _histogram(difference[kept], edges)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.stairs(everything, edges, fill=True, color="#c8ccd4", label=f"all {len(difference):,} chunks")
-    axes.stairs(chosen, edges, fill=True, color="#2b6cb0", label=f"kept {len(kept):,}")
-    axes.axvline(0, color="black", linewidth=0.8, linestyle=":")
-    axes.set_xlim(low, high)
-    axes.set_xlabel("r = reference NLL − teacher NLL (nats per token)")
-    axes.set_ylabel("chunks")
-    axes.set_title("Difference sampling: what was kept", loc="left")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-
-
-def _plot_range(difference: np.ndarray) -> tuple[float, float]:
-    """The range that holds all but the outermost 0.1% on each side, from at most 2^20 evenly spaced values."""
-    values = difference[:: max(1, len(difference) >> 20)]
-    values = values[~np.isnan(values)]
-    low, high = np.quantile(values, [0.001, 0.999]) if len(values) else (0.0, 1.0)
-    margin = max(0.05 * (high - low), 1e-3)
-    return float(low - margin), float(high + margin)
-
-
-def _histogram(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Counts per bin, values outside the edges in the outermost bins; NaN left out."""
-    counts = np.zeros(len(edges) - 1, dtype=np.int64)
-    for start in range(0, len(values), _COUNTING_PIECE):
-        piece = values[start : start + _COUNTING_PIECE]
-        piece = piece[~np.isnan(piece)]
-        counts += np.histogram(np.clip(piece, edges[0], edges[-1]), edges)[0]
-    return counts
 
 
 def _say(line: str) -> None:

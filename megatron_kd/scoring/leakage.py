@@ -5,17 +5,20 @@ difference is wrong. Two datasets share chunks if they are the same, or select f
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy
 
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import DataError, UserError
-from megatron_kd.models.weights import CheckpointInfo
+
+if TYPE_CHECKING:
+    from megatron_kd.models.weights import CheckpointInfo
 
 REFERENCE_ROLE = "reference"
 
 
-def refuse_training_data(info: CheckpointInfo, dataset: ChunkDataset, force: bool) -> None:
+def refuse_training_data(info: "CheckpointInfo", dataset: ChunkDataset, force: bool) -> None:
     """Refuse to score a reference model's own training data.
 
     A model is a reference model if its training data is a reference split (``producer.role`` of the manifest).

@@ -5,7 +5,7 @@ that count (``MASK_RULE``). A chunk without such a position has NaN and is liste
 other value that is not finite is refused when the file is written and when it is opened.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from megatron_kd.data.manifest import fingerprint_of, read_manifest, versions, w
 from megatron_kd.errors import DataError
 
 KIND = "score_file"
+DIFFERENCE_KIND = "predicted_difference"
 SCORES_NAME = "scores.npy"
 
 
@@ -46,14 +47,14 @@ class ScoreFile:
         self.view: dict[str, Any] = manifest["view"]
 
     @classmethod
-    def open(cls, path: str | Path) -> "ScoreFile":
-        """Open and verify a score file.
+    def open(cls, path: str | Path, kind: str = KIND) -> "ScoreFile":
+        """Open and verify a score file (or, with that ``kind``, the differences that a proxy predicted).
 
         Raises:
             DataError: it is missing, damaged, something else, or holds a value that is not finite and not listed.
         """
         path = Path(path)
-        manifest, checksums = read_manifest(path, KIND)
+        manifest, checksums = read_manifest(path, kind)
         for name in checksums.files:
             checksums.verify_file(path, name)
         scores = np.load(path / SCORES_NAME, mmap_mode="r")
@@ -84,8 +85,18 @@ class ScoreFile:
         Raises:
             DataError: see :meth:`check_matches`.
         """
+        return self.reader(dataset)(0, dataset.num_chunks)
+
+    def reader(self, dataset: ChunkDataset) -> Callable[[int, int], np.ndarray]:
+        """(start, stop) → scores of a dataset's chunks there, float32, read as they are asked for.
+
+        Raises:
+            DataError: see :meth:`check_matches`.
+        """
         self.check_matches(dataset)
-        return self.scores if self.dataset_fingerprint == dataset.fingerprint else self.scores[dataset.chunk_ids]
+        if self.dataset_fingerprint == dataset.fingerprint:
+            return lambda start, stop: self.scores[start:stop]
+        return lambda start, stop: self.scores[dataset.chunk_ids[start:stop]]
 
 
 def write_score_file(
@@ -97,6 +108,9 @@ def write_score_file(
     producer: Mapping[str, Any],
     reset_attention_mask: bool = False,
     reset_position_ids: bool = False,
+    kind: str = KIND,
+    quantity: str = "mean negative log-likelihood per predicted token, nats",
+    parents: Sequence[Mapping[str, str]] = (),
 ) -> ScoreFile:
     """Write the scores of every chunk of ``dataset``, whole or not at all, and open the result.
 
@@ -109,6 +123,8 @@ def write_score_file(
         compute_dtype: of the model's forward pass.
         producer: ``tool``, its resolved ``config``, optionally a ``recipe``.
         reset_attention_mask, reset_position_ids: whether documents inside a chunk were kept apart.
+        kind, quantity: of what the numbers are, where they are no likelihoods.
+        parents: what they were made from beside the dataset.
 
     Raises:
         DataError: ``output`` exists; or a score is NaN or infinite where it must not be.
@@ -126,15 +142,18 @@ def write_score_file(
         checksums.add_file(folder, SCORES_NAME)
         body = {
             "fingerprint": _fingerprint(facts, checksums),
-            "quantity": "mean negative log-likelihood per predicted token, nats",
+            "quantity": quantity,
             "dtype": "float32",
             **facts,
-            "parents": [{"kind": "chunk_dataset", "path": str(dataset.path), "fingerprint": dataset.fingerprint}],
+            "parents": [
+                {"kind": "chunk_dataset", "path": str(dataset.path), "fingerprint": dataset.fingerprint},
+                *map(dict, parents),
+            ],
             "producer": dict(producer),
             "versions": versions(),
         }
-        write_manifest(folder, KIND, body, checksums)
-    return ScoreFile.open(output)
+        write_manifest(folder, kind, body, checksums)
+    return ScoreFile.open(output, kind)
 
 
 def _facts(

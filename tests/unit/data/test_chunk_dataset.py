@@ -123,10 +123,12 @@ def test_shards_of_another_dataset_are_refused(tmp_path: Path, dataset: ChunkDat
         ChunkDataset.open(dataset.path)
 
 
-def test_read_runs_are_the_bytes_of_the_chunks(dataset: ChunkDataset, chunks: list[np.ndarray]) -> None:
-    indices = np.array([0, 1, 2, 5, 7, 8, 14])
-    expected = np.concatenate([chunks[15 + index] for index in indices]).astype(dataset.dtype)
-    np.testing.assert_array_equal(dataset.read_runs(1, indices).view(dataset.dtype), expected)
+def test_verified_ranges_are_the_bytes_of_the_chunks(dataset: ChunkDataset, chunks: list[np.ndarray]) -> None:
+    reader = dataset.shards[1]
+    starts, stops = (np.array([reader.byte_range(index)[end] for index in (0, 2, 7)]) for end in (0, 1))
+    expected = np.concatenate([chunks[15 + index] for index in (0, 2, 7)]).astype(dataset.dtype)
+    found = np.concatenate(dataset.verified_ranges(1, starts, stops)).view(dataset.dtype)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_a_chunk_outside_or_too_long_is_an_error(dataset: ChunkDataset) -> None:

@@ -1,0 +1,85 @@
+"""r of every chunk of a dataset, in blocks: from the scores of teacher and reference model, or as a proxy predicts it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.errors import DataError
+from megatron_kd.scoring.leakage import refuse_reference_trained_on
+from megatron_kd.scoring.score_file import DIFFERENCE_KIND, ScoreFile
+
+if TYPE_CHECKING:
+    from megatron_kd.data.sample_by_difference import SampleByDifferenceConfig
+
+Block = Callable[[int, int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Where r comes from.
+
+    Attributes:
+        block: (start, stop) → r of the dataset's chunks there, float32 nats per token; NaN where unscored.
+        parents: the files, for the manifest of what is made from them.
+        teacher, reference: (start, stop) → their scores; None where r was predicted.
+        models: what to call them.
+    """
+
+    block: Block
+    parents: list[dict[str, str]]
+    teacher: Block | None = None
+    reference: Block | None = None
+    models: dict[str, str] = field(default_factory=dict)
+
+
+def open_differences(config: "SampleByDifferenceConfig", dataset: ChunkDataset) -> Differences:
+    """Open the files that a configuration names and check that they belong together.
+
+    Raises:
+        DataError: missing, damaged, of another dataset; of one model; seen differently; or the reference model was
+            trained on chunks of the dataset.
+    """
+    if config.predicted_difference is not None:
+        predicted = ScoreFile.open(config.predicted_difference, DIFFERENCE_KIND)
+        return Differences(predicted.reader(dataset), [_parent(predicted, "difference")])
+    teacher, reference = ScoreFile.open(str(config.teacher_scores)), ScoreFile.open(str(config.reference_scores))
+    check_pair(teacher, reference)
+    if not config.force:
+        model = reference.manifest["model"]
+        refuse_reference_trained_on(model.get("trained_on"), model.get("trained_on_path"), dataset, reference.path)
+    one, other = teacher.reader(dataset), reference.reader(dataset)
+    return Differences(
+        lambda start, stop: np.subtract(other(start, stop), one(start, stop), dtype=np.float32),
+        [_parent(teacher, "teacher"), _parent(reference, "reference")],
+        one,
+        other,
+        {"teacher": str(teacher.manifest["model"].get("path")), "reference": str(reference.manifest["model"].get("path"))},
+    )
+
+
+def check_pair(teacher: ScoreFile, reference: ScoreFile) -> None:
+    """Make sure that two score files are of different models that saw the chunks alike.
+
+    Raises:
+        DataError: they are not (names both values).
+    """
+    if teacher.model_fingerprint == reference.model_fingerprint:
+        raise DataError(
+            f"{teacher.path} and {reference.path}: scores of the same model ({teacher.model_fingerprint}); "
+            "give the teacher's and the reference model's"
+        )
+    for key, value in teacher.view.items():
+        if reference.view.get(key) != value:
+            raise DataError(
+                f"{teacher.path} was scored with {key} = {value}, {reference.path} with {reference.view.get(key)}; "
+                "score both the same way"
+            )
+
+
+def _parent(scores: ScoreFile, role: str) -> dict[str, str]:
+    return {"kind": scores.manifest["kind"], "role": role, "path": str(Path(scores.path)),
+            "fingerprint": scores.fingerprint}  # fmt: skip

@@ -35,6 +35,7 @@ from megatron_kd.losses import (  # noqa: E402
     DenseKnowledge,
     DistillationObjective,
     OutputHead,
+    Workspace,
     divergence_from_config,
     linear_distillation_loss,
 )
@@ -120,7 +121,7 @@ def bare_products(inputs: Inputs, chunk: int) -> Call:
     return call
 
 
-def fused(inputs: Inputs, divergence: str, chunk_bytes: int | None = None) -> Call:
+def fused(inputs: Inputs, divergence: str, workspace: Workspace | None = None) -> Call:
     """This project's loss: LM and the divergence."""
     objective = DistillationObjective(0.5, 0.5, divergence_from_config(divergence))
     head = OutputHead(inputs.weight, inputs.shape.vocabulary)
@@ -128,7 +129,7 @@ def fused(inputs: Inputs, divergence: str, chunk_bytes: int | None = None) -> Ca
 
     def call() -> None:
         linear_distillation_loss(
-            inputs.hidden, head, inputs.labels, inputs.token_weights, objective, knowledge, chunk_bytes=chunk_bytes
+            inputs.hidden, head, inputs.labels, inputs.token_weights, objective, knowledge, workspace=workspace
         ).loss_sum.backward()
 
     return call

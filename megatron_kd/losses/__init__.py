@@ -4,6 +4,7 @@
 ``docs/losses.md`` for formulas, collectives and memory.
 """
 
+from megatron_kd.losses.buffers import Workspace
 from megatron_kd.losses.divergences import (
     Divergence,
     ForwardKL,
@@ -48,6 +49,7 @@ __all__ = [
     "SparseKnowledge",
     "SparseTargetKind",
     "TotalVariation",
+    "Workspace",
     "divergence_from_config",
     "linear_distillation_loss",
     "run_forward_pre_hooks",

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_kd.errors import ConfigError, LayoutError
 from megatron_kd.losses import separate_softmaxes, shared_softmax, triton_path
-from megatron_kd.losses.buffers import allocate
+from megatron_kd.losses.buffers import Workspace
 from megatron_kd.losses.chunk_terms import Chunk, Problem, TokenLosses, row_tiles
 from megatron_kd.losses.collectives import TensorParallel
 from megatron_kd.losses.logits import ChunkPlan, HeadLogits, bytes_per_logit, widens_by_block, work_dtype
@@ -50,6 +50,7 @@ def linear_distillation_loss(
     chunk_bytes: int | None = None,
     backend: str = "auto",
     gradient_scale: float = 1.0,
+    workspace: Workspace | None = None,
 ) -> LossOutput:
     """The weighted LM and distillation loss of a micro-batch, with gradients if gradients are on.
 
@@ -67,6 +68,7 @@ def linear_distillation_loss(
         backend: ``torch``, ``triton`` or ``auto``.
         gradient_scale: the gradient that will arrive at ``loss_sum``. It must be right if the weight has
             ``main_grad``, which is added to before backward; backward checks it.
+        workspace: keeps the chunk buffers for the next call on the CPU; None frees them.
 
     Returns:
         Sums over the n tokens, the same on every rank of ``tp_group``.
@@ -85,6 +87,7 @@ def linear_distillation_loss(
         _problem(head, knowledge, objective, gradient_scale), tensor_parallel,
         sequence_parallel, chunk_bytes, with_gradient,
         triton_path.use_triton(backend, head.weight.device) and head.weight.dtype != torch.float64,
+        workspace,
     )  # fmt: skip
     if with_gradient:
         loss_sum = _FormGradients.apply(hidden, head.weight, head.bias, run)
@@ -126,6 +129,7 @@ class _Run:
     chunk_bytes: int | None
     with_gradient: bool
     triton: bool
+    workspace: Workspace | None
     output: LossOutput | None = None
     delivered: bool = False
     grad_hidden: Tensor | None = None
@@ -233,9 +237,10 @@ class _Run:
             budget, tokens.shape[0], weight.shape[0], self.work_dtype.itemsize,
             bytes_per_logit(weight.dtype, dtype, len(heads)),
         )  # fmt: skip
+        workspace = self.workspace or Workspace()
         self._buffers = [
-            logits and allocate((self.plan.tokens, logits.weight.shape[0]), dtype, weight.device)
-            for logits in (self.student, self.teacher)
+            logits and workspace.take(name, (self.plan.tokens, logits.weight.shape[0]), dtype, weight.device)
+            for name, logits in (("student", self.student), ("teacher", self.teacher))
         ]
 
     def _chunk(self, tokens: Tensor, rows: slice) -> TokenLosses:

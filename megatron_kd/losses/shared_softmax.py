@@ -6,6 +6,8 @@ with maximum m has 1 / (its largest entry) as the sum Z of exp(z - m), so that n
 Collectives: one MAX and one SUM all-reduce of a few rows, none after. Temporaries hold ``tile_elements`` numbers.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,9 @@ def evaluate(
     """Token losses; ``chunk.student`` becomes the gradient of the weighted loss with respect to the raw logits."""
     label = LabelLogits.of(chunk, problem)
     sparse = None if chunk.sparse is None else SparseTerm(chunk.sparse, chunk.student, problem, 1.0)
-    local_maxima, local = _first_pass(chunk, sparse, tile_elements)
+    coefficients = _coefficients(chunk, problem) if with_gradient else None
+    at_once = coefficients if tensor_parallel.size == 1 and chunk.teacher is not None else None
+    local_maxima, local = _first_pass(chunk, sparse, at_once, tile_elements)
     maxima = tensor_parallel.max_(local_maxima.clone())
     shift = local_maxima - maxima
     rescaled_z = shift.exp() * local[: len(maxima)]
@@ -47,13 +51,31 @@ def evaluate(
         losses.kd = sums[4] / sums[2] - log_z_t + log_z
     if sparse is not None:
         losses.kd, losses.entropy = sparse.loss(log_z, sums[2:])
-    if with_gradient:
-        _gradient(chunk, problem, label, sparse, rescaled_z / sums[: 2 * len(maxima) : 2], tile_elements)
+    if coefficients is not None:
+        if at_once is None:
+            factors = rescaled_z / sums[: 2 * len(maxima) : 2]
+            _gradient(chunk, coefficients, sparse, factors, tile_elements)
+        label.subtract_one_hot(chunk.student, coefficients.lm)
     return losses
 
 
-def _first_pass(chunk: Chunk, sparse: SparseTerm | None, tile_elements: int) -> tuple[Tensor, Tensor]:
-    """Replace logits by softmaxes over this rank's ids.
+@dataclass(frozen=True)
+class _Coefficients:
+    """[n] factors of the two terms in the gradient of the raw logits."""
+
+    lm: Tensor
+    kd: Tensor
+
+
+def _coefficients(chunk: Chunk, problem: Problem) -> _Coefficients:
+    scaled = chunk.weights * (problem.head_scale * problem.gradient_scale)
+    return _Coefficients(scaled * problem.objective.lm_weight, scaled * problem.objective.kd_factor)
+
+
+def _first_pass(
+    chunk: Chunk, sparse: SparseTerm | None, at_once: _Coefficients | None, tile_elements: int
+) -> tuple[Tensor, Tensor]:
+    """Replace logits by softmaxes over this rank's ids; with ``at_once``, where these are all ids, by the gradient.
 
     Returns maxima [1 or 2, n], and rows [1 or 4, n]: Z of each model relative to its maximum, then with a teacher the
     means of its and the student's logits relative to their maxima, under the teacher's softmax.
@@ -72,11 +94,16 @@ def _first_pass(chunk: Chunk, sparse: SparseTerm | None, tile_elements: int) -> 
             s.sub_(maxima[0, rows].unsqueeze(1))
             t.sub_(maxima[1, rows].unsqueeze(1))
             p = torch.softmax(t, -1)
+            local[1, rows] = _z_of_softmax(p)
             local[2, rows] = torch.linalg.vecdot(p, t)
             local[3, rows] = torch.linalg.vecdot(p, s)
-            t.copy_(p)
             torch.softmax(s, -1, out=s)
-            local[0, rows], local[1, rows] = _z_of_softmax(s), _z_of_softmax(t)
+            local[0, rows] = _z_of_softmax(s)
+            if at_once is None:
+                t.copy_(p)
+            else:
+                s.mul_((at_once.lm[rows] + at_once.kd[rows]).unsqueeze(1))
+                s.addcmul_(p, at_once.kd[rows].unsqueeze(1), value=-1)
     if sparse is not None:
         sparse.sum_outside(student)
     return maxima, local
@@ -90,12 +117,10 @@ def _z_of_softmax(probabilities: Tensor) -> Tensor:
 
 
 def _gradient(
-    chunk: Chunk, problem: Problem, label: LabelLogits, sparse: SparseTerm | None, factors: Tensor, tile_elements: int
+    chunk: Chunk, coefficients: _Coefficients, sparse: SparseTerm | None, factors: Tensor, tile_elements: int
 ) -> None:
     """``factors`` [1 or 2, n] make probabilities over all ranks' ids of this rank's softmaxes."""
-    objective = problem.objective
-    scaled = chunk.weights * (problem.head_scale * problem.gradient_scale)
-    lm, kd = scaled * objective.lm_weight, scaled * objective.kd_factor
+    lm, kd = coefficients.lm, coefficients.kd
     if chunk.teacher is not None:
         student_factor, teacher_factor = factors[0] * (lm + kd), factors[1] * kd
         for rows in row_tiles(*chunk.student.shape, tile_elements):
@@ -107,4 +132,3 @@ def _gradient(
         sparse.add_entries(chunk.student, factors[0], lm, kd)
     else:
         chunk.student.mul_((factors[0] * lm).unsqueeze(1))
-    label.subtract_one_hot(chunk.student, lm)

@@ -13,7 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_kd.data.batch import Batch
-from megatron_kd.losses import DistillationObjective, divergence_from_config, linear_distillation_loss
+from megatron_kd.losses import DistillationObjective, Workspace, divergence_from_config, linear_distillation_loss
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.teachers.interface import Teacher
 
@@ -75,6 +75,7 @@ class MicroBatchLoss:
         self._groups = groups
         self._reduction = reduction
         self._unwrap = unwrap
+        self._workspace = Workspace()
 
     def __call__(self, batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
         """Forward one micro-batch through ``chunk``; the second value computes the loss on the last stage."""
@@ -94,6 +95,7 @@ class MicroBatchLoss:
                 knowledge,
                 tp_group=self._groups.tp,
                 sequence_parallel=model.config.sequence_parallel,
+                workspace=self._workspace,
             )
             sums = torch.stack(
                 [

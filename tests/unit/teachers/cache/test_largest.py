@@ -1,0 +1,21 @@
+"""The blocked search finds what a full sort finds."""
+
+import pytest
+import torch
+
+from megatron_kd.teachers.cache.largest import largest
+
+
+@pytest.mark.parametrize("columns", [5, 300, 5_000, 5_001, 16_384, 20_011])
+@pytest.mark.parametrize("count", [1, 5, 16])
+def test_as_a_full_sort(columns, count):
+    if count > columns:
+        return
+    values = torch.rand(7, columns, generator=torch.Generator().manual_seed(columns))
+    values[0, -1] = 2.0
+    values[1, 128:140] = 3.0
+    expected = values.sort(-1, descending=True)
+    found, ids = largest(values, count)
+    assert torch.equal(found, expected.values[:, :count])
+    assert torch.equal(values.gather(-1, ids), found)
+    assert all(len(set(row)) == count for row in ids.tolist())

@@ -1,0 +1,139 @@
+"""A teacher that is nowhere: its knowledge is read from a cache, by the identity of each chunk of a batch.
+
+Any batch size, order, epoch, data, tensor and pipeline parallelism, and any selection from the cached dataset read the
+same knowledge. Records of a step are decoded in a thread while the student computes.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Sequence
+
+import numpy as np
+import torch
+
+from megatron_kd.data.batch import Batch
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.errors import ConfigError, DataError
+from megatron_kd.losses import PADDING_ID, SparseKnowledge, SparseTargetKind
+from megatron_kd.teachers.cache.cache_file import LogitCache
+from megatron_kd.teachers.cache.codec import Codec, DecodedChunk
+from megatron_kd.teachers.cache.identity import View, token_hash
+
+
+class CachedTeacher:
+    """Sparse knowledge about the chunks of one dataset.
+
+    Args:
+        cache: covers the dataset.
+        dataset: what ``Batch.chunk_indices`` refer to.
+        kind: the loss that is made of the knowledge.
+        is_needed: whether this rank computes the loss (the student's last pipeline stage).
+    """
+
+    def __init__(self, cache: LogitCache, dataset: ChunkDataset, kind: SparseTargetKind, is_needed: bool = True) -> None:
+        cache.check_covers(dataset)
+        self._cache, self._dataset, self._kind, self._is_needed = cache, dataset, kind, is_needed
+        self._thread = ThreadPoolExecutor(1, "cache reader")
+        self._ahead: dict[int, Future] = {}
+
+    @classmethod
+    def open(
+        cls, path: str | Path, dataset: ChunkDataset, view: View, sparse_target: str = "auto", is_needed: bool = True
+    ) -> "CachedTeacher":
+        """Open a cache for a dataset.
+
+        Args:
+            view: how this run sees chunks.
+            sparse_target: ``distillation.sparse_target``.
+
+        Raises:
+            DataError: the cache is damaged, of another dataset, or was made with another view; names both.
+            ConfigError: its codec does not give this sparse target.
+        """
+        cache = LogitCache.open(path)
+        cache.view.check(view, str(path))
+        return cls(cache, dataset, choose_kind(cache.codec, sparse_target, str(path)), is_needed)
+
+    def begin_step(self, batches: Sequence[Batch]) -> None:
+        """Start to decode the knowledge of a step."""
+        self._ahead.clear()
+        if self._is_needed:
+            self._ahead = {id(batch): self._thread.submit(self._read, batch) for batch in batches}
+
+    def knowledge(self, batch: Batch) -> SparseKnowledge | None:
+        """[tokens, K] ids and weights in sequence-major order, on the ranks that need them; None elsewhere.
+
+        Raises:
+            DataError: a chunk's ids are not those that were cached, or its record is damaged.
+        """
+        if not self._is_needed:
+            return None
+        ahead = self._ahead.pop(id(batch), None)
+        ids, weights, tail = self._read(batch) if ahead is None else ahead.result()
+        device = batch.tokens.device
+        return SparseKnowledge(
+            ids=ids.to(device, non_blocking=True),
+            weights=weights.to(device, non_blocking=True),
+            tail_mass=tail.to(device, non_blocking=True),
+            kind=self._kind,
+        )
+
+    def follow(self, decision: Any) -> None:
+        """Nothing to do: what comes next is read when it comes."""
+
+    def _read(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        batch = batch.to("cpu")
+        rows, length = batch.tokens.shape
+        chunks = [self._chunk(batch, row) for row in range(rows)]
+        width = max((int(chunk.counts.max()) for chunk in chunks if chunk is not None and len(chunk.counts)), default=1)
+        ids = np.full((length, rows, width), PADDING_ID, dtype=np.int64)
+        weights = np.zeros((length, rows, width), dtype=np.float32)
+        tail = np.ones((length, rows), dtype=np.float32)
+        for row, chunk in enumerate(chunks):
+            if chunk is not None:
+                chunk.pad_into(ids[:, row], weights[:, row], tail[:, row])
+        flat = (ids.reshape(-1, width), weights.reshape(-1, width), tail.reshape(-1))
+        return tuple(torch.from_numpy(array) for array in flat)  # type: ignore[return-value]
+
+    def _chunk(self, batch: Batch, row: int) -> DecodedChunk | None:
+        """What is cached about one row, its ids compared; None for a row without a chunk."""
+        chunk = int(batch.chunk_indices[row])
+        if chunk < 0:
+            return None
+        record = int(self._cache.rows(self._dataset.root_ids(np.array([chunk])))[0])
+        entry = self._cache.index(record)
+        positions, expected = int(entry["positions"]), int(entry["token_hash"])
+        if positions == 0:
+            return None
+        inside = positions <= batch.tokens.shape[1]
+        found = token_hash(batch.tokens[row], batch.labels[row], positions) if inside else None
+        if found != expected or bool(batch.loss_mask[row, positions:].any()):
+            raise DataError(
+                f"chunk {chunk} of {self._dataset.path} has other ids than the chunk that {self._cache.path} holds for it "
+                f"(hash {'of a longer chunk' if found is None else f'{found:016x}'} where {expected:016x} was cached): "
+                "the dataset was changed, cache the teacher again"
+            )
+        decoded = self._cache.read(record)
+        if not np.isin(np.flatnonzero(batch.loss_mask[row].numpy()), decoded.rows).all():
+            raise DataError(f"{self._cache.path}: lacks positions of chunk {chunk} that count in this run's loss")
+        return decoded
+
+
+def choose_kind(codec: Codec, sparse_target: str, where: str) -> SparseTargetKind:
+    """The loss that is made of a codec's records.
+
+    Raises:
+        ConfigError: the codec does not give the one that is asked for.
+    """
+    if codec.name == "sampled":
+        possible: tuple[SparseTargetKind, ...] = ("weighted",) if codec.is_weighted else ("sampled",)
+    else:
+        possible = ("ghost", "renormalised")
+    if sparse_target == "auto":
+        return possible[0]
+    if sparse_target not in possible:
+        raise ConfigError(
+            f"'distillation.sparse_target' {sparse_target} cannot be made of {where} (codec {codec.name}): "
+            f"choose {' or '.join(possible)}"
+        )
+    return sparse_target  # type: ignore[return-value]

@@ -54,7 +54,7 @@ class CachedTeacher:
         cache.view.check(view, str(path))
         return cls(cache, dataset, choose_kind(cache.codec, sparse_target, str(path)), is_needed)
 
-    def begin_step(self, batches: Sequence[Batch]) -> None:
+    def begin_step(self, batches: Sequence[Batch], *, scheduled: bool = True) -> None:
         """Start to decode the knowledge of a step."""
         self._ahead.clear()
         if self._is_needed:

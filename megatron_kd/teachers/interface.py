@@ -26,6 +26,9 @@ class TeacherConfig:
     placement: Placement = "none"
     path: str | None = None
     cache_path: str | None = None
+    """What ``cache_teacher_logits`` wrote about ``data.path``, or about a dataset that it was selected from."""
+    eval_cache_path: str | None = None
+    """The same about ``data.eval_path``: then the distillation loss is evaluated too."""
     tensor_model_parallel_size: int | None = None
     """None means as the student's; 1 for a remote teacher."""
     pipeline_model_parallel_size: int | None = None
@@ -49,8 +52,8 @@ class TeacherConfig:
         """Faults in the values, one message each."""
         if self.placement in ("colocated", "remote") and self.path is None:
             yield f"'teacher.placement' is {self.placement}, so 'teacher.path' (a checkpoint) is required"
-        if self.placement == "cached":
-            yield "'teacher.placement' cached is not available yet: use colocated"
+        if self.placement == "cached" and self.cache_path is None:
+            yield "'teacher.placement' is cached, so 'teacher.cache_path' (from cache_teacher_logits) is required"
         if self.placement == "remote" and self.num_ranks is None:
             yield "'teacher.placement' is remote, so 'teacher.num_ranks' (how many of the ranks are its) is required"
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "stash_megabytes", "num_ranks",
@@ -60,6 +63,11 @@ class TeacherConfig:
                 yield f"'teacher.{name}' must be at least 1, not {value}"
         if self.payload != "hidden" and self.placement in ("none", "colocated"):
             yield f"'teacher.payload' {self.payload} is for a remote teacher: a {self.placement} one gives hidden states"
+
+    @property
+    def runs_a_model(self) -> bool:
+        """Whether the teacher's forward passes are part of the run."""
+        return self.placement in ("colocated", "remote")
 
 
 class Teacher(Protocol):

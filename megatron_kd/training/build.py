@@ -13,9 +13,12 @@ from megatron_kd.models.gpt import HiddenStateGPTModel, build_model
 from megatron_kd.models.initialization import initialize_weights
 from megatron_kd.models.loading import check_same_tokenizer
 from megatron_kd.models.weights import check_same_architecture, load_weights, open_checkpoint
+from megatron_kd.parallel.groups import is_last_stage
 from megatron_kd.parallel.layout import ParallelLayout
 from megatron_kd.parallel.runtime import Runtime, seed_everything
 from megatron_kd.teachers.build import build_colocated
+from megatron_kd.teachers.cache.identity import View
+from megatron_kd.teachers.cached import CachedTeacher
 from megatron_kd.teachers.interface import Teacher
 from megatron_kd.training.config import TrainConfig
 
@@ -130,6 +133,8 @@ def build_teacher(
     runtime: Runtime,
 ) -> Teacher | None:
     """The teacher that the configuration asks for, with its weights; None without distillation."""
+    if config.teacher.placement == "cached":
+        return open_cached_teacher(config, str(config.teacher.cache_path), data, groups)
     if config.teacher.placement == "none" or config.teacher.path is None:
         return None
     info = open_checkpoint(config.teacher.path)
@@ -144,6 +149,19 @@ def build_teacher(
         layer_spec=config.model.layer_spec,
         seq_length=config.data.seq_length or data.seq_length,
         device=runtime.device,
+    )
+
+
+def open_cached_teacher(
+    config: TrainConfig, cache_path: str, data: ChunkDataset, groups: ProcessGroupCollection
+) -> CachedTeacher:
+    """What a cache holds about the chunks of ``data``, as this run sees them."""
+    return CachedTeacher.open(
+        cache_path,
+        data,
+        View(temperature=config.distillation.temperature, compute_dtype=config.training.precision),
+        config.distillation.sparse_target,
+        is_last_stage(groups),
     )
 
 

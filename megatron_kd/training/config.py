@@ -83,5 +83,21 @@ class TrainConfig:
         """Faults in the values together, one message each."""
         if self.distillation.method != "none" and self.teacher.placement == "none":
             yield f"'distillation.method' {self.distillation.method} needs 'teacher.placement' (colocated) and its path"
+        if self.teacher.placement == "cached":
+            yield from self._cached_faults()
         if self.distillation.method == "none" and self.teacher.placement != "none":
             yield f"'teacher.placement' is {self.teacher.placement}, but 'distillation.method' none uses no teacher"
+
+    def _cached_faults(self) -> Iterator[str]:
+        if self.distillation.method not in ("none", "vanilla_kd"):
+            yield (
+                f"'distillation.method' {self.distillation.method} generates text, of which a cache knows nothing: "
+                "'teacher.placement' must be colocated or remote"
+            )
+        if self.distillation.divergence != "forward_kl":
+            yield (
+                f"'distillation.divergence' {self.distillation.divergence} needs the teacher's whole distribution, "
+                "a cache holds a few ids of it: use forward_kl, or 'teacher.placement' colocated"
+            )
+        if self.teacher.eval_cache_path is not None and self.data.eval_path is None:
+            yield "'teacher.eval_cache_path' is about 'data.eval_path', which is not given"

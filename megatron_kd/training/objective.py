@@ -34,6 +34,8 @@ class DistillationConfig:
     skew_alpha: float = 0.1
     """Weight of the other distribution in the skewed divergences' mixture."""
     temperature: float = 1.0
+    sparse_target: Literal["auto", "ghost", "renormalised", "sampled", "weighted"] = "auto"
+    """The loss against knowledge of a few ids a token; auto is ghost for the largest, sampled or weighted for draws."""
 
     def validate(self) -> Iterator[str]:
         """Faults in the values, one message each."""

@@ -86,7 +86,8 @@ def announce(
         return
     spec = choose_layer_spec(config.model.layer_spec)
     start = f", resumed at step {progress.step}" if progress.step else ""
-    teacher = f", teacher {config.teacher.placement} {config.teacher.path}" if config.teacher.path else ""
+    where = config.teacher.cache_path if config.teacher.placement == "cached" else config.teacher.path
+    teacher = f", teacher {config.teacher.placement} {where}" if where else ""
     sys.stderr.write(
         f"train: {config.model.name} ({architecture.parameters:,} parameters, "
         f"{parameter_count(model):,} on this rank), "

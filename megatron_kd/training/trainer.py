@@ -59,8 +59,10 @@ class Trainer:
             ChunkOrder(data.num_chunks, seed=config.training.seed, shuffle=config.data.shuffle),
             config.training.global_batch_size,
         )
-        teacher = open_checkpoint(config.teacher.path).architecture.parameters if step.teacher is not None else 0
-        self.flops_per_token = training_flops(architecture.parameters, 1, config.distillation.method, teacher)
+        runs = config.teacher.runs_a_model
+        teacher = open_checkpoint(config.teacher.path).architecture.parameters if runs else 0
+        method = config.distillation.method if runs else "none"  # what a cache took is counted where it was made
+        self.flops_per_token = training_flops(architecture.parameters, 1, method, teacher)
 
     def run(self, progress: Progress) -> None:
         """Train from ``progress`` to the end.

@@ -93,7 +93,7 @@ class LogitCache:
         return self._places(root_ids)
 
     def index(self, row: int) -> np.void:
-        """``token_hash``, ``positions`` and ``ids`` of one record (``end``: of its bytes in the shard)."""
+        """The index entry of one record: see ``INDEX_DTYPE``."""
         shard, local = self._locate(row)
         return self._shard(shard)[0][local]
 

@@ -25,7 +25,7 @@ from megatron_kd.parallel.schedule import forward_only
 from megatron_kd.teachers.cache.codec import Codec, Entries
 from megatron_kd.teachers.cache.identity import token_hash
 from megatron_kd.teachers.cache.selection import Selection
-from megatron_kd.teachers.cache.shard import Commit, ShardWriter
+from megatron_kd.teachers.cache.shard import INDEX_DTYPE, Commit, ShardWriter
 
 MICRO_BATCHES_PER_SCHEDULE = 8
 MOST_WAITING = 4
@@ -82,18 +82,18 @@ class ChunkRows:
         owners = np.repeat(self.root_ids, [len(place) for place in places])
         return owners, np.concatenate(places)
 
-    def records(self, codec: Codec, entries: Entries) -> tuple[list[np.ndarray], list[int]]:
-        """The record of every chunk, and how many ids it holds."""
-        records, sizes = [], []
+    def records(self, codec: Codec, entries: Entries) -> tuple[list[np.ndarray], np.ndarray]:
+        """The record of every chunk, and the index of all (``end`` is the shard's to know)."""
+        records, index = [], np.zeros(len(self.present), dtype=INDEX_DTYPE)
         ends = np.concatenate([[0], np.cumsum(entries.counts)])
         at = 0
-        for present in self.present:
+        for row, present in enumerate(self.present):
             stop = at + int(present.sum())
             kept = slice(int(ends[at]), int(ends[stop]))
             records.append(codec.encode(present, entries.part(at, stop, kept)))
-            sizes.append(kept.stop - kept.start)
+            index[row] = (self.hashes[row], 0, len(present), stop - at, kept.stop - kept.start)
             at = stop
-        return records, sizes
+        return records, index
 
 
 class ShardFiller:
@@ -183,8 +183,7 @@ class ShardFiller:
             self._waiting.append(self._thread.submit(self._write, writer, rows, entries))
 
     def _write(self, writer: ShardWriter, rows: ChunkRows, entries: Entries) -> None:
-        records, sizes = rows.records(self._codec, entries)
-        writer.add(records, rows.hashes, [len(present) for present in rows.present], sizes)
+        writer.add(*rows.records(self._codec, entries))
 
     def _finish_writing(self) -> None:
         while self._waiting:

@@ -229,6 +229,6 @@ def _finish(
     work.finish(dataset, plan.num_shards, facts, producer)
     manifest = LogitCache.open(config.output).manifest
     sys.stderr.write(
-        f"cache_teacher_logits: {manifest['positions']:,} positions into {config.output}, "
-        f"{manifest['ids_per_position']} ids and {manifest['bytes_per_position']} bytes a position\n"
+        f"cache_teacher_logits: {manifest['tokens']:,} tokens into {config.output}, "
+        f"{manifest['ids_per_token']} ids and {manifest['bytes_per_token']} bytes a token\n"
     )

@@ -1,6 +1,6 @@
 """One pair of files of a cache, written so that a writer killed at any moment goes on where it last committed.
 
-``knowledge-00000.bin`` holds records one after another, ``knowledge-00000.idx`` 24 bytes about each (``INDEX_DTYPE``).
+``knowledge-00000.bin`` holds records one after another, ``knowledge-00000.idx`` 28 bytes about each (``INDEX_DTYPE``).
 While the cache is written, ``progress/knowledge-00000.json`` states how much of both is committed, with the checksums of
 those bytes: it is replaced, whole, after the bytes have reached the disk. What lies behind a commit is cut off.
 """
@@ -17,7 +17,10 @@ import numpy as np
 from megatron_kd.data.artefact_folder import write_file
 from megatron_kd.data.checksums import BLOCK_BYTES, Checksums, ChecksumStream, FileChecksums
 
-INDEX_DTYPE = np.dtype([("token_hash", "<u8"), ("end", "<u8"), ("positions", "<u4"), ("ids", "<u4")])
+INDEX_DTYPE = np.dtype(
+    [("token_hash", "<u8"), ("end", "<u8"), ("positions", "<u4"), ("tokens", "<u4"), ("ids", "<u4")]
+)
+"""Of a chunk: hash of its ids, where its record ends, positions, those with knowledge, and ids kept of them."""
 PROGRESS_FOLDER = "progress"
 
 
@@ -84,15 +87,16 @@ class ShardWriter:
             self._files[ending] = (_open_at(folder / name, size), _read_checksums(folder / name, size))
         self._end = commit.checksums[f"{shard_name(number)}.bin"].size if commit else 0
 
-    def add(self, records: list[np.ndarray], hashes: list[int], positions: list[int], ids: list[int]) -> None:
-        """Append the records (uint8) of some chunks, and commit if it is time to."""
-        ends = self._end + np.cumsum([len(record) for record in records])
-        index = np.zeros(len(records), dtype=INDEX_DTYPE)
-        for name, values in (("token_hash", hashes), ("end", ends), ("positions", positions), ("ids", ids)):
-            index[name] = np.array(values, dtype=INDEX_DTYPE[name])
+    def add(self, records: list[np.ndarray], index: np.ndarray) -> None:
+        """Append the records (uint8) of some chunks, and commit if it is time to.
+
+        Args:
+            index: ``INDEX_DTYPE`` [chunks]; its ``end`` is filled in here.
+        """
+        index["end"] = self._end + np.cumsum([len(record) for record in records])
         self._append("bin", np.concatenate(records).tobytes())
         self._append("idx", index.tobytes())
-        self._end = int(ends[-1])
+        self._end = int(index["end"][-1])
         self.chunks += len(records)
         if time.monotonic() - self._committed_at >= self._commit_seconds:
             self.commit()

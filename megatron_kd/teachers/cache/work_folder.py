@@ -119,7 +119,7 @@ class WorkFolder:
     ) -> dict[str, Any]:
         indices = [np.fromfile(self.path / f"{shard_name(number)}.idx", INDEX_DTYPE) for number in range(num_shards)]
         record_bytes = sum(entry.size for name, entry in checksums.files.items() if name.endswith(".bin"))
-        positions = sum(int(index["positions"].sum()) for index in indices)
+        tokens = sum(int(index["tokens"].sum()) for index in indices)
         ids = sum(int(index["ids"].sum()) for index in indices)
         identity = {"dataset": dataset.fingerprint, "root": dataset.root_fingerprint, **facts}
         identity["teacher"] = facts["teacher"]["fingerprint"]
@@ -134,10 +134,10 @@ class WorkFolder:
                 "num_chunks": dataset.num_chunks,
             },
             **facts,
-            "positions": positions,
+            "tokens": tokens,
             "ids": ids,
-            "ids_per_position": round(ids / max(1, positions), 4),
-            "bytes_per_position": round(record_bytes / max(1, positions), 4),
+            "ids_per_token": round(ids / max(1, tokens), 4),
+            "bytes_per_token": round(record_bytes / max(1, tokens), 4),
             "shards": [
                 {"name": shard_name(number), "chunks": len(index)} for number, index in enumerate(indices)
             ],

@@ -45,6 +45,9 @@ VERBS: dict[str, Verb] = {
     "cache_teacher_logits": Verb(
         "megatron_kd.teachers.cache.run", "CacheTeacherLogitsConfig", "what a teacher says about every chunk, on disk"
     ),
+    "convert_from_hf": Verb(
+        "megatron_kd.conversion.import_hf", "ConvertFromHFConfig", "Hugging Face folder to checkpoint"
+    ),
     "convert_to_hf": Verb("megatron_kd.conversion.export_hf", "ConvertToHFConfig", "checkpoint to Hugging Face folder"),
     "evaluate": Verb("megatron_kd.evaluation.run", "EvaluateConfig", "held-out loss and bits per byte"),
     "plan_run": Verb("megatron_kd.planning.run", "PlanRunConfig", "memory, time and storage of a run, before it starts"),

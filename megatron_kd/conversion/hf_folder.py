@@ -12,13 +12,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_kd.conversion.qwen2 import architecture_from_hf, qwen2_rules, uses_fused_norms
-from megatron_kd.conversion.rules import check_hf_names, expand
+from megatron_kd.conversion.decoder import decoder_rules, uses_fused_norms
+from megatron_kd.conversion.families import architecture_from_hf
+from megatron_kd.conversion.rules import Rename, check_hf_names, expand
 from megatron_kd.errors import CheckpointError
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.models.placement import global_indices, global_parameter_name, take_local_part
 
 CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME = "config.json", "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -43,7 +45,8 @@ class HFFolder:
         self.config = _read_json(path / CONFIG_NAME)
         self.architecture: ModelArchitecture = architecture_from_hf(self.config, str(path / CONFIG_NAME))
         self._files = _locate_tensors(path)
-        check_hf_names(expand(qwen2_rules(self.architecture), self.architecture.num_layers), self.architecture,
+        self._rules: dict[str, Rename] = {}
+        check_hf_names(expand(decoder_rules(self.architecture), self.architecture.num_layers), self.architecture,
                        set(self._files), str(path))
 
     def tensor(self, name: str) -> Tensor:
@@ -53,6 +56,41 @@ class HFFolder:
                 return file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self._files[name]}: cannot read '{name}' ({error})") from None
+
+    def dtypes(self) -> set[torch.dtype]:
+        """Of the tensors that the table needs."""
+        needed = {name for rule in self._rule_by_name().values() for name in rule.hf}
+        found = set()
+        for file in sorted({self._files[name] for name in needed}):
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys() if name in needed}
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from None
+        return {_DTYPES.get(name, torch.uint8) for name in found}
+
+    def mcore_tensor(self, name: str, vocab_rows: int) -> Tensor:
+        """A whole mcore tensor (names of the local layer spec), its vocabulary padded to ``vocab_rows``.
+
+        Raises:
+            CheckpointError: a tensor cannot be read or has another shape than the architecture's.
+        """
+        rule = self._rule_by_name()[name]
+        try:
+            return rule.to_mcore([self.tensor(part) for part in rule.hf], self.architecture, vocab_rows)
+        except RuntimeError as error:
+            raise self._misfit(rule, error) from None
+
+    def _rule_by_name(self) -> dict[str, Rename]:
+        if not self._rules:
+            rules = expand(decoder_rules(self.architecture), self.architecture.num_layers)
+            self._rules = {rule.mcore: rule for rule in rules}
+        return self._rules
+
+    def _misfit(self, rule: Rename, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: '{rule.hf[0]}' does not fit the architecture in {CONFIG_NAME}: {str(error).splitlines()[0]}"
+        )
 
     @torch.no_grad()
     def load_into(self, chunks: Sequence[torch.nn.Module]) -> None:
@@ -64,7 +102,7 @@ class HFFolder:
         for chunk in chunks:
             parameters = dict(chunk.named_parameters())
             rules = {rule.mcore: rule for rule in expand(
-                qwen2_rules(self.architecture, uses_fused_norms(parameters)), self.architecture.num_layers)}
+                decoder_rules(self.architecture, uses_fused_norms(parameters)), self.architecture.num_layers)}
             for local_name, parameter in parameters.items():
                 name = global_parameter_name(chunk, local_name)
                 rule = rules[name]
@@ -73,8 +111,7 @@ class HFFolder:
                                           self.architecture.vocab_size)
                     parameter.copy_(take_local_part(whole, global_indices(name, parameter, chunk)))
                 except (RuntimeError, IndexError) as error:
-                    raise CheckpointError(f"{self.path}: '{rule.hf[0]}' does not fit the architecture in "
-                                          f"{CONFIG_NAME}: {str(error).splitlines()[0]}") from None
+                    raise self._misfit(rule, error) from None
 
 
 def _locate_tensors(path: Path) -> dict[str, Path]:

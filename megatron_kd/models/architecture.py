@@ -1,7 +1,8 @@
 """What a decoder is, apart from how it is sharded: sizes, head, norms, and the parameter count.
 
 ``ARCHITECTURES`` lists the sizes by name: the MiniPLM paper's (``qwen_104m`` … ``qwen_1.8b``) and toy sizes for a
-CPU. All are Qwen2-type decoders (Hugging Face ``Qwen2ForCausalLM``): RoPE, RMSNorm, SwiGLU, bias on Q, K and V only.
+CPU. All but two toy sizes are Qwen2-type decoders (Hugging Face ``Qwen2ForCausalLM``): RoPE, RMSNorm, SwiGLU, bias on Q,
+K and V only. Models of other sizes and families come from Hugging Face folders (``model.name`` ``as_init_from``).
 Evidence for the sizes: MiniPLM (arXiv 2410.17215), table of model configurations, and the released checkpoints.
 """
 
@@ -15,7 +16,7 @@ QWEN_VOCAB_SIZE = 151_936
 
 @dataclass(frozen=True)
 class ModelArchitecture:
-    """A Qwen2-type decoder.
+    """A decoder with RoPE, RMSNorm and SwiGLU; the defaults are Qwen2's.
 
     ``vocab_size`` counts the rows of the embedding that the model defines (before any padding for tensor
     parallelism); 0 means: as many as the dataset's tokenizer has.
@@ -33,6 +34,13 @@ class ModelArchitecture:
     add_qkv_bias: bool = True
     qk_layernorm: bool = False
     rope_theta: float = 1_000_000.0
+    rope_scaling_factor: float = 1.0
+    """Llama 3.1's stretching of low frequencies; 1 means none, and the next three do not matter."""
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_positions: int = 8192
+    sliding_window: int | None = None
+    """Tokens that attention reaches back; longer sequences are refused."""
     norm_epsilon: float = 1e-6
     init_std: float = 0.02
     max_position_embeddings: int = 32_768
@@ -94,6 +102,14 @@ ARCHITECTURES: dict[str, ModelArchitecture] = {
     "qwen_toy_student": _qwen(4, 64, 176, 4, vocab=0, rope_theta=10_000.0, init_std=0.08),
     "qwen_toy_teacher": _qwen(4, 96, 256, 4, vocab=0, rope_theta=10_000.0, init_std=0.08),
     "qwen_toy_untied": _qwen(4, 96, 256, 4, vocab=0, groups=2, rope_theta=10_000.0, tie_word_embeddings=False),
+    "qwen3_toy": _qwen(
+        4, 64, 176, 4, vocab=0, groups=2, kv_channels=32, rope_theta=10_000.0, init_std=0.08,
+        add_qkv_bias=False, qk_layernorm=True, hf_model_type="qwen3",
+    ),
+    "llama_toy": _qwen(
+        4, 64, 176, 4, vocab=0, groups=2, rope_theta=10_000.0, init_std=0.08, add_qkv_bias=False,
+        tie_word_embeddings=False, rope_scaling_factor=8.0, rope_original_positions=16, hf_model_type="llama",
+    ),
     "qwen_21m": _qwen(6, 256, 704, 4, vocab=32_000, tie_word_embeddings=False),
 }
 

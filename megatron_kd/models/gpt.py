@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_kd.errors import ConfigError
 from megatron_kd.losses import OutputHead, run_forward_pre_hooks
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.models.layer_specs import LayerSpecName, choose_layer_spec, decoder_layer_spec
@@ -30,6 +31,7 @@ from megatron_kd.parallel.groups import is_first_stage, is_last_stage
 from megatron_kd.parallel.layout import ParallelLayout
 
 VOCABULARY_MULTIPLE = 128
+AS_INIT_FROM = "as_init_from"
 Precision = Literal["fp32", "bf16"]
 
 
@@ -38,6 +40,7 @@ class ModelConfig:
     """The ``model.*`` keys."""
 
     name: str = "qwen_toy_student"
+    """One of models/architecture.py, or ``as_init_from``: whatever ``init_from`` is."""
     init_from: str | None = None
     layer_spec: LayerSpecName = "auto"
 
@@ -45,8 +48,11 @@ class ModelConfig:
         """Faults in the values, one message each."""
         from megatron_kd.models.architecture import ARCHITECTURES
 
-        if self.name not in ARCHITECTURES:
-            yield f"'model.name' is '{self.name}', not one of {', '.join(ARCHITECTURES)}"
+        if self.name == AS_INIT_FROM:
+            if self.init_from is None:
+                yield f"'model.name' is {AS_INIT_FROM}, so 'model.init_from' (a checkpoint or folder) is required"
+        elif self.name not in ARCHITECTURES:
+            yield f"'model.name' is '{self.name}', not one of {', '.join(ARCHITECTURES)}, {AS_INIT_FROM}"
 
 
 class HiddenStateGPTModel(GPTModel):
@@ -141,6 +147,11 @@ def build_model(
     max_sequence_length: int,
 ) -> list[HiddenStateGPTModel]:
     """This rank's model chunks (one, or one per virtual pipeline stage), uninitialised, on ``device``."""
+    if architecture.sliding_window and max_sequence_length > architecture.sliding_window:
+        raise ConfigError(
+            f"sequences of {max_sequence_length} tokens exceed the sliding window of {architecture.sliding_window} of "
+            "this model's attention, which is not supported: use data.seq_length of at most the window"
+        )
     config = transformer_config(architecture, layout, precision=precision, device=device)
     kind = choose_layer_spec(layer_spec)
     stages = range(layout.virtual_pipeline) if layout.virtual_pipeline else [None]
@@ -177,8 +188,22 @@ def _build_chunk(
     if config.bf16:
         model.bfloat16()
     model.valid_vocab_size = architecture.vocab_size
+    _scale_rotary(model, architecture)
     _mark_sharded_weights(model)
     return model
+
+
+def _scale_rotary(model: GPTModel, architecture: ModelArchitecture) -> None:
+    """Llama 3.1's scaling. Megatron-Core has it with fixed bounds; config.json gives them."""
+    if architecture.rope_scaling_factor != 1.0 and hasattr(model, "rotary_pos_emb"):
+        rotary = model.rotary_pos_emb
+        rotary.inv_freq = rotary._apply_scaling(
+            rotary.inv_freq,
+            architecture.rope_scaling_factor,
+            architecture.rope_low_freq_factor,
+            architecture.rope_high_freq_factor,
+            architecture.rope_original_positions,
+        )
 
 
 def _mark_sharded_weights(model: torch.nn.Module) -> None:

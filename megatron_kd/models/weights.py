@@ -25,7 +25,7 @@ from megatron_kd.parallel.agreement import on_main_rank
 
 CHECKPOINT_KIND = "checkpoint"
 LATEST_NAME = "latest"
-_WITHOUT_EFFECT_ON_WEIGHTS = ("init_std", "max_position_embeddings", "hf_model_type")
+_WITHOUT_EFFECT_ON_WEIGHTS = ("init_std", "max_position_embeddings", "hf_model_type", "kv_channels")
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,11 @@ def check_same_architecture(info: CheckpointInfo, architecture: ModelArchitectur
 
     Loading alone would not notice fewer layers or another RoPE base.
     """
+    names = [field.name for field in dataclasses.fields(architecture) if field.name not in _WITHOUT_EFFECT_ON_WEIGHTS]
     faults = [
         f"{name} {getattr(info.architecture, name)} where {getattr(architecture, name)} is asked for"
-        for name in (field.name for field in dataclasses.fields(architecture))
-        if name not in _WITHOUT_EFFECT_ON_WEIGHTS and getattr(info.architecture, name) != getattr(architecture, name)
+        for name in [*names, "head_dim"]
+        if getattr(info.architecture, name) != getattr(architecture, name)
     ]
     if faults:
         raise CheckpointError(f"{info.path} is of another model: {', '.join(faults)}")

@@ -8,8 +8,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import ConfigError, DataError
-from megatron_kd.models.architecture import ModelArchitecture
-from megatron_kd.models.gpt import HiddenStateGPTModel, build_model
+from megatron_kd.models.architecture import ModelArchitecture, architecture_by_name
+from megatron_kd.models.gpt import AS_INIT_FROM, HiddenStateGPTModel, build_model
 from megatron_kd.models.initialization import initialize_weights
 from megatron_kd.models.loading import check_same_tokenizer
 from megatron_kd.models.weights import check_same_architecture, load_weights, open_checkpoint
@@ -47,6 +47,13 @@ def open_datasets(config: TrainConfig) -> tuple[ChunkDataset, ChunkDataset | Non
             f"{config.data.path} has {data.tokenizer_hash}"
         )
     return data, heldout
+
+
+def student_architecture(config: TrainConfig, data: ChunkDataset) -> ModelArchitecture:
+    """The architecture that ``model.name`` asks for, its vocabulary filled in."""
+    if config.model.name == AS_INIT_FROM:
+        return open_checkpoint(config.model.init_from).architecture
+    return architecture_by_name(config.model.name).with_vocab_size(data.vocab_size)
 
 
 def plan_layout(

@@ -3,40 +3,33 @@
     <run>/checkpoints/step_<n>/    Megatron-Core's torch_dist files, manifest.json, checksums.json
     <run>/checkpoints/latest       the name of the newest whole checkpoint
 
-A checkpoint is written into a folder of another name, flushed, described and only then renamed; ``latest`` follows.
+How one is written: ``checkpoint_writer.py``.
 """
 
 import dataclasses
 import json
-import shutil
 import sys
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_kd.data.artefact_folder import building, write_file
+from megatron_kd.data.artefact_folder import LOCK_NAME
 from megatron_kd.data.checksums import Checksums
 from megatron_kd.data.manifest import versions, write_manifest
-from megatron_kd.errors import CheckpointError, UserError
+from megatron_kd.errors import CheckpointError
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.models.gpt import HiddenStateGPTModel, build_model
 from megatron_kd.models.weights import (
     CHECKPOINT_KIND,
-    LATEST_NAME,
     CheckpointInfo,
     checkpoint_folders,
     load_sharded_state,
     load_weights,
     open_checkpoint,
-    root_cause,
     sharded_weights,
     sharding_metadata,
 )
@@ -44,10 +37,8 @@ from megatron_kd.parallel.agreement import on_main_rank
 from megatron_kd.parallel.groups import create_process_groups
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_kd.parallel.runtime import distributed_runtime
+from megatron_kd.training.checkpoint_writer import FORMAT, CheckpointWriter, Describe, Retention
 from megatron_kd.training.survival import Incidents
-
-_UNTOLD = "another rank could not write"
-FORMAT = {"backend": "torch_dist", "layout": "fully_reshardable"}
 
 
 @dataclass(frozen=True)
@@ -94,28 +85,17 @@ def save_checkpoint(
     Raises:
         UserError: rank 0 could not write (a full disk, say); the previous checkpoint is untouched.
     """
+    writer = CheckpointWriter(checkpoints, Retention(keep))
     state = training_state(model, optimizer, groups, is_loading=False)
-    return _save(
-        checkpoints, progress.step, state, lambda folder: _describe(folder, progress, architecture, about), keep
-    )
+    writer.begin(progress.step, state, description(progress, architecture, about))
+    return writer.finish()
 
 
 def take_part_in_save(checkpoints: Path, step: int) -> None:
-    """What a rank without a part of the student does while the others are in :func:`save_checkpoint`."""
-    _save(checkpoints, step, {}, lambda _: None, None)
-
-
-def _save(
-    checkpoints: Path, step: int, state: dict[str, Any], describe: Callable[[Path], str | None], keep: int | None
-) -> Path:
-    final = checkpoints / f"step_{step}"
-    on_main_rank(lambda: _remove_passed_over(checkpoints, step))
-    with _building_on_main_rank(final) as folder:
-        failure = _save_sharded(state, folder) or on_main_rank(lambda: describe(folder))
-        if failure is not None:
-            raise UserError(f"checkpoint {final} could not be written: {failure}{_space_left(checkpoints)}")
-    on_main_rank(lambda: _publish(checkpoints, final, keep))
-    return final
+    """What a rank without a part of the student does while the others save. Collective over the world."""
+    writer = CheckpointWriter(checkpoints)
+    writer.begin(step, {}, lambda *_: None)
+    writer.finish()
 
 
 def load_checkpoint(
@@ -212,72 +192,32 @@ def _find_whole(checkpoints: Path) -> Path | None:
     return None
 
 
-def _remove_passed_over(checkpoints: Path, step: int) -> None:
-    """Remove what is there of ``step`` and later ones: a run only comes here if they were damaged when it started."""
-    for folder in checkpoint_folders(checkpoints):
-        if int(folder.name.removeprefix("step_")) >= step:
-            shutil.rmtree(folder)
+def description(progress: Progress, architecture: ModelArchitecture, about: Mapping[str, Any]) -> Describe:
+    """What writes the manifest of a training checkpoint."""
+
+    def describe(folder: Path, checksums: Checksums) -> str | None:
+        try:
+            write_checkpoint_manifest(
+                folder, checksums, architecture, {"progress": dataclasses.asdict(progress), **about}
+            )
+        except OSError as error:
+            return f"{error.strerror} ({error.filename or folder})"
+        return None
+
+    return describe
 
 
-def _save_sharded(state: dict[str, Any], folder: Path) -> str | None:
-    """Save on all ranks; why it failed, the same text on every rank, or None.
+def write_checkpoint_manifest(
+    folder: Path, checksums: Checksums, architecture: ModelArchitecture, about: Mapping[str, Any]
+) -> None:
+    """Add the checksums of files that have none yet, and write the manifest.
 
     Raises:
-        UserError: this rank alone could not go on; the others are still waiting for it inside the save.
+        OSError: it could not be written.
     """
-    failure = None
-    try:
-        dist_checkpointing.save(state, str(folder), content_metadata=FORMAT)
-    except CheckpointException as error:  # raised on every rank, with the reasons on one of them
-        failure = root_cause(error) if error.failures else _UNTOLD
-    except Exception as error:  # noqa: BLE001 - torch and Megatron-Core raise a dozen types here
-        final, reason = folder.name.split(".tmp")[0], root_cause(error) + _space_left(folder.parent)
-        raise UserError(f"checkpoint {final} could not be written: {reason}") from error
-    failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    return min((text for text in failures if text), key=lambda text: text == _UNTOLD, default=None)
-
-
-def _space_left(folder: Path) -> str:
-    """A full disk is the usual reason, and newer Megatron-Cores do not say which error their writers met."""
-    return f"; is the disk full ({shutil.disk_usage(folder).free / 1e6:,.0f} MB are free)?"
-
-
-def _describe(
-    folder: Path, progress: Progress, architecture: ModelArchitecture, about: Mapping[str, Any]
-) -> str | None:
-    try:
-        checksums = Checksums()
-        for file in sorted(folder.iterdir()):
-            if not file.name.endswith(".lock"):
-                checksums.add_file(folder, file.name)
-        body = {
-            "progress": dataclasses.asdict(progress),
-            "architecture": dataclasses.asdict(architecture),
-            "format": FORMAT,
-            "versions": versions(),
-            **about,
-        }
-        write_manifest(folder, CHECKPOINT_KIND, json.loads(json.dumps(body)), checksums)
-    except OSError as error:
-        return f"{error.strerror} ({error.filename or folder})"
-    return None
-
-
-def _publish(checkpoints: Path, final: Path, keep: int | None) -> None:
-    write_file(checkpoints / LATEST_NAME, final.name + "\n")
-    for old in checkpoint_folders(checkpoints)[keep:] if keep else []:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def _building_on_main_rank(final: Path) -> Iterator[Path]:
-    """A folder that rank 0 makes and, if every rank gets through the block, renames to ``final``."""
-    stack = ExitStack()
-    folder = Path(on_main_rank(lambda: str(stack.enter_context(building(final)))))
-    try:
-        yield folder
-    except BaseException:
-        stack.__exit__(*sys.exc_info())
-        raise
-    on_main_rank(stack.close)
+    for file in sorted(folder.rglob("*")):
+        name = str(file.relative_to(folder))
+        if file.is_file() and name not in checksums.files and name != LOCK_NAME:
+            checksums.add_file(folder, name)
+    body = {"architecture": dataclasses.asdict(architecture), "format": FORMAT, "versions": versions(), **about}
+    write_manifest(folder, CHECKPOINT_KIND, json.loads(json.dumps(body)), checksums)

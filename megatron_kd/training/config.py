@@ -43,6 +43,8 @@ class TrainingConfig:
     """How many of the newest checkpoints remain; None keeps all."""
     keep_every: int | None = None
     """Checkpoints whose step is a multiple of this remain for good."""
+    async_save: bool = True
+    """Checkpoints are copied and written while training goes on; the last one is waited for."""
     allow_other_data: bool = False
     """Go on from a checkpoint that was made with another dataset."""
 

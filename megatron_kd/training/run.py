@@ -7,10 +7,16 @@ A run folder that holds a checkpoint is continued from it; a finished one is lef
 
 from pathlib import Path
 
-from megatron_kd.models.architecture import architecture_by_name
 from megatron_kd.parallel.groups import create_process_groups
 from megatron_kd.parallel.runtime import distributed_runtime
-from megatron_kd.training.build import build_student, build_teacher, open_datasets, plan_layout, unwrap
+from megatron_kd.training.build import (
+    build_student,
+    build_teacher,
+    open_datasets,
+    plan_layout,
+    student_architecture,
+    unwrap,
+)
 from megatron_kd.training.checkpoint import Progress, load_checkpoint
 from megatron_kd.training.config import TrainConfig
 from megatron_kd.training.objective import MicroBatchLoss, build_objective
@@ -26,7 +32,7 @@ def run(config: TrainConfig) -> Path:
     """Train and return the run folder."""
     with distributed_runtime() as runtime:
         data, heldout = open_datasets(config)
-        architecture = architecture_by_name(config.model.name).with_vocab_size(data.vocab_size)
+        architecture = student_architecture(config, data)
         layout = plan_layout(config, architecture, data, runtime)
         start = checkpoint_to_resume(config, architecture, data)
         groups = create_process_groups(layout)

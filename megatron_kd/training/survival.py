@@ -115,12 +115,16 @@ class Survival:
         self.config, self._folder, self._signals = config, folder, signals
         self._group, self._is_main = group, is_main
 
-    def stop_requested(self, device: torch.device) -> bool:
-        """Whether any rank was signalled to stop. Collective over the student's ranks."""
-        told = torch.tensor([1 if self._signals.received else 0], dtype=torch.int32, device=device)
+    def agree(self, device: torch.device, is_writing: bool = False) -> tuple[bool, bool]:
+        """Whether any rank was signalled to stop, and whether any still writes a checkpoint.
+
+        Collective over the student's ranks.
+        """
+        told = torch.tensor([bool(self._signals.received), is_writing], dtype=torch.int32, device=device)
         if self._group.size() > 1:
             dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(told.item())
+        stops, writing = told.tolist()
+        return bool(stops), bool(writing)
 
     def skip(self, incidents: Incidents, step: int, reason: str) -> Incidents | None:
         """The incidents with one more skipped batch; None where the policy is to stop."""

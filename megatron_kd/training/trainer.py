@@ -25,7 +25,14 @@ from megatron_kd.planning.flops import training_flops
 from megatron_kd.scoring.chunk_losses import heldout_loss
 from megatron_kd.teachers.control import Action, Decision
 from megatron_kd.training.build import unwrap
-from megatron_kd.training.checkpoint import Progress, load_checkpoint, newest_whole_checkpoint, save_checkpoint
+from megatron_kd.training.checkpoint import (
+    Progress,
+    description,
+    load_checkpoint,
+    newest_whole_checkpoint,
+    training_state,
+)
+from megatron_kd.training.checkpoint_writer import CheckpointWriter, Retention
 from megatron_kd.training.config import TrainConfig
 from megatron_kd.training.hang import HangWatch
 from megatron_kd.training.optimizer import learning_rate
@@ -72,13 +79,18 @@ class Trainer:
             NonFiniteLossError: a batch that the policy does not skip.
         """
         settings, first_position = self.config.training, progress.position
-        self._has_checkpoint = progress.step > 0
+        self._saved_step: int | None = progress.step or None
+        self._evaluated: dict[str, float] | None = None
+        self.writer = CheckpointWriter(
+            self.folder / "checkpoints", Retention(settings.keep_checkpoints, settings.keep_every)
+        )
         with ExitStack() as stack:
             signals = stack.enter_context(SignalWatch(self.config.survival.exit_within_seconds))
             self.survival = Survival(
                 self.config.survival, self.folder, signals, self.groups.intra_dist_opt, self.runtime.is_main
             )
             self.hang_watch = stack.enter_context(HangWatch(60.0 * self.config.survival.hang_minutes))
+            stack.callback(self.writer.abandon)
             stack.callback(lambda: self.tracker.close())
             self.tracker = self._open_tracker(progress)
             batches = stack.enter_context(closing(prefetch(lambda: self._batches(first_position), depth=2)))
@@ -91,16 +103,19 @@ class Trainer:
         settings, before = self.config.training, progress
         self.hang_watch.beat(f"step {progress.step + 1}")
         progress, rolls_back = self._train_one(batches, progress)
-        if rolls_back and self._has_checkpoint:
+        if rolls_back and self._saved_step is not None:
             return self._rewind(progress)
         has_stepped = progress.step > before.step
         if has_stepped and _is_due(progress.step, settings.eval_interval, settings.train_iters):
             self.hang_watch.beat(f"evaluation after step {progress.step}")
             self._evaluate(progress)
-        stops = self.survival.stop_requested(self.runtime.device)
-        if has_stepped and (stops or _is_due(progress.step, settings.save_interval, settings.train_iters)):
-            self._save(progress)
+        stops, writing = self.survival.agree(self.runtime.device, self.writer.is_writing)
         ended = progress.step == settings.train_iters
+        is_due = has_stepped and _is_due(progress.step, settings.save_interval, settings.train_iters)
+        if is_due or (stops and self._saved_step != progress.step):
+            self._save(progress, in_background=not (stops or ended))
+        elif stops or not writing:
+            self.writer.finish()
         self._tell(Action.STOP if stops or ended else Action.CONTINUE, progress)
         if stops and not ended:
             raise Preempted(
@@ -132,7 +147,9 @@ class Trainer:
         """Back to the newest checkpoint; the batches since then are passed over."""
         self._tell(Action.REWIND, progress)
         self.hang_watch.beat(f"rollback after step {progress.step}")
+        self.writer.finish()
         info = newest_whole_checkpoint(self.folder / "checkpoints")
+        self._saved_step = info.manifest["progress"]["step"]
         restored = load_checkpoint(info, self.model, self.optimizer, self.groups)
         incidents = dataclasses.replace(
             progress.incidents, skipped_batches=progress.position - restored.step, losses=restored.incidents.losses
@@ -173,7 +190,7 @@ class Trainer:
             "step_seconds": seconds,
             "tokens_per_second": positions / seconds,
             "tflops_per_second": self.flops_per_token * positions / seconds / 1e12,
-            "train_flops": self.flops_per_token * positions * progress.step,
+            "train_flops": self._flops(progress),
             "seconds": progress.seconds,
         }
 
@@ -189,7 +206,7 @@ class Trainer:
             device=self.runtime.device,
             micro_batch_size=self.config.training.micro_batch_size,
         )
-        positions = self.config.training.global_batch_size * self._seq_length
+        self._evaluated = {"eval_loss": totals.loss, "bits_per_byte": totals.bits_per_byte, "tokens": totals.tokens}
         self.tracker.evaluation(
             {
                 "step": progress.step,
@@ -197,9 +214,12 @@ class Trainer:
                 "eval_loss": totals.loss,
                 "bits_per_byte": totals.bits_per_byte,
                 "eval_tokens": totals.tokens,
-                "train_flops": self.flops_per_token * positions * progress.step,
+                "train_flops": self._flops(progress),
             }
         )
+
+    def _flops(self, progress: Progress) -> float:
+        return self.flops_per_token * self.config.training.global_batch_size * self._seq_length * progress.step
 
     def _gather_parameters(self) -> None:
         """Under overlapped gathering a rank has only its own part of the update until the next forward pass."""
@@ -207,32 +227,36 @@ class Trainer:
             for chunk in self.model:
                 chunk.start_param_sync(force_sync=True)
 
-    def _save(self, progress: Progress) -> None:
+    def _save(self, progress: Progress, in_background: bool) -> None:
+        """Begin a checkpoint; without a background, or where other ranks take part in it, finish it too."""
         self.hang_watch.beat(f"checkpoint of step {progress.step}")
         self._tell(Action.SAVE, progress)
-        self._has_checkpoint = True
+        self._saved_step = progress.step
         self.tracker.flush()
         self._gather_parameters()
-        save_checkpoint(
-            self.folder / "checkpoints",
-            progress,
-            self.model,
-            self.optimizer,
-            self.groups,
-            architecture=self.architecture,
-            keep=self.config.training.keep_checkpoints,
-            about={
-                "tokenizer_hash": self.data.tokenizer_hash,
-                "tokenizer_path": str(self.data.tokenizer_path.absolute()),
-                "eos_id": self.data.eos_id,
-                "dataset_fingerprint": self.data.fingerprint,
-                "dataset_path": self.config.data.path,
-                "seq_length": self._seq_length,
-                "precision": self.config.training.precision,
-                "layout": as_mapping(self.layout),
-                "config": dataclasses.asdict(self.config),
-            },
-        )
+        in_background &= self.config.training.async_save and self.layout.world_size == self.runtime.world_size
+        state = training_state(self.model, self.optimizer, self.groups, is_loading=False)
+        about = description(progress, self.architecture, self._about(progress))
+        self.writer.begin(progress.step, state, about, in_background=in_background)
+        if not in_background:
+            self.writer.finish()
+
+    def _about(self, progress: Progress) -> dict[str, Any]:
+        """What a checkpoint's manifest says beside its progress."""
+        return {
+            "tokenizer_hash": self.data.tokenizer_hash,
+            "tokenizer_path": str(self.data.tokenizer_path.absolute()),
+            "eos_id": self.data.eos_id,
+            "dataset_fingerprint": self.data.fingerprint,
+            "dataset_path": self.config.data.path,
+            "seq_length": self._seq_length,
+            "precision": self.config.training.precision,
+            "layout": as_mapping(self.layout),
+            "config": dataclasses.asdict(self.config),
+            "dataset_parents": self.data.manifest.get("parents", []),
+            "train_flops": self._flops(progress),
+            "evaluation": self._evaluated,
+        }
 
     def _batches(self, first_position: int) -> Iterator[list[Batch]]:
         """Every global batch from a position on, without end: skipped ones make the run read more than its steps."""

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from megatron_kd.config import load_config
-from megatron_kd.conversion.export_hf import ConvertToHFConfig, model_card, run, verify_logits, write_hf_folder
+from megatron_kd.conversion.export_hf import ConvertToHFConfig, run, write_hf_folder
+from megatron_kd.conversion.model_card import model_card
+from megatron_kd.conversion.parity import compare_logits
 from megatron_kd.errors import CheckpointError, ConfigError, DataError
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.models.gpt import build_model, full_logits
@@ -75,13 +77,13 @@ with torch.no_grad():
 def test_transformers_gives_the_same_logits(model_and_architecture, tokenizer: Path, tmp_path: Path) -> None:
     model, architecture = model_and_architecture
     folder = export(tmp_path / "hf", model, architecture, tokenizer)
-    assert verify_logits(model, folder) < 1e-4
+    assert compare_logits(model, folder, "the exported model's") < 1e-4
     tokens = torch.randint(0, 157, (2, 9))
     logits = logits_in_a_fresh_process(folder, tokens)
     assert logits.shape == (2, 9, 157) and logits.std() > 0.1
     torch.testing.assert_close(logits, full_logits(model, tokens), rtol=0, atol=1e-4)
     assert (folder / "tokenizer.json").is_file()
-    assert "pre-trained with Megatron-KD" in (folder / "README.md").read_text()
+    assert "written by Megatron-KD" in (folder / "README.md").read_text()
 
 
 def test_sharded_files_load_the_same(model_and_architecture, tokenizer: Path, tmp_path: Path) -> None:
@@ -89,7 +91,7 @@ def test_sharded_files_load_the_same(model_and_architecture, tokenizer: Path, tm
     folder = export(tmp_path / "hf", model, architecture, tokenizer, "40KB")
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2 and not (folder / "model.safetensors").exists()
-    assert verify_logits(model, folder) < 1e-4
+    assert compare_logits(model, folder, "the exported model's") < 1e-4
 
 
 def test_verification_finds_a_wrong_weight(model_and_architecture, tokenizer: Path, tmp_path: Path) -> None:
@@ -99,8 +101,8 @@ def test_verification_finds_a_wrong_weight(model_and_architecture, tokenizer: Pa
         # Swap two heads' rows of the last layer: what a wrong interleaving would do.
         bias = model.decoder.layers[-1].self_attention.linear_qkv.bias
         bias.copy_(bias.roll(8))
-    with pytest.raises(CheckpointError, match="logits differ from Megatron-Core's by"):
-        verify_logits(model, folder)
+    with pytest.raises(CheckpointError, match="the exported model's logits differ"):
+        compare_logits(model, folder, "the exported model's")
 
 
 def test_refuses_without_a_checkpoint_and_over_an_output(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from megatron_kd.errors import CheckpointError, UserError
 from megatron_kd.models.weights import LATEST_NAME, checkpoint_folders, open_checkpoint
 from megatron_kd.parallel.runtime import distributed_runtime
-from megatron_kd.training import checkpoint
+from megatron_kd.training import checkpoint, checkpoint_writer
 from megatron_kd.training.checkpoint import (
     Progress,
     load_checkpoint,
@@ -146,7 +146,7 @@ def test_a_save_that_fails_leaves_the_previous_checkpoint(checkpoints, dataset, 
     def full(*_, **__):
         raise OSError(28, "No space left on device", "somewhere")
 
-    owner = checkpoint.dist_checkpointing if "." in failing else checkpoint
+    owner = checkpoint_writer.dist_checkpointing if "." in failing else checkpoint
     monkeypatch.setattr(owner, failing.split(".")[-1], full)
     with distributed_runtime() as runtime:
         with pytest.raises(UserError, match="step_3 could not be written: .*No space left on device"):

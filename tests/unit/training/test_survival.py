@@ -101,9 +101,10 @@ def test_stop_is_asked_of_the_signals(tmp_path):
     with distributed_runtime() as runtime:
         policy = survival(tmp_path)
         policy._group = one_rank_groups().intra_dist_opt
-        assert not policy.stop_requested(runtime.device)
+        assert policy.agree(runtime.device) == (False, False)
+        assert policy.agree(runtime.device, is_writing=True) == (False, True)
         policy._signals._note(10, None)
-        assert policy.stop_requested(runtime.device)
+        assert policy.agree(runtime.device) == (True, False)
 
 
 @pytest.mark.parametrize(

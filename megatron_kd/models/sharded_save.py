@@ -1,0 +1,137 @@
+"""Writing Megatron-Core's ``torch_dist`` format in steps, so that the slow one can run in a thread.
+
+    dist_checkpointing.save(state, folder, sharded_strategy=ShardedSave())   plan: collective, no data moves
+    stage()    optional: copies of this rank's tensors, so that training may go on changing them
+    write()    this rank's file and its checksums; no communication, any thread
+    finish()   collective: ``.metadata``, or why it failed
+
+Megatron-Core's own writer loads everything that a rank writes into memory and, in 0.16, hands it to forked processes
+(one that is killed leaves the run waiting for ever). Here torch's writer asks for one tensor at a time, and a tensor may
+be made when it is asked for (conversion from Hugging Face).
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StoragePrefix
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_kd.data.checksums import Checksums
+
+Resolve = Callable[[WriteItem], torch.Tensor]
+"""A tensor of the plan, named by ``item.index`` (key and offset), when it is its turn to be written."""
+
+
+class ShardedSave(megatron_torch.TorchDistSaveShardedStrategy):
+    """One save of one checkpoint.
+
+    Args:
+        resolve: gives the tensors of a state that has only their shapes; None takes them from the state.
+    """
+
+    def __init__(self, resolve: Resolve | None = None):
+        super().__init__("torch_dist", 1)
+        self._given = resolve
+        self._writer: FileSystemWriter | None = None
+        self._planner: _Planner | None = None
+        self._plan: SavePlan | None = None
+        self._metadata: Metadata | None = None
+        self._results: list[WriteResult] = []
+        self._checksums = Checksums()
+        self._failure: str | None = "it was never written"
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
+        """Plan who writes what. Megatron-Core calls this; nothing is written yet. Collective over the world."""
+        by_key, _, _ = megatron_torch._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        self._planner = _Planner(self._given)
+        self._writer = FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True, thread_count=1)
+        is_main, rank = dist.get_rank() == 0, dist.get_rank()
+        self._planner.set_up_planner(megatron_torch.mcore_to_pyt_state_dict(by_key, False), is_coordinator=is_main)
+        self._writer.set_up_storage_writer(is_main)
+        plan = self._writer.prepare_local_plan(self._planner.create_local_plan())
+        plans: list[Any] | None = [None] * dist.get_world_size() if is_main else None
+        dist.gather_object(plan, plans, dst=0)
+        if plans is not None:
+            _, self._metadata = self._planner.create_global_plan(plans)
+        plan = dataclasses.replace(plan, storage_data=_StoragePrefix(f"__{rank}_"))
+        self._plan = self._planner.finish_plan(plan)
+
+    def stage(self) -> None:
+        """Copy this rank's tensors to memory of their own, in the state of this moment."""
+        copies = {item.index: _copy(self._planner.resolve_data(item)) for item in self._plan.items if _is_tensor(item)}
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self._planner.resolve = lambda item: copies.pop(item.index)
+
+    def write(self, on_bytes: Callable[[int], object] | None = None) -> None:
+        """Write this rank's file, flush it to the disk and compute its checksums. Errors are kept for ``finish``."""
+        try:
+            self._planner.on_bytes = on_bytes
+            if self._plan.items:
+                self._results = self._writer.write_data(self._plan, self._planner).value()
+            for name in sorted({result.storage_data.relative_path for result in self._results}):
+                self._checksums.add_file(Path(self._writer.path), name)
+            self._failure = None
+        except BaseException as error:  # noqa: BLE001 - it is raised on every rank by whoever calls finish
+            self._failure = f"{type(error).__name__}: {error}"
+        finally:
+            self._planner.resolve = None
+
+    def finish(self) -> tuple[str | None, Checksums]:
+        """Why the save failed on some rank, or None; on rank 0 the checksums of all ranks' files.
+
+        Collective over the world.
+        """
+        failures: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, self._failure)
+        failure = next((text for text in failures if text is not None), None)
+        if failure is not None:
+            return failure, Checksums()
+        gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object((self._results, self._checksums.files), gathered, dst=0)
+        outcome: list[str | None] = [None]
+        checksums = Checksums()
+        if gathered is not None:
+            try:
+                self._writer.finish(self._metadata, [results for results, _ in gathered])
+            except OSError as error:
+                outcome = [f"{type(error).__name__}: {error}"]
+            for _, files in gathered:
+                checksums.files.update(files)
+        dist.broadcast_object_list(outcome, src=0)
+        return outcome[0], checksums
+
+
+class _Planner(megatron_torch.MCoreSavePlanner):
+    """Takes tensors from ``resolve`` where it is set, else from the state."""
+
+    def __init__(self, resolve: Resolve | None):
+        super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.resolve, self.on_bytes = resolve, None
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        if self.resolve is None or not _is_tensor(write_item):
+            return super().resolve_data(write_item)
+        tensor = self.resolve(write_item)
+        if self.on_bytes is not None:
+            self.on_bytes(tensor.nbytes)
+        return tensor
+
+
+def _is_tensor(item: WriteItem) -> bool:
+    return item.type != WriteItemType.BYTE_IO
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    if tensor.device.type == "cpu":
+        return tensor.clone()
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor, non_blocking=True)

@@ -1,0 +1,154 @@
+"""Folders of every family to checkpoints and back: logits equal transformers', every bit comes back; what is refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_kd.conversion import export_hf, import_hf
+from megatron_kd.conversion.export_hf import ConvertToHFConfig
+from megatron_kd.conversion.import_hf import ConvertFromHFConfig
+from megatron_kd.errors import CheckpointError, DataError
+from megatron_kd.models.weights import open_checkpoint
+from tests.reference.hf_models import FAMILY_CASES, make_hf_folder
+
+
+def tensors(folder):
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found.update(load_file(path))
+    return found
+
+
+def import_folder(source, output, **keys):
+    return import_hf.run(ConvertFromHFConfig(input=str(source), output=str(output), **keys))
+
+
+def export_folder(source, output, **keys):
+    return export_hf.run(ConvertToHFConfig(input=str(source), output=str(output), **keys))
+
+
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_logits_agree_and_every_bit_comes_back(case, tmp_path):
+    source = make_hf_folder(tmp_path / "hf", case)
+    checkpoint = import_folder(source, tmp_path / "checkpoint")  # verify compares the logits, 1e-4
+    open_checkpoint(checkpoint).verify()
+    again = export_folder(checkpoint, tmp_path / "again", max_shard_size="60KB")
+    ours, expected = tensors(again), tensors(source)
+    assert ours.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(ours[name], tensor), name
+    assert len(list(again.glob("*.safetensors"))) > 2
+    assert (again / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, again))
+    for key in ("model_type", "architectures", "hidden_size", "num_key_value_heads", "tie_word_embeddings"):
+        assert before[key] == after[key], key
+    assert before["rope_parameters"].items() <= after["rope_parameters"].items()
+
+
+def test_bfloat16_stays_bfloat16_and_float16_becomes_float32(tmp_path, capsys):
+    for dtype, stored in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)):
+        source = make_hf_folder(tmp_path / str(dtype) / "hf", "Qwen2.5 tied", dtype)
+        checkpoint = import_folder(source, tmp_path / str(dtype) / "checkpoint")
+        ours = tensors(export_folder(checkpoint, tmp_path / str(dtype) / "again"))
+        for name, tensor in tensors(source).items():
+            assert ours[name].dtype == stored and torch.equal(ours[name], tensor.to(stored)), name
+    assert "float16 becomes float32" in capsys.readouterr().err
+
+
+def test_verification_finds_a_wrong_table(tmp_path, monkeypatch):
+    """What a wrong interleaving of Q, K and V would do."""
+    from megatron_kd.conversion.rules import MergeQKV
+
+    real = MergeQKV.to_mcore
+    monkeypatch.setattr(MergeQKV, "to_mcore", lambda *arguments: real(*arguments).roll(8, 0))
+    source = make_hf_folder(tmp_path / "hf", "Llama 3.1")
+    with pytest.raises(CheckpointError, match="the imported model's logits differ"):
+        import_folder(source, tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_a_wrong_rotary_scaling_is_found(tmp_path):
+    source = make_hf_folder(tmp_path / "hf", "Llama 3.1")
+    checkpoint = import_folder(source, tmp_path / "checkpoint")
+    manifest = open_checkpoint(checkpoint).manifest["architecture"]
+    assert manifest["rope_scaling_factor"] == 8.0 and manifest["rope_original_positions"] == 16
+    config = json.loads((source / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5000.0}
+    unscaled = import_folder(source, tmp_path / "plain", verify=False)
+    (source / "config.json").write_text(json.dumps(config))
+    from megatron_kd.conversion.parity import compare_logits
+    from megatron_kd.parallel.runtime import distributed_runtime
+    from megatron_kd.training.checkpoint import load_whole_model
+
+    with distributed_runtime():
+        model, _ = load_whole_model(unscaled)
+        with pytest.raises(CheckpointError, match="logits differ"):
+            compare_logits(model, source, "the")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """One folder to break."""
+    return make_hf_folder(tmp_path / "hf", "Qwen2.5 tied", shard_size="5GB")
+
+
+def refuse(folder, tmp_path, match):
+    with pytest.raises(CheckpointError, match=match):
+        import_folder(folder, tmp_path / "checkpoint", verify=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"], "nothing half made"
+
+
+def change_config(folder, **changes):
+    config = {**json.loads((folder / "config.json").read_text()), **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def change_tensors(folder, change):
+    held = load_file(folder / "model.safetensors")
+    change(held)
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_missing_and_unknown_tensors_are_listed(folder, tmp_path):
+    def change(held):
+        del held["model.norm.weight"]
+        held["model.layers.0.self_attn.rotary.secret"] = torch.zeros(2)
+
+    change_tensors(folder, change)
+    refuse(folder, tmp_path, "lacks 'model.norm.weight'; it has unknown 'model.layers.0.self_attn.rotary.secret'")
+
+
+def test_a_tensor_of_another_shape_is_refused(folder, tmp_path):
+    change_tensors(folder, lambda held: held.update({"model.norm.weight": torch.zeros(47)}))
+    refuse(folder, tmp_path, "'decoder.final_layernorm.weight' have shape .47. together")
+
+
+def test_other_dtypes_are_refused(folder, tmp_path):
+    change_tensors(folder, lambda held: held.update({"model.norm.weight": torch.zeros(48, dtype=torch.int8)}))
+    refuse(folder, tmp_path, "float32, bfloat16 and float16 are supported")
+
+
+def test_pickled_weights_are_refused(folder, tmp_path):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    refuse(folder, tmp_path, "only safetensors are read")
+
+
+def test_custom_code_is_never_run(folder, tmp_path):
+    change_config(folder, auto_map={"AutoModelForCausalLM": "evil.Model"}, model_type="evil")
+    (folder / "evil.py").write_text("raise SystemExit('it ran')")
+    refuse(folder, tmp_path, "model_type is 'evil', where these are supported: qwen2")
+    change_config(folder, model_type="qwen2")
+    import_folder(folder, tmp_path / "checkpoint")
+
+
+def test_no_folder_no_tokenizer_and_an_existing_output(folder, tmp_path):
+    with pytest.raises(CheckpointError, match="no config.json there"):
+        import_folder(tmp_path / "nowhere", tmp_path / "checkpoint")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(DataError, match="already exists"):
+        import_folder(folder, tmp_path / "taken")
+    (tmp_path / "taken").rmdir()
+    (folder / "tokenizer.json").unlink()
+    refuse(folder, tmp_path, "tokenizer")

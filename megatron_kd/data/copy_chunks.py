@@ -134,7 +134,7 @@ def _copy_segment(dataset: ChunkDataset, shard: _Shard, start: int, stop: int, d
     pieces: list[np.ndarray] = []
     for owner, begins, ends in shard.runs(start, stop):
         pieces += dataset.verified_ranges(owner, begins, ends)
-    data = np.concatenate(pieces)
+    data = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
     checksums = ChecksumStream()
     checksums.update(data)
     view, offset = memoryview(data), start

@@ -57,7 +57,10 @@ def open_differences(config: "SampleByDifferenceConfig", dataset: ChunkDataset) 
         [_parent(teacher, "teacher"), _parent(reference, "reference")],
         one,
         other,
-        {"teacher": str(teacher.manifest["model"].get("path")), "reference": str(reference.manifest["model"].get("path"))},
+        {
+            "teacher": str(teacher.manifest["model"].get("path")),
+            "reference": str(reference.manifest["model"].get("path")),
+        },
     )
 
 

@@ -166,7 +166,7 @@ def _plot(differences: Differences, num_chunks: int, kept: np.ndarray, facts: di
     above.stairs(chosen, edges, fill=True, color="#2b6cb0", label=f"kept {len(kept):,}")
     above.set_ylabel("chunks")
     above.set_title("Difference sampling: what was kept", loc="left")
-    above.legend(frameon=False)
+    above.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     share = np.concatenate([[0], np.cumsum(everything)]) / max(1, everything.sum())
     below.plot(edges, share, color="black", linewidth=1.2)
     below.axhline(facts["share_negative"], color="grey", linewidth=0.8, linestyle="--")

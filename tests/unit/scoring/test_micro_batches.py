@@ -44,7 +44,7 @@ def test_every_chunk_once_and_in_rows_that_hold_it(lengths, micro_batch_size, mu
 
 
 def test_little_padding_is_computed():
-    """Lengths anywhere between 1 and 1,025: padded to the longest row of 16 neighbours it is nearly twice as much; here under 4%."""
+    """Lengths from 1 to 1,025: padded to the longest row of 16 neighbours nearly twice as much; here under 4%."""
     lengths = np.random.default_rng(0).integers(1, 1026, 8192)
     plan = MicroBatchPlan(Lengths(lengths.tolist(), 1024), 16, chunks_per_unit=2048)
     computed = sum(np.prod(micro_batch.shape) for unit in range(plan.num_units) for micro_batch in plan.unit(unit))

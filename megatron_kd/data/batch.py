@@ -64,7 +64,7 @@ def make_batch(
         dataset: where from.
         chunk_indices: ``[b]``.
         seq_length: s; every chunk has at most s + 1 ids.
-        mask_prompt: leave out the positions that predict an id of the chunk's prompt.
+        mask_prompt: leave out the positions that predict an id of the chunk's prompt; a dataset may ask for that itself.
 
     Raises:
         DataError: a chunk is longer, or damaged on disk.
@@ -76,8 +76,8 @@ def make_batch(
     real = positions < lengths[:, None] - 1
     inputs[~real] = dataset.pad_id  # a short chunk's last id is a label only
     mask = real & (inputs != dataset.pad_id)
-    if mask_prompt:
-        mask &= positions >= dataset.prompt_lengths[chunk_indices][:, None] - 1
+    if mask_prompt or dataset.masks_prompts:
+        mask &= positions >= dataset.prompt_lengths[chunk_indices][:, None] - 1  # the label at t is the id at t + 1
     return Batch(
         tokens=torch.from_numpy(inputs),
         labels=torch.from_numpy(labels),

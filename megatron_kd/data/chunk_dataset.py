@@ -155,8 +155,17 @@ class ChunkDataset:
         return ids, lengths
 
     def has_unmasked_position(self, index: int) -> bool:
-        """Whether any position of a chunk counts in a loss (``MASK_RULE``: the input is real and not pad)."""
-        return bool((self[index][:-1] != self.pad_id).any())
+        """Whether any position of a chunk counts in a loss (``MASK_RULE``: the input is real and not pad).
+
+        Where ``masks_prompts``, positions whose label belongs to the prompt do not count either.
+        """
+        prompt = int(self.prompt_lengths[index]) if self.masks_prompts and self.prompt_lengths is not None else 0
+        return bool((self[index][max(prompt - 1, 0) : -1] != self.pad_id).any())
+
+    @property
+    def masks_prompts(self) -> bool:
+        """Whether prompts are left out of every loss and score of this dataset, not only where that is asked for."""
+        return bool(self.manifest.get("mask_prompts", False))
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -260,6 +269,8 @@ class ChunkDatasetWriter:
         self._checksums = Checksums()
         self._extra_files: list[str] = []
         self._domain_names: list[str] = []
+        self.mask_prompts = False
+        """Set where every loss and score is to leave the prompts out."""
         self.num_chunks = 0
         self.num_tokens = 0
 
@@ -359,6 +370,8 @@ class ChunkDatasetWriter:
         }
         if self._domain_names:
             facts["domains"] = self._domain_names
+        if self.mask_prompts:
+            facts["mask_prompts"] = True
         if chunk_ids is not None:
             np.save(self.folder / CHUNK_IDS_NAME, np.asarray(chunk_ids, dtype=np.int64))
             self._checksums.add_file(self.folder, CHUNK_IDS_NAME)

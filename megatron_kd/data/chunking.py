@@ -8,8 +8,10 @@ Sentence end at i: the id is eos; or it is in ``end_sent`` and its text has a li
 the text of ids i and i + 1 together has a space. ``end_sent``: ids whose text has one of ``. ! ? ; \\n`` and no opening
 bracket without its closing one. BOS models start every chunk with bos, counted in L.
 
-Both keep one buffer per domain, so a chunk never mixes domains, and give chunks in the order in which the documents
-that complete them arrive: the result does not depend on how the documents are cut into blocks.
+``prompt_response``: one chunk a document, its prompt, response and eos; what goes beyond L is cut off.
+
+The first two keep one buffer per domain, so a chunk never mixes domains, and give chunks in the order in which the
+documents that complete them arrive: the result does not depend on how the documents are cut into blocks.
 """
 
 from collections import defaultdict
@@ -36,10 +38,20 @@ class Chunks:
     Attributes:
         ids: the chunks' ids one after another, ``[sum(lengths)]``.
         lengths: int64 ``[n]``.
+        domains: uint16 ``[n]``, numbers in the chunker's ``domain_names``; None in a chunker of one domain.
+        prompt_lengths: int32 ``[n]``, how many of a chunk's first ids are its prompt; None where there are no prompts.
     """
 
     ids: np.ndarray
     lengths: np.ndarray
+    domains: np.ndarray | None = None
+    prompt_lengths: np.ndarray | None = None
+
+    def select(self, members: np.ndarray) -> "Chunks":
+        """Those where ``members``, bool ``[n]``, is true."""
+        domains = None if self.domains is None else self.domains[members]
+        prompts = None if self.prompt_lengths is None else self.prompt_lengths[members]
+        return Chunks(self.ids[np.repeat(members, self.lengths)], self.lengths[members], domains, prompts)
 
 
 class SentenceEnds:
@@ -213,6 +225,11 @@ class Chunker:
     def __init__(self, length: int, sentence_ends: SentenceEnds | None = None, bos_id: int | None = None) -> None:
         self._domains: dict[str, DomainChunker] = defaultdict(lambda: DomainChunker(length, sentence_ends, bos_id))
 
+    @property
+    def domain_names(self) -> list[str]:
+        """In order of first appearance."""
+        return list(self._domains)
+
     def add(self, ids: np.ndarray, lengths: np.ndarray, domains: Sequence[str]) -> Chunks:
         """Append documents that end in eos; returns the chunks that they complete.
 
@@ -223,27 +240,69 @@ class Chunker:
         """
         labels = list(dict.fromkeys(domains))
         if len(labels) == 1:
-            return self._domains[labels[0]].add(ids, lengths)[0]
-        label_of = np.array([labels.index(domain) for domain in domains], dtype=np.int64)
+            chunks = self._domains[labels[0]].add(ids, lengths)[0]
+            return self._labelled(chunks, np.full(len(chunks.lengths), self.domain_names.index(labels[0])))
+        numbers = {label: number for number, label in enumerate(labels)}
+        label_of = np.array([numbers[domain] for domain in domains], dtype=np.int64)
         pieces: list[np.ndarray] = []
         keys: list[np.ndarray] = []
+        owners: list[np.ndarray] = []
         for number, label in enumerate(labels):
             members = np.flatnonzero(label_of == number)
             is_member = np.repeat(label_of == number, lengths)
             chunks, completed_by = self._domains[label].add(ids[is_member], lengths[members])
             pieces.extend(_split(chunks))
             keys.append(members[completed_by])
-        order = np.argsort(np.concatenate(keys), kind="stable") if keys else []
-        return _join([pieces[index] for index in order], ids.dtype)
+            owners.append(np.full(len(chunks.lengths), self.domain_names.index(label)))
+        order = np.argsort(np.concatenate(keys), kind="stable") if keys else np.zeros(0, np.int64)
+        chunks = _join([pieces[index] for index in order.tolist()], ids.dtype)
+        return self._labelled(chunks, np.concatenate(owners)[order] if owners else order)
 
     def flush(self) -> Chunks:
         """The leftovers, domain after domain in order of first appearance."""
-        return _join([part for domain in self._domains.values() for part in _split(domain.flush())], np.uint32)
+        flushed = [domain.flush() for domain in self._domains.values()]
+        owners = np.repeat(np.arange(len(flushed)), [len(chunks.lengths) for chunks in flushed])
+        return self._labelled(_join([part for chunks in flushed for part in _split(chunks)], np.uint32), owners)
+
+    @staticmethod
+    def _labelled(chunks: Chunks, domains: np.ndarray) -> Chunks:
+        return Chunks(chunks.ids, chunks.lengths, domains.astype(np.uint16))
 
     @property
     def num_buffered(self) -> int:
         """Ids in no chunk yet."""
         return sum(domain.num_buffered for domain in self._domains.values())
+
+
+class PromptResponseChunker:
+    """One chunk a document: its prompt, its response and eos, cut after ``length`` ids.
+
+    Args:
+        length: L, ids per chunk at most.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self._domains: dict[str, int] = {}
+        self.num_dropped = 0
+        """Documents without an id of a response inside the first L ids."""
+
+    @property
+    def domain_names(self) -> list[str]:
+        """In order of first appearance."""
+        return list(self._domains)
+
+    def add(
+        self, ids: np.ndarray, lengths: np.ndarray, domains: Sequence[str], prompt_lengths: np.ndarray
+    ) -> Chunks:
+        """The chunks of documents: ``ids`` ``[sum(lengths)]``, ``lengths``, ``domains`` and ``prompt_lengths`` n each."""
+        place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        shorter = np.minimum(lengths, self._length)
+        kept = (prompt_lengths < shorter) & (shorter > 1)
+        self.num_dropped += int((~kept).sum())
+        inside = (place < self._length) & np.repeat(kept, lengths)
+        owners = np.array([self._domains.setdefault(domain, len(self._domains)) for domain in domains], np.uint16)
+        return Chunks(ids[inside], shorter[kept], owners[kept], prompt_lengths[kept].astype(np.int32))
 
 
 def _is_end_sent(text: str) -> bool:

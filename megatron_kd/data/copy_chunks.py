@@ -49,6 +49,7 @@ def copy_chunks(dataset: ChunkDataset, kept: np.ndarray, writer: ChunkDatasetWri
             bar.update(len(shard.lengths))
     if dataset.prompt_lengths is not None:
         writer.add_array(PROMPT_LENGTHS_NAME, dataset.prompt_lengths[kept])
+        writer.mask_prompts = dataset.masks_prompts
     if dataset.domains is not None:
         writer.add_domains(dataset.domain_names, dataset.domains[kept])
 

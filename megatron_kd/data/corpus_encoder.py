@@ -1,25 +1,37 @@
-"""Files of documents to ids, block by block, in this process or in several: the same blocks in the same order.
+"""Files of documents to ids: units → parts → blocks, in this process or in several, in the same order whoever works.
 
-A block is a few MiB of whole lines. Workers parse and encode; this process reads, decompresses and receives, with a
-bounded number of blocks under way.
+    units of a corpus  →  blocks of a few MiB  →  workers: parse, encode, append eos  →  parts on disk, and the blocks
+
+Workers parse and encode; this process reads, decompresses and receives, with a bounded number of blocks under way.
+Parts that are on disk already are read instead of made again.
 """
 
 import hashlib
+import logging
 import multiprocessing
 import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
-from megatron_kd.data.documents import BadLine, Documents, LineBlock, parse_block, read_blocks
+from megatron_kd.data.document_format import Block, DocumentFormat, is_divisible, parse, read_blocks
+from megatron_kd.data.documents import BadLine, Documents
+from megatron_kd.data.encoded_parts import EncodedBlock, PartFolder, PartWriter, Unit, read_part
 from megatron_kd.data.encoder import DocumentEncoder
 from megatron_kd.data.prefetch import prefetch
 from megatron_kd.data.tokenization import append_eos, load_tokenizer
+from megatron_kd.errors import DataError
+
+logger = logging.getLogger(__name__)
+PART_BYTES = 64 << 20
+_BLOCKS_PER_WORKER = 4
 
 
 @dataclass(frozen=True)
@@ -28,8 +40,8 @@ class EncodingJob:
 
     Attributes:
         tokenizer, eos_token: see ``load_tokenizer``.
-        engine: ``gigatoken`` or ``tokenizers``.
-        text_field, domain_field: see ``parse_block``.
+        engine: see ``choose_engine``.
+        form: what the files hold.
         dtype: of the ids handed back.
         split_seed: of the documents' split hashes; None for none.
     """
@@ -37,98 +49,208 @@ class EncodingJob:
     tokenizer: str
     eos_token: str | None
     engine: str
-    text_field: str
-    domain_field: str | None
+    form: DocumentFormat
     dtype: str
     split_seed: int | None
 
 
 @dataclass(frozen=True)
-class EncodedBlock:
-    """The documents of one block as ids, each ended by eos.
-
-    Attributes:
-        ids: ``[sum(lengths)]``.
-        lengths: int64 ``[n]``.
-        domains: n labels.
-        split_hashes: uint64 ``[n]``, a function of the text and the split seed; empty without one.
-        bad: lines that hold no usable document.
-        text_bytes, raw_bytes: UTF-8 bytes of text, and bytes read from the file.
-    """
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    domains: list[str]
-    split_hashes: np.ndarray
-    bad: list[BadLine]
-    text_bytes: int
-    raw_bytes: int
+class _Work:
+    unit: Unit
+    block: Block
 
 
-def encode_files(paths: Sequence[str], job: EncodingJob, workers: int) -> Iterator[EncodedBlock]:
-    """Encode every block of every file, in order.
+@dataclass(frozen=True)
+class _PartEnd:
+    unit: Unit
+    part: int
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class _Found:
+    path: Path
+
+
+_Event = _Work | _PartEnd | _Found
+
+
+def units_of(paths: Sequence[str], form: DocumentFormat) -> list[Unit]:
+    """The corpus cut into what one task can take: ranges of ``PART_BYTES`` where a file allows it, else whole files."""
+    units: list[Unit] = []
+    for path in paths:
+        size = os.path.getsize(path)
+        if is_divisible(path, form):
+            for start in range(0, max(size, 1), PART_BYTES):
+                units.append(Unit(len(units), path, start, min(start + PART_BYTES, size)))
+        else:
+            units.append(Unit(len(units), path))
+    return units
+
+
+def encode_corpus(units: Sequence[Unit], job: EncodingJob, parts: PartFolder, workers: int) -> Iterator[EncodedBlock]:
+    """Encode units in order, part by part; each part is on disk once its blocks have been handed on.
 
     Args:
-        paths: JSONL files.
+        units: some of ``units_of``.
         job: how.
+        parts: where parts are kept; those that are there are handed on whole.
         workers: processes; 1 encodes in this one, with the tokenizer library's own threads.
 
     Raises:
-        DataError: a compressed file is truncated or damaged.
+        DataError: a file is damaged, or a document too long to hold.
     """
-    if workers == 1:
-        yield from _encode_here(paths, job)
-    else:
-        yield from _encode_in_processes(paths, job, workers)
+    writer: PartWriter | None = None
+    encoded = _encode_here if workers == 1 else _encode_in_processes
+    try:
+        with closing(encoded(_events(units, job.form, parts), job, workers)) as results:
+            for event, block in results:
+                if isinstance(event, _Found):
+                    yield read_part(event.path)
+                elif isinstance(event, _PartEnd):
+                    writer = writer or parts.new_part(event.unit)
+                    writer.close(event.part, event.is_last)
+                    writer = None
+                elif block is not None:
+                    writer = writer or parts.new_part(event.unit)
+                    writer.add(block)
+                    yield block
+    finally:
+        if writer is not None:
+            writer.abort()
 
 
-def _encode_here(paths: Sequence[str], job: EncodingJob) -> Iterator[EncodedBlock]:
-    def parsed() -> Iterator[tuple[LineBlock, Documents]]:
-        for block in _blocks(paths):
-            yield block, parse_block(block, job.text_field, job.domain_field)
+def read_parts(units: Sequence[Unit], parts: PartFolder) -> Iterator[EncodedBlock]:
+    """The parts that tasks have left, in order.
 
-    for block, documents in prefetch(parsed, depth=2):
-        yield _encode_documents(documents, block.raw_bytes, job)
+    Raises:
+        DataError: one is missing or damaged.
+    """
+    missing = [unit for unit in units if not parts.finished(unit).is_complete]
+    if missing:
+        first = missing[0]
+        raise DataError(
+            f"{parts.folder}: {len(missing)} of {len(units)} units are not encoded yet, the first of them "
+            f"{first.path} from byte {first.start}; run the tasks that stopped again, then merge"
+        )
+    for unit in units:
+        for path in parts.finished(unit).paths:
+            yield read_part(path)
 
 
-def _encode_in_processes(paths: Sequence[str], job: EncodingJob, workers: int) -> Iterator[EncodedBlock]:
+def _events(units: Sequence[Unit], form: DocumentFormat, parts: PartFolder) -> Iterator[_Event]:
+    for unit in units:
+        found = _whole_parts(parts, unit)
+        for path in found:
+            yield _Found(path)
+        if found and found[-1].name.endswith(".last.part"):
+            continue
+        part, size = 0, 0
+        for block in read_blocks(unit.path, form, start=unit.start, stop=unit.stop):
+            if size >= PART_BYTES:
+                if part >= len(found):
+                    yield _PartEnd(unit, part, is_last=False)
+                part, size = part + 1, 0
+            size += _size_of(block)
+            if part >= len(found):
+                yield _Work(unit, block)
+        yield _PartEnd(unit, part, is_last=True)
+
+
+def _whole_parts(parts: PartFolder, unit: Unit) -> list[Path]:
+    """The parts of a unit that can be used again; a damaged one and those after it are removed."""
+    paths = parts.finished(unit).paths
+    for number, path in enumerate(paths):
+        try:
+            read_part(path)
+        except DataError as error:
+            logger.warning("%s: made again", error)
+            for useless in paths[number:]:
+                useless.unlink(missing_ok=True)
+            return paths[:number]
+    return paths
+
+
+def _size_of(block: Block) -> int:
+    data = getattr(block, "data", None)
+    if data is not None:
+        return len(data)
+    return sum(len(value) for column in block.columns.values() for value in column if isinstance(value, str))
+
+
+def _encode_here(
+    events: Iterator[_Event], job: EncodingJob, workers: int
+) -> Iterator[tuple[_Event, EncodedBlock | None]]:
+    def parsed() -> Iterator[tuple[_Event, Documents | None]]:
+        for event in events:
+            yield event, parse(event.block, job.form) if isinstance(event, _Work) else None
+
+    for event, documents in prefetch(parsed, depth=2):
+        is_work = isinstance(event, _Work) and documents is not None
+        yield event, _encode_documents(documents, event, job) if is_work else None
+
+
+def _encode_in_processes(
+    events: Iterator[_Event], job: EncodingJob, workers: int
+) -> Iterator[tuple[_Event, EncodedBlock | None]]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        under_way: deque[Future[EncodedBlock]] = deque()
+        under_way: deque[tuple[_Event, Future[EncodedBlock] | None]] = deque()
+
+        def oldest() -> tuple[_Event, EncodedBlock | None]:
+            event, future = under_way.popleft()
+            return event, future.result() if future is not None else None
+
         try:
-            for block in _blocks(paths):
-                under_way.append(pool.submit(_encode_block, block, job))
-                if len(under_way) > 2 * workers:
-                    yield under_way.popleft().result()
+            for event in events:
+                is_work = isinstance(event, _Work)
+                under_way.append((event, pool.submit(_encode_block, event, job) if is_work else None))
+                while len(under_way) > _BLOCKS_PER_WORKER * workers or (under_way and under_way[0][1] is None):
+                    yield oldest()
             while under_way:
-                yield under_way.popleft().result()
+                yield oldest()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _blocks(paths: Sequence[str]) -> Iterator[LineBlock]:
-    for path in paths:
-        yield from read_blocks(path)
+def _encode_block(work: _Work, job: EncodingJob) -> EncodedBlock:
+    return _encode_documents(parse(work.block, job.form), work, job)
 
 
-def _encode_block(block: LineBlock, job: EncodingJob) -> EncodedBlock:
-    return _encode_documents(parse_block(block, job.text_field, job.domain_field), block.raw_bytes, job)
-
-
-def _encode_documents(documents: Documents, raw_bytes: int, job: EncodingJob) -> EncodedBlock:
+def _encode_documents(documents: Documents, work: _Work, job: EncodingJob) -> EncodedBlock:
+    block = work.block
     encoder, eos_id = _encoder_of(job)
     encoder.spot_check(documents.texts)
     ids, lengths = encoder.encode(documents.texts)
+    prompt_lengths = np.zeros(0, dtype=np.int32)
+    if documents.responses is not None:
+        prompt_lengths = lengths.astype(np.int32)
+        ids, lengths = _interleave((ids, lengths), encoder.encode(documents.responses))
     ids, lengths = append_eos(ids, lengths, eos_id)
+    texts = [*documents.texts, *(documents.responses or ())]
+    bad = [BadLine(line.path, line.line - block.first_line + 1, line.reason) for line in documents.bad]
     return EncodedBlock(
+        documents.path,
+        work.unit.start,
+        block.num_lines,
         ids.astype(job.dtype),
         lengths,
         documents.domains,
         _split_hashes(documents.texts, job.split_seed),
-        documents.bad,
-        sum(len(text) if text.isascii() else len(text.encode("utf-8")) for text in documents.texts),
-        raw_bytes,
+        prompt_lengths,
+        bad,
+        sum(len(text) if text.isascii() else len(text.encode("utf-8")) for text in texts),
+        block.raw_bytes,
     )
+
+
+def _interleave(
+    prompts: tuple[np.ndarray, np.ndarray], responses: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, lengths) of prompts and of responses to those of the documents: each prompt and its response."""
+    parts = [np.split(ids, np.cumsum(lengths)[:-1]) for ids, lengths in (prompts, responses)]
+    together = [piece for pair in zip(*parts, strict=True) for piece in pair]
+    return np.concatenate(together) if together else prompts[0], prompts[1] + responses[1]
 
 
 @lru_cache(maxsize=1)
@@ -148,6 +270,7 @@ def _split_hashes(texts: Sequence[str], seed: int | None) -> np.ndarray:
 def _start_worker() -> None:
     """One thread a worker; and a worker whose parent was killed, which would wait for work for ever, ends."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["RAYON_NUM_THREADS"] = "1"
     parent = multiprocessing.parent_process()
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""Documents from JSONL files: plain, gzip or zstandard, one JSON object a line.
+"""Documents from JSONL files: plain, gzip or zstandard, one JSON object a line; ``document_format.py`` has the rest.
 
     files and globs  →  read_blocks: whole lines in blocks of a few MiB  →  parse_block: texts, domains, faults
 
@@ -8,20 +8,15 @@ Both steps hold a bounded amount in memory whatever the size of the corpus. A bl
 import glob
 import json
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import zstandard
-
+from megatron_kd.data.byte_pieces import PIECE_BYTES, read_line_range, read_pieces
 from megatron_kd.errors import DataError
 
 BLOCK_BYTES = 4 << 20
-_PIECE_BYTES = 1 << 20
-_RAW_PIECE_BYTES = 64 << 10
-_GZIP_MAGIC = b"\x1f\x8b"
-_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+MAX_LINE_BYTES = 256 << 20
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -34,12 +29,19 @@ class LineBlock:
         first_line: number of the first line, from 1.
         data: the lines' bytes; all but possibly the file's last end with a newline.
         raw_bytes: how many bytes of the file (compressed, if it is) were read for this block; for progress.
+        begins_file: whether line 1 is the file's first.
     """
 
     path: str
     first_line: int
     data: bytes
     raw_bytes: int
+    begins_file: bool = True
+
+    @property
+    def num_lines(self) -> int:
+        """Lines of the file that it covers."""
+        return self.data.count(b"\n") + (not self.data.endswith(b"\n") and bool(self.data))
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,15 @@ class BadLine:
 
 @dataclass
 class Documents:
-    """The documents of one block, in order; three lists of the same length, and the lines that were not usable."""
+    """The documents of one block, in order; lists of the same length, and the lines that were not usable."""
 
     path: str
     texts: list[str] = field(default_factory=list)
     domains: list[str] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
     bad: list[BadLine] = field(default_factory=list)
+    responses: list[str] | None = None
+    """What follows each text, where that is a prompt."""
 
 
 def expand_inputs(patterns: Sequence[str]) -> list[str]:
@@ -86,43 +90,61 @@ def expand_inputs(patterns: Sequence[str]) -> list[str]:
     return list(files)
 
 
-def read_blocks(path: str, block_bytes: int = BLOCK_BYTES) -> Iterator[LineBlock]:
+def read_blocks(
+    path: str, block_bytes: int = BLOCK_BYTES, start: int = 0, stop: int | None = None
+) -> Iterator[LineBlock]:
     """Cut a file into blocks of whole lines, about ``block_bytes`` each (more only if one line is longer).
 
+    Args:
+        path: the file.
+        block_bytes: of decompressed lines.
+        start, stop: of an uncompressed file, only the lines that begin at byte ``start`` or later and before ``stop``;
+            their numbers count from ``start``.
+
     Raises:
-        DataError: a compressed file is truncated or damaged.
+        DataError: a compressed file is truncated or damaged; a line is longer than ``MAX_LINE_BYTES``.
     """
+    piece_bytes = min(block_bytes, PIECE_BYTES)
+    pieces = read_pieces(path, piece_bytes) if stop is None else read_line_range(path, start, stop, piece_bytes)
     pending: list[bytes] = []
     pending_bytes = 0
     first_line = 1
     raw_bytes = 0
-    for piece, raw in _pieces(path, min(block_bytes, _PIECE_BYTES)):
+    for piece, raw in pieces:
         pending.append(piece)
         pending_bytes += len(piece)
         raw_bytes += raw
         if pending_bytes < block_bytes or b"\n" not in piece:
+            if pending_bytes > MAX_LINE_BYTES:
+                raise DataError(
+                    f"{path}: line {first_line} or one soon after it is longer than {MAX_LINE_BYTES >> 20} MiB; "
+                    "is it one JSON object a line?"
+                )
             continue
         data = b"".join(pending)
         cut = data.rfind(b"\n") + 1
-        yield LineBlock(path, first_line, data[:cut], raw_bytes)
+        yield LineBlock(path, first_line, data[:cut], raw_bytes, start == 0)
         first_line += data.count(b"\n", 0, cut)
         pending, pending_bytes, raw_bytes = [data[cut:]], len(data) - cut, 0
     if pending_bytes:
-        yield LineBlock(path, first_line, b"".join(pending), raw_bytes)
+        yield LineBlock(path, first_line, b"".join(pending), raw_bytes, start == 0)
 
 
-def parse_block(block: LineBlock, text_field: str = "text", domain_field: str | None = None) -> Documents:
+def parse_block(
+    block: LineBlock, text_field: str = "text", domain_field: str | None = None, response_field: str | None = None
+) -> Documents:
     """Parse the lines of a block. Lines of white space alone hold no document and are no fault.
 
     Args:
         block: from :func:`read_blocks`.
         text_field: key of the text, dotted for nested objects.
         domain_field: key of the domain label, dotted; None gives every document the domain ``""``.
+        response_field: key of what follows the text, where the text is a prompt, dotted.
     """
-    documents = Documents(block.path)
+    documents = Documents(block.path, responses=[] if response_field else None)
     text_keys = text_field.split(".")
     domain_keys = domain_field.split(".") if domain_field else []
-    data = block.data.removeprefix(_BOM) if block.first_line == 1 else block.data
+    data = block.data.removeprefix(_BOM) if block.first_line == 1 and block.begins_file else block.data
     for number, line in enumerate(data.split(b"\n"), start=block.first_line):
         if not line or line.isspace():
             continue
@@ -130,6 +152,7 @@ def parse_block(block: LineBlock, text_field: str = "text", domain_field: str | 
             row = json.loads(line.decode("utf-8"))
             text = _text_of(row, text_keys, text_field)
             domain = _domain_of(row, domain_keys, domain_field) if domain_keys else ""
+            response = _text_of(row, response_field.split("."), response_field) if response_field else ""
         except UnicodeDecodeError as error:
             reason = f"not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1})"
             documents.bad.append(BadLine(block.path, number, reason))
@@ -142,6 +165,8 @@ def parse_block(block: LineBlock, text_field: str = "text", domain_field: str | 
             documents.texts.append(text)
             documents.domains.append(domain)
             documents.lines.append(number)
+            if documents.responses is not None:
+                documents.responses.append(response)
     return documents
 
 
@@ -172,6 +197,15 @@ def _text_of(row: Any, keys: list[str], text_field: str) -> str:
     text = _lookup(row, keys)
     if text is None:
         raise ValueError(f"no field '{text_field}' (fields: {', '.join(list(row)[:8]) or 'none'})")
+    return checked_text(text, text_field)
+
+
+def checked_text(text: Any, text_field: str) -> str:
+    """``text`` if it is one that UTF-8 can hold.
+
+    Raises:
+        ValueError: it is not.
+    """
     if type(text) is not str:
         raise ValueError(f"field '{text_field}' is {type(text).__name__}, not a string")
     if not text.isascii():
@@ -195,52 +229,3 @@ def _lookup(row: Any, keys: list[str]) -> Any:
             return None
         row = row.get(key)
     return row
-
-
-def _pieces(path: str, piece_bytes: int) -> Iterator[tuple[bytes, int]]:
-    """Decompressed pieces of a file, each with the raw bytes read for it; by the file's magic, else its extension."""
-    with open(path, "rb") as file:
-        head = file.read(4)
-        file.seek(0)
-        is_gzip, is_zstd = head.startswith(_GZIP_MAGIC), head == _ZSTD_MAGIC
-        if head and not is_gzip and not is_zstd:
-            is_gzip, is_zstd = path.endswith(".gz"), path.endswith((".zst", ".zstd"))
-        if is_gzip:
-            yield from _decompress(path, file, _gzip_member, "gzip")
-        elif is_zstd:
-            yield from _decompress(path, file, _zstd_frame, "zstandard")
-        else:
-            while piece := file.read(piece_bytes):
-                yield piece, len(piece)
-
-
-def _gzip_member() -> Any:
-    return zlib.decompressobj(wbits=31)
-
-
-def _zstd_frame() -> Any:
-    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-
-
-def _decompress(path: str, file: Any, new_stream: Any, name: str) -> Iterator[tuple[bytes, int]]:
-    stream = None
-    members = 0
-    try:
-        while raw := file.read(_RAW_PIECE_BYTES):
-            size = len(raw)
-            while raw:
-                if stream is None:
-                    if members and name == "gzip" and not (raw := raw.lstrip(b"\0")):
-                        break  # zero padding after a member
-                    stream = new_stream()
-                piece = stream.decompress(raw)
-                raw = b""
-                if stream.eof:
-                    raw, stream = stream.unused_data, None
-                    members += 1
-                yield piece, size
-                size = 0
-    except (zlib.error, zstandard.ZstdError) as error:
-        raise DataError(f"{path}: damaged {name} data near byte {file.tell()} ({error}); copy it again") from None
-    if stream is not None:
-        raise DataError(f"{path}: truncated {name} file: its last frame does not end; copy it again")

@@ -2,21 +2,23 @@
 
 The order is that of a 64-bit key, a bijective function of (seed, chunk number), so it depends on nothing else. While
 chunks arrive they are appended to the bucket that the key's top bits name; at the end each bucket is read whole, sorted
-by key and written out. Every byte is written and read twice, in sequence.
+by key and written out. Every byte is written and read twice. What waits for its bucket is held up to ``PENDING_BYTES``;
+a bucket's file is open only while it is written, so there may be thousands.
 """
 
-import contextlib
-import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from megatron_kd.data.chunk_dataset import ChunkDatasetWriter
+from megatron_kd.data.chunking import Chunks
 from megatron_kd.data.mixing import mix64, mix_int
 
 BUCKET_BYTES = 128 << 20
-MAX_BUCKET_BITS = 9
-_RECORD = np.dtype([("key", "<u8"), ("length", "<i4")])
+MAX_BUCKET_BITS = 14
+PENDING_BYTES = 256 << 20
+_NONE = -1
+_RECORD = np.dtype([("key", "<u8"), ("length", "<i4"), ("domain", "<i4"), ("prompt", "<i4")])
 
 
 def bucket_bits_for(expected_bytes: int) -> int:
@@ -40,52 +42,75 @@ class ShuffleSpool:
         self._seed = np.uint64(mix_int(seed))
         self._bits = bucket_bits
         self._count = 0
-        self._files = [
-            (open(folder / f"bucket-{number:03d}.ids", "wb"), open(folder / f"bucket-{number:03d}.records", "wb"))
-            for number in range(1 << bucket_bits)
-        ]
+        self._pending: list[tuple[np.ndarray, np.ndarray]] = []
+        self._pending_bytes = 0
 
-    def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Append chunks: ``ids`` ``[sum(lengths)]`` one after another, ``lengths`` ``[n]``."""
+    def add(self, chunks: Chunks) -> None:
+        """Append chunks."""
+        lengths = chunks.lengths
         numbers = np.arange(self._count, self._count + len(lengths), dtype=np.uint64)
         self._count += len(lengths)
         records = np.empty(len(lengths), dtype=_RECORD)
         records["key"] = mix64(numbers ^ self._seed)
         records["length"] = lengths
-        ids = np.ascontiguousarray(ids, dtype=self._dtype)
-        if self._bits == 0:
-            self._append(0, ids, records)
+        records["domain"] = _NONE if chunks.domains is None else chunks.domains
+        records["prompt"] = _NONE if chunks.prompt_lengths is None else chunks.prompt_lengths
+        ids = np.array(chunks.ids, dtype=self._dtype)
+        self._pending.append((ids, records))
+        self._pending_bytes += ids.nbytes + records.nbytes
+        if self._pending_bytes >= PENDING_BYTES:
+            self._spill()
+
+    def _spill(self) -> None:
+        """Append what is pending to the buckets' files, in order."""
+        pending, self._pending, self._pending_bytes = self._pending, [], 0
+        if not pending:
             return
-        buckets = records["key"] >> np.uint64(64 - self._bits)
-        stops = np.cumsum(lengths)
-        for bucket in np.unique(buckets).tolist():
-            members = np.flatnonzero(buckets == bucket)
-            parts = [ids[stops[index] - lengths[index] : stops[index]] for index in members]
-            self._append(bucket, np.concatenate(parts), records[members])
+        records = np.concatenate([records for _, records in pending])
+        ids = np.concatenate([ids for ids, _ in pending])
+        del pending
+        buckets = (records["key"] >> np.uint64(64 - self._bits)) if self._bits else np.zeros(len(records), np.uint64)
+        order = np.argsort(buckets, kind="stable")
+        firsts = np.flatnonzero(np.diff(buckets[order], prepend=np.uint64(1 << 63)))
+        starts = np.cumsum(records["length"], dtype=np.int64) - records["length"]
+        for members in np.split(order, firsts[1:]):
+            bucket = int(buckets[members[0]])
+            self._append(bucket, ".ids", _gather(ids, starts[members], records["length"][members]))
+            self._append(bucket, ".records", records[members])
 
-    def _append(self, bucket: int, ids: np.ndarray, records: np.ndarray) -> None:
-        id_file, record_file = self._files[bucket]
-        id_file.write(memoryview(ids).cast("B") if len(ids) else b"")
-        record_file.write(records.tobytes())
+    def _append(self, bucket: int, extension: str, data: np.ndarray) -> None:
+        with open(self._path(bucket, extension), "ab") as file:
+            if data.nbytes:
+                file.write(memoryview(np.ascontiguousarray(data).view(np.uint8)))
 
-    def close(self) -> None:
-        """Close what is open, whether drained or given up."""
-        for file in (file for pair in self._files for file in pair):
-            with contextlib.suppress(OSError):  # closing writes what is buffered, and the disk may be full
-                file.close()
+    def _path(self, bucket: int, extension: str) -> Path:
+        return self._folder / f"bucket-{bucket:05d}{extension}"
 
-    def drain(self, writer: ChunkDatasetWriter) -> None:
-        """Write all chunks to ``writer`` in shuffled order and remove the bucket files."""
-        for id_file, record_file in self._files:
-            id_file.close()
-            record_file.close()
-            ids = np.fromfile(id_file.name, dtype=self._dtype)
-            records = np.fromfile(record_file.name, dtype=_RECORD)
+    def drain(self) -> Iterator[Chunks]:
+        """All chunks in shuffled order; the bucket files are removed as they are read."""
+        self._spill()
+        for bucket in range(1 << self._bits):
+            id_path, record_path = self._path(bucket, ".ids"), self._path(bucket, ".records")
+            if not record_path.exists():
+                continue
+            ids = np.fromfile(id_path, dtype=self._dtype)
+            records = np.fromfile(record_path, dtype=_RECORD)
             order = np.argsort(records["key"])
             lengths = records["length"].astype(np.int64)
-            stops = np.cumsum(lengths)
-            parts = [ids[stops[index] - lengths[index] : stops[index]] for index in order]
-            if parts:
-                writer.add(np.concatenate(parts), lengths[order])
-            os.unlink(id_file.name)
-            os.unlink(record_file.name)
+            starts = np.cumsum(lengths) - lengths
+            domains, prompts = records["domain"][order], records["prompt"][order]
+            yield Chunks(
+                _gather(ids, starts[order], lengths[order]),
+                lengths[order],
+                None if domains[0] == _NONE else domains.astype(np.uint16),
+                None if prompts[0] == _NONE else prompts,
+            )
+            id_path.unlink()
+            record_path.unlink()
+
+
+def _gather(ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The pieces ``ids[start : start + length]`` one after another."""
+    pairs = zip(starts.tolist(), lengths.tolist(), strict=True)
+    parts = [ids[start : start + length] for start, length in pairs]
+    return np.concatenate(parts) if parts else ids[:0]

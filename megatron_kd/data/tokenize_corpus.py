@@ -2,42 +2,45 @@
 
     python tools/tokenize_corpus.py --config FILE [input=… output=… tokenizer=… data.seq_length=…]
 
-    JSONL files → blocks of lines → documents → ids + eos → split by document → chunks → shuffle → shards + manifest
+    files → units → parts: documents as ids + eos, on disk → split → chunks → shuffle → shards + manifest
 
-Memory is bounded whatever the size of the corpus. ``heldout_fraction`` and ``reference_fraction`` of the documents
-go to datasets of their own; which ones is decided by a hash of the text and the seed, so copies of a document stay
-together.
+Memory is bounded whatever the size of the corpus. A run that was killed continues with the parts that it had encoded.
+Several processes share the encoding, then one merges what they left, which moves ids and encodes nothing:
+
+    python tools/tokenize_corpus.py --config FILE num_tasks=8 task_index=$SLURM_ARRAY_TASK_ID      (8 of them)
+    python tools/tokenize_corpus.py --config FILE merge=true
+
+The datasets do not depend on the number of tasks or workers.
 """
 
-import contextlib
-import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from megatron_kd.config import to_mapping
-from megatron_kd.data.artefact_folder import building
-from megatron_kd.data.chunk_dataset import DEFAULT_CHUNKS_PER_SHARD, KIND, ChunkDataset, ChunkDatasetWriter
-from megatron_kd.data.chunking import Chunker, Chunks, SentenceEnds
-from megatron_kd.data.corpus_encoder import EncodedBlock, EncodingJob, encode_files
-from megatron_kd.data.documents import BadLine, expand_inputs, parse_block, read_blocks
+from megatron_kd.data.byte_pieces import lines_before
+from megatron_kd.data.chunk_dataset import DEFAULT_CHUNKS_PER_SHARD, KIND, ChunkDataset
+from megatron_kd.data.corpus_encoder import EncodingJob, encode_corpus, read_parts, units_of
+from megatron_kd.data.corpus_outputs import ROLES, Chunking, CorpusOutputs, OutputSettings, SplitBy
+from megatron_kd.data.document_format import DocumentFormat, Kind, parse, read_blocks
+from megatron_kd.data.documents import BadLine, expand_inputs
+from megatron_kd.data.encoded_parts import EncodedBlock, PartFolder, Unit
 from megatron_kd.data.encoder import SAMPLE_BYTES, Engine, EngineCheck, choose_engine
 from megatron_kd.data.indexed_dataset import dtype_for_vocab
 from megatron_kd.data.manifest import MANIFEST_NAME, already_made, recipe_of
-from megatron_kd.data.shuffle import ShuffleSpool, bucket_bits_for
 from megatron_kd.data.tokenization import LoadedTokenizer, load_tokenizer
 from megatron_kd.errors import DataError
 
-QUARANTINE_NAME = "quarantine.jsonl"
 SMALL_CORPUS_BYTES = 64 << 20
 _COMPRESSION_GUESS = 4
 _SAMPLE_FILES = 16
+_HOW_IT_RUNS: dict[str, Any] = {"workers": 0, "num_tasks": 1, "task_index": None, "merge": False}
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,13 @@ class TokenizeCorpusConfig:
     output: str
     tokenizer: str
     data: ChunkLengthConfig
+    input_format: Kind = "auto"
     text_field: str = "text"
     domain_field: str | None = None
-    chunking: Literal["packed", "sentence_end"] = "packed"
+    prompt_field: str = "prompt"
+    response_field: str = "response"
+    document_separator: str | None = None
+    chunking: Chunking = "packed"
     flush_leftovers: bool = False
     prepend_bos: bool = False
     eos_token: str | None = None
@@ -76,6 +83,10 @@ class TokenizeCorpusConfig:
     heldout_output: str | None = None
     reference_fraction: float = 0.0
     reference_output: str | None = None
+    split_by: SplitBy = "document"
+    num_tasks: int = 1
+    task_index: int | None = None
+    merge: bool = False
     chunks_per_shard: int = DEFAULT_CHUNKS_PER_SHARD
 
     def validate(self) -> Iterator[str]:
@@ -101,6 +112,42 @@ class TokenizeCorpusConfig:
             yield f"chunks_per_shard must be at least 1, not {self.chunks_per_shard}"
         if self.prepend_bos and self.chunking != "sentence_end":
             yield "prepend_bos=true needs chunking=sentence_end"
+        if self.document_separator == "":
+            yield "document_separator must not be empty"
+        yield from self._validate_tasks()
+
+    def _validate_tasks(self) -> Iterator[str]:
+        if self.num_tasks < 1:
+            yield f"num_tasks must be at least 1, not {self.num_tasks}"
+        elif self.task_index is None and self.num_tasks > 1 and not self.merge:
+            yield f"num_tasks={self.num_tasks} needs task_index (0 to {self.num_tasks - 1}), or merge=true at the end"
+        elif self.task_index is not None and self.merge:
+            yield "merge=true and task_index exclude each other: merge once, after all tasks"
+        elif self.task_index is not None and not 0 <= self.task_index < self.num_tasks:
+            yield f"task_index must be 0 to {self.num_tasks - 1} (num_tasks - 1), not {self.task_index}"
+
+    @property
+    def form(self) -> DocumentFormat:
+        """What the files hold."""
+        is_pair = self.chunking == "prompt_response"
+        return DocumentFormat(
+            self.input_format,
+            self.prompt_field if is_pair else self.text_field,
+            self.domain_field,
+            self.response_field if is_pair else None,
+            self.document_separator,
+        )
+
+    @property
+    def outputs(self) -> dict[str, str]:
+        """Role → path of every dataset to make."""
+        paths = (self.output, self.heldout_output, self.reference_output)
+        return {role: path for role, path in zip(ROLES, paths, strict=True) if path}
+
+    @property
+    def split_seed(self) -> int | None:
+        """Of the documents' split hashes; None where nothing is split by document."""
+        return self.seed if len(self.outputs) > 1 and self.split_by == "document" else None
 
 
 @dataclass
@@ -111,6 +158,31 @@ class Counts:
     text_bytes: int = 0
     tokens: int = 0
     bad: list[BadLine] = field(default_factory=list)
+    lines: dict[tuple[str, int], int] = field(default_factory=dict)
+    """Lines that have gone by of each (file, first byte of the unit)."""
+
+    def add(self, block: EncodedBlock, config: TokenizeCorpusConfig) -> None:
+        """Count a block.
+
+        Raises:
+            DataError: a bad line that is not to be skipped, or one too many.
+        """
+        unit = (block.path, block.unit_start)
+        before = self.lines.get(unit, 0)
+        self.lines[unit] = before + block.num_lines
+        if block.bad:
+            before += lines_before(block.path, block.unit_start)
+        self.documents += len(block.lengths)
+        self.text_bytes += block.text_bytes
+        self.tokens += len(block.ids)
+        self.bad.extend(BadLine(line.path, before + line.line, line.reason) for line in block.bad)
+        if self.bad and not config.skip_bad_lines:
+            raise DataError(f"{self.bad[0]}; mend the line, or skip such lines with skip_bad_lines=true")
+        if len(self.bad) > config.max_bad_lines:
+            raise DataError(
+                f"{self.bad[config.max_bad_lines]}; that is bad line {config.max_bad_lines + 1}, more than "
+                f"max_bad_lines={config.max_bad_lines}"
+            )
 
 
 def run(config: TokenizeCorpusConfig) -> dict[str, str]:
@@ -122,169 +194,104 @@ def run(config: TokenizeCorpusConfig) -> dict[str, str]:
     paths = expand_inputs(config.input)
     tokenizer = load_tokenizer(config.tokenizer, config.eos_token)
     recipe = _recipe(config, paths, tokenizer)
-    outputs = {"train": config.output, "heldout": config.heldout_output, "reference": config.reference_output}
-    outputs = {role: output for role, output in outputs.items() if output}
-    to_make = {role: output for role, output in outputs.items() if not _is_made(output, f"{recipe}-{role}", paths)}
+    to_make = {role: path for role, path in config.outputs.items() if not _is_made(path, f"{recipe}-{role}", paths)}
+    folder = Path(f"{config.output}.parts")
     if not to_make:
-        _say(f"{', '.join(outputs.values())}: already made from this input with these settings, nothing to do")
-        return outputs
+        shutil.rmtree(folder, ignore_errors=True)
+        _say(f"{', '.join(config.outputs.values())}: already made from this input with these settings, nothing to do")
+        return config.outputs
     check = choose_engine(tokenizer, _sample(config, paths), config.engine)
+    parts = PartFolder(folder, _parts_info(config, paths, tokenizer, check))
+    units = units_of(paths, config.form)
+    job = _job(config, tokenizer, check)
+    with parts.opened(shared=config.task_index is not None):
+        if config.task_index is not None:
+            _encode_share(config, units, job, parts)
+            return {}
+        _make_outputs(config, paths, tokenizer, check, units, job, parts, to_make, recipe)
+        parts.remove()
+    return config.outputs
+
+
+def _encode_share(config: TokenizeCorpusConfig, units: list[Unit], job: EncodingJob, parts: PartFolder) -> None:
+    share = units[config.task_index :: config.num_tasks]
     counts = Counts()
-    with contextlib.ExitStack() as stack:
-        splits = {role: stack.enter_context(_Split.opened(role, config, to_make, tokenizer)) for role in outputs}
-        _chunk_corpus(config, paths, tokenizer, check, splits, counts)
-        producer = _producer(config, paths, check, counts)
-        summaries = [splits[role].finish(producer, recipe) for role in reversed(outputs)]
-    skipped = f", {len(counts.bad)} bad lines skipped" if counts.bad else ""
+    total = _bytes_of(share)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="encode", disable=None) as bar:
+        for block in encode_corpus(share, job, parts, _num_workers(config.workers, total)):
+            counts.add(block, config)
+            bar.update(block.raw_bytes)
+    done = sum(parts.finished(unit).is_complete for unit in units)
     _say(
-        f"{counts.documents} documents, {counts.tokens} tokens from {len(paths)} files ({check.engine}{skipped}): "
-        + "; ".join(reversed(summaries))
+        f"task {config.task_index} of {config.num_tasks}: {counts.documents} documents, {counts.tokens} tokens; "
+        f"{done} of {len(units)} units are done" + ("; merge them with merge=true" if done == len(units) else "")
     )
-    return outputs
 
 
-class _Split:
-    """One output: its chunker, and what collects its chunks."""
-
-    def __init__(
-        self, role: str, config: TokenizeCorpusConfig, output: str, folder: Path | None, tokenizer: LoadedTokenizer
-    ) -> None:
-        self.role, self.output, self._folder, self._config = role, output, folder, config
-        self._chunker = _new_chunker(config, tokenizer)
-        if folder is not None:
-            self._writer = ChunkDatasetWriter(folder, tokenizer.info, config.data.seq_length, config.chunks_per_shard)
-            bits = bucket_bits_for(_expected_bytes(expand_inputs(config.input)))
-            seed = config.seed
-            self._spool = ShuffleSpool(folder, self._writer.dtype, seed, bits) if config.shuffle else None
-
-    @classmethod
-    @contextlib.contextmanager
-    def opened(
-        cls, role: str, config: TokenizeCorpusConfig, to_make: dict[str, str], tokenizer: LoadedTokenizer
-    ) -> Iterator["_Split"]:
-        if role in to_make:
-            with building(to_make[role]) as folder:
-                split = cls(role, config, to_make[role], folder, tokenizer)
-                try:
-                    yield split
-                finally:
-                    split._close()
-        else:
-            yield cls(role, config, getattr(config, "output" if role == "train" else f"{role}_output"), None, tokenizer)
-
-    def add(self, ids: np.ndarray, lengths: np.ndarray, domains: list[str]) -> None:
-        if self._folder is not None and len(lengths):
-            self._collect(self._chunker.add(ids, lengths, domains))
-
-    def _collect(self, chunks: Chunks) -> None:
-        (self._spool or self._writer).add(chunks.ids, chunks.lengths)
-
-    def _close(self) -> None:
-        self._writer.close()
-        if self._spool is not None:
-            self._spool.close()
-
-    def finish(self, producer: dict[str, Any], recipe: str) -> str:
-        if self._folder is None:
-            return f"{self.output} was already made"
-        if self._config.flush_leftovers:
-            self._collect(self._chunker.flush())
-        left = self._chunker.num_buffered
-        if self._spool is not None:
-            self._spool.drain(self._writer)
-        if self._writer.num_chunks == 0:
-            raise DataError(
-                f"{self.output}: the {self.role} documents make no whole chunk ({left} ids, a chunk has "
-                f"{self._config.data.seq_length + 1}); shorten data.seq_length, "
-                "set flush_leftovers=true or give more text"
-            )
-        own = {"role": self.role, "leftover_tokens": left, "recipe": f"{recipe}-{self.role}"}
-        bad = producer["bad_lines"] if self.role == "train" else []
-        if bad:
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in bad)
-            self._writer.add_extra_file(QUARANTINE_NAME, text.encode("utf-8", "backslashreplace"))
-        fingerprint = self._writer.finish({**producer, "bad_lines": len(producer["bad_lines"]), **own})
-        return (
-            f"{self.output} has {self._writer.num_chunks} chunks, {self._writer.num_tokens} tokens, "
-            f"fingerprint {fingerprint[:12]}"
-        )
-
-
-def _chunk_corpus(
+def _make_outputs(
     config: TokenizeCorpusConfig,
     paths: list[str],
     tokenizer: LoadedTokenizer,
     check: EngineCheck,
-    splits: dict[str, _Split],
-    counts: Counts,
+    units: list[Unit],
+    job: EncodingJob,
+    parts: PartFolder,
+    to_make: dict[str, str],
+    recipe: str,
 ) -> None:
-    job = EncodingJob(
-        config.tokenizer,
-        config.eos_token,
-        check.engine,
-        config.text_field,
-        config.domain_field,
-        dtype_for_vocab(tokenizer.info.vocab_size).name,
-        config.seed if len(splits) > 1 else None,
+    """Encode what is not encoded yet (nothing with ``merge``), chunk everything and write the datasets."""
+    counts = Counts()
+    total = _bytes_of(units)
+    with CorpusOutputs(_output_settings(config), to_make, tokenizer, _expected_bytes(paths)).opened() as outputs:
+        if config.merge:
+            blocks = read_parts(units, parts)
+        else:
+            blocks = encode_corpus(units, job, parts, _num_workers(config.workers, total))
+        with tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", disable=None) as bar:
+            for block in blocks:
+                counts.add(block, config)
+                outputs.add(block)
+                bar.update(block.raw_bytes)
+        if not counts.documents:
+            raise DataError(f"{', '.join(config.input)}: the corpus holds no document")
+        bad = [{"path": line.path, "line": line.line, "reason": line.reason} for line in counts.bad]
+        summaries = outputs.finish(_producer(config, paths, check, counts), bad, recipe)
+    skipped = f", {len(counts.bad)} bad lines skipped" if counts.bad else ""
+    kept = [f"{path} was already made" for role, path in config.outputs.items() if role not in to_make]
+    _say(
+        f"{counts.documents} documents, {counts.tokens} tokens from {len(paths)} files ({check.engine}{skipped}): "
+        + "; ".join([*summaries, *kept])
     )
-    total = sum(os.path.getsize(path) for path in paths)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", disable=None) as bar:
-        for block in encode_files(paths, job, _num_workers(config.workers, total)):
-            _count(block, config, counts)
-            for role, members in _members_of(block, config, splits):
-                splits[role].add(*_select(block, members))
-            bar.update(block.raw_bytes)
-    if not counts.documents:
-        raise DataError(f"{', '.join(config.input)}: the corpus holds no document")
 
 
-def _count(block: EncodedBlock, config: TokenizeCorpusConfig, counts: Counts) -> None:
-    counts.documents += len(block.lengths)
-    counts.text_bytes += block.text_bytes
-    counts.tokens += len(block.ids)
-    counts.bad.extend(block.bad)
-    if counts.bad and not config.skip_bad_lines:
-        raise DataError(f"{counts.bad[0]}; mend the line, or skip such lines with skip_bad_lines=true")
-    if len(counts.bad) > config.max_bad_lines:
-        raise DataError(
-            f"{counts.bad[config.max_bad_lines]}; that is bad line {config.max_bad_lines + 1}, more than "
-            f"max_bad_lines={config.max_bad_lines}"
-        )
+def _job(config: TokenizeCorpusConfig, tokenizer: LoadedTokenizer, check: EngineCheck) -> EncodingJob:
+    dtype = dtype_for_vocab(tokenizer.info.vocab_size).name
+    return EncodingJob(config.tokenizer, config.eos_token, check.engine, config.form, dtype, config.split_seed)
 
 
-def _members_of(
-    block: EncodedBlock, config: TokenizeCorpusConfig, splits: dict[str, _Split]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(role, bool ``[documents]``) for every split: the hash, read as a number in [0, 1), names the role."""
-    if len(splits) == 1:
-        yield "train", np.ones(len(block.lengths), dtype=bool)
-        return
-    place = block.split_hashes.astype(np.float64) / 2.0**64
-    heldout = place < config.heldout_fraction
-    reference = ~heldout & (place < config.heldout_fraction + config.reference_fraction)
-    for role, members in (("train", ~heldout & ~reference), ("heldout", heldout), ("reference", reference)):
-        if role in splits:
-            yield role, members
+def _output_settings(config: TokenizeCorpusConfig) -> OutputSettings:
+    return OutputSettings(
+        config.data.seq_length, config.chunking, config.prepend_bos, config.flush_leftovers, config.shuffle,
+        config.seed, config.chunks_per_shard, config.split_by, config.heldout_fraction, config.reference_fraction,
+        config.outputs,
+    )  # fmt: skip
 
 
-def _select(block: EncodedBlock, members: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    if members.all():
-        return block.ids, block.lengths, block.domains
-    domains = [domain for domain, member in zip(block.domains, members, strict=True) if member]
-    return block.ids[np.repeat(members, block.lengths)], block.lengths[members], domains
-
-
-def _new_chunker(config: TokenizeCorpusConfig, tokenizer: LoadedTokenizer) -> Chunker:
-    length = config.data.seq_length + 1
-    if config.chunking == "packed":
-        return Chunker(length)
-    if config.prepend_bos and tokenizer.bos_id is None:
-        raise DataError(f"{config.tokenizer}: names no bos_token, which prepend_bos=true needs")
-    return Chunker(length, SentenceEnds.of(tokenizer), tokenizer.bos_id if config.prepend_bos else None)
+def _parts_info(
+    config: TokenizeCorpusConfig, paths: list[str], tokenizer: LoadedTokenizer, check: EngineCheck
+) -> dict[str, Any]:
+    """What the encoded documents depend on."""
+    inputs = [[path, os.path.getsize(path), os.stat(path).st_mtime_ns] for path in paths]
+    form = to_mapping(config.form)
+    return {
+        "recipe": recipe_of({"inputs": inputs, "form": form, "split_seed": config.split_seed}),
+        "tokenizer": tokenizer.info.hash,
+        "engine": check.engine,
+    }
 
 
 def _recipe(config: TokenizeCorpusConfig, paths: list[str], tokenizer: LoadedTokenizer) -> str:
-    irrelevant = ("output", "heldout_output", "reference_output", "workers", "engine", "tokenizer", "input")
+    irrelevant = {"output", "heldout_output", "reference_output", "engine", "tokenizer", "input", *_HOW_IT_RUNS}
     settings = {key: value for key, value in to_mapping(config).items() if key not in irrelevant}
     inputs = [[path, os.path.getsize(path)] for path in paths]
     return recipe_of(
@@ -311,8 +318,8 @@ def _sample(config: TokenizeCorpusConfig, paths: list[str]) -> list[str]:
     texts: list[str] = []
     for path in chosen:
         room = SAMPLE_BYTES // len(chosen)
-        block = next(read_blocks(path, block_bytes=2 * room), None)
-        for text in parse_block(block, config.text_field, config.domain_field).texts if block else []:
+        block = next(read_blocks(path, config.form, block_bytes=2 * room), None)
+        for text in parse(block, config.form).texts if block else []:
             texts.append(text)
             room -= len(text)
             if room <= 0:
@@ -323,13 +330,13 @@ def _sample(config: TokenizeCorpusConfig, paths: list[str]) -> list[str]:
 def _producer(config: TokenizeCorpusConfig, paths: list[str], check: EngineCheck, counts: Counts) -> dict[str, Any]:
     return {
         "tool": "tokenize_corpus",
-        "config": to_mapping(replace(config, workers=0)),
+        "config": to_mapping(replace(config, **_HOW_IT_RUNS)),
         "inputs": [{"path": path, "bytes": os.path.getsize(path)} for path in paths],
         "engine_check": check.as_mapping(),
         "documents": counts.documents,
         "text_bytes": counts.text_bytes,
         "corpus_tokens": counts.tokens,
-        "bad_lines": [{"path": line.path, "line": line.line, "reason": line.reason} for line in counts.bad],
+        "bad_lines": len(counts.bad),
     }
 
 
@@ -339,8 +346,12 @@ def _num_workers(workers: int, total_bytes: int) -> int:
     return 1 if total_bytes < SMALL_CORPUS_BYTES else len(os.sched_getaffinity(0))
 
 
+def _bytes_of(units: list[Unit]) -> int:
+    return sum(os.path.getsize(unit.path) if unit.stop is None else unit.stop - unit.start for unit in units)
+
+
 def _expected_bytes(paths: list[str]) -> int:
-    packed = (".gz", ".zst", ".zstd")
+    packed = (".gz", ".zst", ".zstd", ".parquet")
     return sum(os.path.getsize(path) * (_COMPRESSION_GUESS if path.endswith(packed) else 1) for path in paths)
 
 

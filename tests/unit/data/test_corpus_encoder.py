@@ -1,26 +1,37 @@
+import gzip
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_kd.data import corpus_encoder
-from megatron_kd.data.corpus_encoder import EncodedBlock, EncodingJob, encode_files
-from megatron_kd.data.documents import read_blocks
+from megatron_kd.data import byte_pieces, corpus_encoder
+from megatron_kd.data.corpus_encoder import EncodingJob, encode_corpus, read_parts, units_of
+from megatron_kd.data.document_format import DocumentFormat, read_blocks
+from megatron_kd.data.documents import BadLine
+from megatron_kd.data.encoded_parts import EncodedBlock, PartFolder
 from megatron_kd.data.tokenization import LoadedTokenizer, append_eos, encode_with_tokenizers
+from megatron_kd.errors import DataError
 from tests.unit.data.conftest import write_jsonl
 
 
 def job(folder: Path, **changes: object) -> EncodingJob:
     settings = dict(
-        tokenizer=str(folder), eos_token=None, engine="gigatoken", text_field="text",
-        domain_field="meta.set", dtype="uint16", split_seed=3,
+        tokenizer=str(folder), eos_token=None, engine="gigatoken",
+        form=DocumentFormat(domain_field="meta.set"), dtype="uint16", split_seed=3,
     )  # fmt: skip
     return EncodingJob(**{**settings, **changes})
+
+
+def encode_files(files: list[str], job: EncodingJob, workers: int) -> list[EncodedBlock]:
+    """All blocks, made anew."""
+    with tempfile.TemporaryDirectory() as folder:
+        return list(encode_corpus(units_of(files, job.form), job, PartFolder(Path(folder), {}), workers))
 
 
 def summary(blocks: list[EncodedBlock]) -> tuple[object, ...]:
@@ -29,10 +40,21 @@ def summary(blocks: list[EncodedBlock]) -> tuple[object, ...]:
         np.concatenate([block.lengths for block in blocks]).tolist(),
         [domain for block in blocks for domain in block.domains],
         np.concatenate([block.split_hashes for block in blocks]).tolist(),
-        [str(line) for block in blocks for line in block.bad],
+        [str(line) for line in bad_lines(blocks)],
         sum(block.text_bytes for block in blocks),
         sum(block.raw_bytes for block in blocks),
     )
+
+
+def bad_lines(blocks: list[EncodedBlock]) -> list[BadLine]:
+    """With their numbers in the file."""
+    seen: dict[str, int] = {}
+    found = []
+    for block in blocks:
+        before = seen.get(block.path, 0)
+        found += [BadLine(line.path, before + line.line, line.reason) for line in block.bad]
+        seen[block.path] = before + block.num_lines
+    return found
 
 
 @pytest.fixture
@@ -46,7 +68,7 @@ def files(tmp_path: Path, texts: list[str]) -> list[str]:
 def test_documents_become_ids_and_eos(
     files: list[str], tokenizer_folder: Path, tokenizer: LoadedTokenizer, texts: list[str]
 ) -> None:
-    blocks = list(encode_files(files, job(tokenizer_folder), workers=1))
+    blocks = encode_files(files, job(tokenizer_folder), workers=1)
     everything = [*texts, *texts[::-1]]
     ids, lengths = append_eos(*encode_with_tokenizers(tokenizer.backend, everything), 0)
     found = summary(blocks)
@@ -63,34 +85,97 @@ def test_documents_become_ids_and_eos(
 def test_block_size_engine_and_workers_change_nothing(
     files: list[str], tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = summary(list(encode_files(files, job(tokenizer_folder), workers=1)))
-    monkeypatch.setattr(corpus_encoder, "read_blocks", lambda path: read_blocks(path, block_bytes=5000))
-    assert summary(list(encode_files(files, job(tokenizer_folder), workers=1))) == expected
-    assert summary(list(encode_files(files, job(tokenizer_folder, engine="tokenizers"), workers=1))) == expected
-    blocks = list(encode_files(files, job(tokenizer_folder), workers=2))
+    expected = summary(encode_files(files, job(tokenizer_folder), workers=1))
+    small = lambda path, form, start, stop: read_blocks(path, form, 5000, start, stop)  # noqa: E731
+    monkeypatch.setattr(corpus_encoder, "read_blocks", small)
+    assert summary(encode_files(files, job(tokenizer_folder), workers=1)) == expected
+    assert summary(encode_files(files, job(tokenizer_folder, engine="tokenizers"), workers=1)) == expected
+    blocks = encode_files(files, job(tokenizer_folder), workers=2)
     assert len(blocks) > 10
     assert summary(blocks) == expected
+
+
+@pytest.mark.parametrize("kind", ["plain", "gzip"])
+def test_parts_are_the_same_whoever_makes_them_and_are_made_once(
+    files: list[str], tokenizer_folder: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "gzip":
+        for path in files:
+            Path(path).write_bytes(gzip.compress(Path(path).read_bytes()))
+    small = lambda path, form, start=0, stop=None: read_blocks(path, form, 5000, start, stop)  # noqa: E731
+    monkeypatch.setattr(corpus_encoder, "read_blocks", small)
+    monkeypatch.setattr(corpus_encoder, "PART_BYTES", 20_000)
+    monkeypatch.setattr(byte_pieces, "_RAW_PIECE_BYTES", 1000)
+    work, parts = job(tokenizer_folder), PartFolder(tmp_path / "parts", {"a": 1})
+    units = units_of(files, work.form)
+    assert len(units) == 2 if kind == "gzip" else len(units) > 8
+    with parts.opened(shared=False):
+        expected = summary(list(encode_corpus(units, work, parts, 1)))
+    made = {path.name: path.read_bytes() for path in parts.folder.glob("*.part")}
+    assert len(made) > 8
+    assert summary(list(read_parts(units, parts))) == expected
+
+    others = PartFolder(tmp_path / "others", {"a": 1})
+    for task in (1, 0):  # tasks in any order, each its share, the merge after them
+        with others.opened(shared=True), pytest.raises(DataError, match="units are not encoded yet"):
+            list(read_parts(units, others))
+        with others.opened(shared=True):
+            list(encode_corpus(units[task::2], work, others, 1))
+    assert {path.name: path.read_bytes() for path in others.folder.glob("*.part")} == made
+
+    names = sorted(made)
+    damaged, lost = parts.folder / names[1], parts.folder / names[-1]
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 4
+    damaged.write_bytes(data)
+    lost.unlink()
+    stamps = {path.name: path.stat().st_mtime_ns for path in parts.folder.glob("*.part")}
+    with pytest.raises(DataError, match="not encoded yet|damaged part"):
+        list(read_parts(units, parts))
+    assert summary(list(encode_corpus(units, work, parts, 2))) == expected
+    assert {path.name: path.read_bytes() for path in parts.folder.glob("*.part")} == made
+    again = {path.name for path in parts.folder.glob("*.part") if path.stat().st_mtime_ns != stamps.get(path.name)}
+    assert {names[1], names[-1]} <= again and len(again) < len(made)
+
+
+def test_parts_of_another_corpus(tmp_path: Path, tokenizer_folder: Path, files: list[str]) -> None:
+    work = job(tokenizer_folder)
+    units = units_of(files, work.form)
+    with PartFolder(tmp_path / "parts", {"a": 1}).opened(shared=True) as parts:
+        list(encode_corpus(units, work, parts, 1))
+        with pytest.raises(DataError, match="another process is writing there"):
+            with PartFolder(tmp_path / "parts", {"a": 1}).opened(shared=False):
+                pass
+    with pytest.raises(DataError, match="holds parts of another corpus"):
+        with PartFolder(tmp_path / "parts", {"a": 2}).opened(shared=True):
+            pass
+    with PartFolder(tmp_path / "parts", {"a": 2}).opened(shared=False) as parts:
+        assert not parts.finished(units[0]).paths
 
 
 def test_the_split_hash_depends_on_the_seed_and_is_left_out_without_one(
     files: list[str], tokenizer_folder: Path
 ) -> None:
-    one = next(encode_files(files, job(tokenizer_folder), workers=1)).split_hashes
-    other = next(encode_files(files, job(tokenizer_folder, split_seed=4), workers=1)).split_hashes
+    one = encode_files(files, job(tokenizer_folder), workers=1)[0].split_hashes
+    other = encode_files(files, job(tokenizer_folder, split_seed=4), workers=1)[0].split_hashes
     assert not (one == other).any()
-    assert len(next(encode_files(files, job(tokenizer_folder, split_seed=None), workers=1)).split_hashes) == 0
+    assert len(encode_files(files, job(tokenizer_folder, split_seed=None), workers=1)[0].split_hashes) == 0
 
 
 def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path, tokenizer_folder: Path, texts: list[str]) -> None:
     path = write_jsonl(tmp_path / "many.jsonl", texts * 20)
     program = f"""
 import multiprocessing, os, sys, time
+from pathlib import Path
 from megatron_kd.data import corpus_encoder
-from megatron_kd.data.documents import read_blocks
+from megatron_kd.data.document_format import DocumentFormat, read_blocks
+from megatron_kd.data.encoded_parts import PartFolder
 if __name__ == "__main__":
-    corpus_encoder.read_blocks = lambda path: read_blocks(path, block_bytes=5000)
-    job = corpus_encoder.EncodingJob({str(tokenizer_folder)!r}, None, "tokenizers", "text", None, "uint16", None)
-    blocks = corpus_encoder.encode_files([{str(path)!r}], job, workers=2)
+    corpus_encoder.read_blocks = lambda path, form, start, stop: read_blocks(path, form, 5000, start, stop)
+    form = DocumentFormat()
+    job = corpus_encoder.EncodingJob({str(tokenizer_folder)!r}, None, "tokenizers", form, "uint16", None)
+    units = corpus_encoder.units_of([{str(path)!r}], form)
+    blocks = corpus_encoder.encode_corpus(units, job, PartFolder(Path({str(tmp_path)!r}), {{}}), workers=2)
     next(blocks)
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)
     time.sleep(60)

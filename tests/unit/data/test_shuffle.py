@@ -3,7 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_kd.data import shuffle
 from megatron_kd.data.chunk_dataset import ChunkDataset, ChunkDatasetWriter
+from megatron_kd.data.chunking import Chunks
 from megatron_kd.data.shuffle import BUCKET_BYTES, MAX_BUCKET_BITS, ShuffleSpool, bucket_bits_for
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 
@@ -14,8 +16,9 @@ def shuffled(folder: Path, chunks: list[np.ndarray], seed: int, bits: int, per_c
     spool = ShuffleSpool(folder, writer.dtype, seed, bits)
     for start in range(0, len(chunks), per_call):
         part = chunks[start : start + per_call]
-        spool.add(np.concatenate(part), np.array([len(chunk) for chunk in part]))
-    spool.drain(writer)
+        spool.add(Chunks(np.concatenate(part), np.array([len(chunk) for chunk in part])))
+    for chunks_in_order in spool.drain():
+        writer.add(chunks_in_order.ids, chunks_in_order.lengths)
     writer.finish({"tool": "test"})
     assert not list(folder.glob("bucket-*"))
     dataset = ChunkDataset.open(folder)
@@ -35,6 +38,27 @@ def test_the_order_depends_on_the_seed_alone(tmp_path: Path, numbered: list[np.n
     assert shuffled(tmp_path / "b", numbered, seed=5, bits=3, per_call=7) == expected
     assert shuffled(tmp_path / "c", numbered, seed=5, bits=9, per_call=101) == expected
     assert shuffled(tmp_path / "d", numbered, seed=6, bits=3, per_call=7) != expected
+
+
+def test_what_waits_for_its_bucket_is_bounded_and_changes_nothing(
+    tmp_path: Path, numbered: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = shuffled(tmp_path / "a", numbered, seed=5, bits=4, per_call=300)
+    monkeypatch.setattr(shuffle, "PENDING_BYTES", 100)
+    assert shuffled(tmp_path / "b", numbered, seed=5, bits=4, per_call=7) == expected
+
+
+def test_domains_and_prompt_lengths_stay_with_their_chunks(tmp_path: Path, numbered: list[np.ndarray]) -> None:
+    spool = ShuffleSpool(tmp_path, np.dtype(np.uint16), 3, 2)
+    lengths = np.array([len(chunk) for chunk in numbered])
+    domains = np.array([chunk[0] % 7 for chunk in numbered])
+    spool.add(Chunks(np.concatenate(numbered), lengths, domains, (lengths - 1).astype(np.int32)))
+    found = 0
+    for chunks in spool.drain():
+        firsts = chunks.ids[np.cumsum(chunks.lengths) - chunks.lengths]
+        assert (chunks.prompt_lengths == chunks.lengths - 1).all() and (chunks.domains == firsts % 7).all()
+        found += len(firsts)
+    assert found == len(numbered)
 
 
 def test_it_is_a_shuffle(tmp_path: Path, numbered: list[np.ndarray]) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from megatron_kd.cli import main
 from megatron_kd.config import from_mapping
-from megatron_kd.data import indexed_dataset
+from megatron_kd.data import corpus_encoder, indexed_dataset
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.manifest import MANIFEST_NAME
 from megatron_kd.data.tokenization import LoadedTokenizer, append_eos, encode_with_tokenizers
@@ -150,9 +150,101 @@ def test_bad_lines_go_to_quarantine_up_to_a_limit(
     ChunkDataset.open(tmp_path / "out").verify()
 
 
+@pytest.mark.parametrize("changes", [
+    {"chunking": "packed"},
+    {"chunking": "sentence_end", "domain_field": "meta.set", "shuffle": False, "flush_leftovers": True},
+])  # fmt: skip
+def test_tasks_and_a_merge_give_what_one_run_gives(
+    tmp_path: Path, tokenizer_folder: Path, texts: list[str], changes: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Whatever the number of tasks and their order; splits, shuffle, quarantine and manifest included."""
+    monkeypatch.setattr(corpus_encoder, "PART_BYTES", 20_000)
+    paths = [write_jsonl(tmp_path / f"corpus{number}.jsonl", texts[number:] * 2) for number in range(2)]
+    paths[1].write_bytes(paths[1].read_bytes() + b"bad\n" + paths[0].read_bytes())
+    settings = {
+        "input": [str(path) for path in paths], "heldout_fraction": 0.3, "heldout_output": str(tmp_path / "heldout"),
+        "skip_bad_lines": True, "chunks_per_shard": 100, **changes,
+    }  # fmt: skip
+    one = lambda **more: run(config(paths[0], tokenizer_folder, tmp_path / "out", **settings, **more))  # noqa: E731
+    one()
+    expected = [files_of(tmp_path / name) for name in ("out", "heldout")]
+    bad_line = len(texts[1:]) * 2 + 1
+    assert json.loads(expected[0]["quarantine.jsonl"])["line"] == bad_line
+    for num_tasks in (1, 4):
+        for name in ("out", "heldout"):
+            shutil.rmtree(tmp_path / name)
+        with pytest.raises(DataError, match="not encoded yet.*run the tasks that stopped again, then merge"):
+            one(merge=True)
+        for task in reversed(range(num_tasks)):
+            one(num_tasks=num_tasks, task_index=task)
+            assert not (tmp_path / "out").exists()
+        with monkeypatch.context() as without:
+            without.setattr(corpus_encoder, "_encode_documents", None)  # a merge encodes nothing
+            one(merge=True)
+        assert [files_of(tmp_path / name) for name in ("out", "heldout")] == expected
+        assert not (tmp_path / "out.parts").exists()
+    assert "merge them with merge=true" in capsys.readouterr().out
+    with pytest.raises(DataError, match=rf"corpus1.jsonl:{bad_line}: not valid JSON"):  # the number in the file
+        strict = {**settings, "skip_bad_lines": False, "heldout_output": str(tmp_path / "other")}
+        for task in range(5):
+            run(config(paths[0], tokenizer_folder, tmp_path / "o2", **strict, num_tasks=5, task_index=task))
+
+
+def test_a_run_goes_on_with_the_parts_of_one_that_was_killed(
+    tmp_path: Path, tokenizer_folder: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus_encoder, "PART_BYTES", 20_000)
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", texts * 3)
+    run(config(corpus, tokenizer_folder, tmp_path / "out"))
+    expected = files_of(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    program = f"""
+from tests.unit.data.conftest import die_at_call
+from megatron_kd.config import from_mapping
+from megatron_kd.data import corpus_encoder, tokenize_corpus
+corpus_encoder.PART_BYTES = 20_000
+die_at_call(corpus_encoder, "_encode_documents", 9)
+tokenize_corpus.run(from_mapping(tokenize_corpus.TokenizeCorpusConfig, {{
+    "input": {str(corpus)!r}, "tokenizer": {str(tokenizer_folder)!r}, "output": {str(tmp_path / "out")!r},
+    "data": {{"seq_length": 64}}}}, "test"))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(TOOL.parents[1])}
+    died = subprocess.run([sys.executable, "-c", program], env=environment, stderr=subprocess.DEVNULL, check=False)
+    assert died.returncode == -signal.SIGKILL
+    left = list((tmp_path / "out.parts").glob("*.part"))
+    assert len(left) == 8 and not (tmp_path / "out").exists()
+    encoded = []
+    original = corpus_encoder._encode_documents
+    monkeypatch.setattr(corpus_encoder, "_encode_documents", lambda *a: encoded.append(1) or original(*a))
+    run(config(corpus, tokenizer_folder, tmp_path / "out"))
+    assert files_of(tmp_path / "out") == expected
+    assert len(encoded) == -(-corpus.stat().st_size // 20_000) - 8
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "out"]
+
+
+def test_a_split_by_chunk_is_disjoint_and_complete(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
+    settings = {"shuffle": False, "flush_leftovers": True}
+    run(config(corpus, tokenizer_folder, tmp_path / "all", **settings))
+    outputs = {"heldout_output": str(tmp_path / "heldout"), "reference_output": str(tmp_path / "reference")}
+    fractions = {"heldout_fraction": 0.2, "reference_fraction": 0.3, "split_by": "chunk"}
+    made = run(config(corpus, tokenizer_folder, tmp_path / "train", **settings, **outputs, **fractions))
+    parts = {role: contents(ChunkDataset.open(path)) for role, path in made.items()}
+    whole = contents(ChunkDataset.open(tmp_path / "all"))
+    assert sorted(chunk for part in parts.values() for chunk in part) == sorted(whole)
+    assert 0.1 < len(parts["heldout"]) / len(whole) < 0.3 < len(parts["train"]) / len(whole) < 0.7
+    order = {tuple(chunk): number for number, chunk in enumerate(whole)}
+    for part in parts.values():
+        assert [order[tuple(chunk)] for chunk in part] == sorted(order[tuple(chunk)] for chunk in part)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"num_tasks": 3}, r"num_tasks=3 needs task_index .0 to 2., or merge=true"),
+        ({"num_tasks": 3, "task_index": 3}, r"task_index must be 0 to 2 .num_tasks - 1., not 3"),
+        ({"task_index": 0, "merge": True}, "exclude each other"),
+        ({"document_separator": ""}, "document_separator must not be empty"),
         ({"data": {"seq_length": 0}}, "data.seq_length must be at least 1, not 0"),
         ({"heldout_fraction": 0.5}, "heldout_output .None. go together"),
         ({"reference_output": "x"}, "reference_fraction .0.0. and reference_output"),

@@ -55,16 +55,14 @@ class Batch:
         )
 
 
-def make_batch(
-    dataset: ChunkDataset, chunk_indices: np.ndarray, seq_length: int, mask_prompt: bool = False
-) -> Batch:
+def make_batch(dataset: ChunkDataset, chunk_indices: np.ndarray, seq_length: int, mask_prompt: bool = False) -> Batch:
     """Read chunks and lay them out as a batch on the CPU.
 
     Args:
         dataset: where from.
         chunk_indices: ``[b]``.
         seq_length: s; every chunk has at most s + 1 ids.
-        mask_prompt: leave out the positions that predict an id of the chunk's prompt; a dataset may ask for that itself.
+        mask_prompt: leave out the positions that predict an id of the chunk's prompt; some datasets always do.
 
     Raises:
         DataError: a chunk is longer, or damaged on disk.

@@ -292,10 +292,8 @@ class PromptResponseChunker:
         """In order of first appearance."""
         return list(self._domains)
 
-    def add(
-        self, ids: np.ndarray, lengths: np.ndarray, domains: Sequence[str], prompt_lengths: np.ndarray
-    ) -> Chunks:
-        """The chunks of documents: ``ids`` ``[sum(lengths)]``, ``lengths``, ``domains`` and ``prompt_lengths`` n each."""
+    def add(self, ids: np.ndarray, lengths: np.ndarray, domains: Sequence[str], prompt_lengths: np.ndarray) -> Chunks:
+        """The chunks of documents: ``ids`` ``[sum(lengths)]``, the others of n documents."""
         place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         shorter = np.minimum(lengths, self._length)
         kept = (prompt_lengths < shorter) & (shorter > 1)

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_kd.data.checksums import BLOCK_BYTES, ChecksumStream, FileChecksums
-from megatron_kd.data.chunk_dataset import DOMAINS_NAME, PROMPT_LENGTHS_NAME, ChunkDataset, ChunkDatasetWriter
+from megatron_kd.data.chunk_dataset import PROMPT_LENGTHS_NAME, ChunkDataset, ChunkDatasetWriter
 from megatron_kd.data.indexed_dataset import write_index
 
 SEGMENT_BYTES = 16 * BLOCK_BYTES

@@ -18,9 +18,11 @@ import pytest
 from megatron_kd.cli import main
 from megatron_kd.config import from_mapping
 from megatron_kd.data import corpus_encoder, indexed_dataset
-from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.batch import make_batch
+from megatron_kd.data.chunk_dataset import ChunkDataset, ChunkDatasetWriter
+from megatron_kd.data.copy_chunks import copy_chunks
 from megatron_kd.data.manifest import MANIFEST_NAME
-from megatron_kd.data.tokenization import LoadedTokenizer, append_eos, encode_with_tokenizers
+from megatron_kd.data.tokenization import LoadedTokenizer, append_eos, encode_with_tokenizers, load_tokenizer
 from megatron_kd.data.tokenize_corpus import TokenizeCorpusConfig, run
 from megatron_kd.errors import ConfigError, DataError
 from tests.unit.data.conftest import write_jsonl
@@ -221,6 +223,46 @@ tokenize_corpus.run(from_mapping(tokenize_corpus.TokenizeCorpusConfig, {{
     assert files_of(tmp_path / "out") == expected
     assert len(encoded) == -(-corpus.stat().st_size // 20_000) - 8
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "out"]
+
+
+def test_chunks_name_their_domain(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Every chunk's label is that of its documents, through sentence ends and shuffle."""
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [f"{'abc'[number % 3] * 3}zq. " * 300 for number in range(24)])
+    run(config(corpus, tokenizer_folder, tmp_path / "out", domain_field="meta.set", chunking="sentence_end"))
+    dataset = ChunkDataset.open(tmp_path / "out")
+    backend = load_tokenizer(tokenizer_folder).backend
+    assert sorted(dataset.domain_names) == ["a", "b", "c"] and dataset.domains is not None
+    for index in range(len(dataset)):
+        label = dataset.domain_names[dataset.domains[index]]
+        assert set(backend.decode(contents(dataset)[index])) & set("abc") == {label}
+
+
+def test_prompt_and_response(tmp_path: Path, tokenizer: LoadedTokenizer, tokenizer_folder: Path) -> None:
+    """One chunk a row; the prompt's length is stored, losses leave it out, and selections keep it."""
+    rows = [{"prompt": "Question? " * n, "response": " answer" * m} for n, m in [(1, 2), (3, 60), (40, 3), (0, 2)]]
+    corpus = tmp_path / "pairs.jsonl"
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(config(corpus, tokenizer_folder, tmp_path / "out", chunking="prompt_response", shuffle=False))
+    dataset = ChunkDataset.open(tmp_path / "out")
+    encode = lambda text: tokenizer.backend.encode(text, add_special_tokens=False).ids  # noqa: E731
+    pairs = [(encode(row["prompt"]), encode(row["response"])) for row in rows]
+    kept = [pair for pair in pairs if len(pair[0]) < 65]
+    assert len(kept) == 3 and any(len(one) + len(other) > 65 for one, other in kept)
+    assert contents(dataset) == [[*prompt, *response, 0][:65] for prompt, response in kept]
+    assert dataset.prompt_lengths is not None and dataset.manifest["producer"]["dropped_documents"] == 1
+    assert dataset.prompt_lengths.tolist() == [len(prompt) for prompt, _ in kept]
+    batch = make_batch(dataset, np.arange(3), 64)
+    for row, (prompt, response) in enumerate(kept):
+        counted = batch.labels[row][batch.loss_mask[row] > 0].tolist()
+        expected = [*prompt, *response, 0][:65][max(len(prompt), 1) :]
+        assert counted == expected
+    writer_folder = tmp_path / "copy"
+    writer_folder.mkdir()
+    writer = ChunkDatasetWriter(writer_folder, dataset.tokenizer_info(), 64)
+    copy_chunks(dataset, np.array([1, 2]), writer)
+    writer.finish({"tool": "test"}, (), dataset.root_fingerprint, np.array([1, 2]))
+    copy = ChunkDataset.open(writer_folder)
+    assert (make_batch(copy, np.arange(2), 64).loss_mask == batch.loss_mask[1:]).all()
 
 
 def test_a_split_by_chunk_is_disjoint_and_complete(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:

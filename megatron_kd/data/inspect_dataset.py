@@ -1,4 +1,4 @@
-"""What a chunk dataset or score file is, where it comes from, what is in it, and whether it is whole.
+"""What a chunk dataset, score file or teacher cache is, where it comes from, what is in it, and whether it is whole.
 
 python tools/inspect_dataset.py path=… [verify=true] [samples=3]
 """
@@ -20,6 +20,8 @@ from megatron_kd.data.tokenization import load_tokenizer
 from megatron_kd.errors import DataError
 from megatron_kd.scoring.score_file import KIND as SCORE_FILE
 from megatron_kd.scoring.score_file import ScoreFile
+from megatron_kd.teachers.cache.cache_file import KIND as LOGIT_CACHE
+from megatron_kd.teachers.cache.describe import describe_cache
 
 SAMPLE_CHARACTERS = 300
 
@@ -45,7 +47,8 @@ def run(config: InspectDatasetConfig) -> None:
         DataError: it is missing, or damaged (with ``verify=true``: anywhere).
     """
     manifest, checksums = read_manifest(config.path)
-    describe = {CHUNK_DATASET: _describe_dataset, SCORE_FILE: _describe_scores}.get(manifest["kind"], _describe_other)
+    describers = {CHUNK_DATASET: _describe_dataset, SCORE_FILE: _describe_scores, LOGIT_CACHE: _describe_cache}
+    describe = describers.get(manifest["kind"], _describe_other)
     lines = [f"{config.path}: {manifest['kind'].replace('_', ' ')}, fingerprint {manifest.get('fingerprint', 'none')}"]
     lines += describe(config, manifest)
     lines += [f"  made by      {manifest.get('producer', {}).get('tool', 'unknown')}"]
@@ -103,6 +106,10 @@ def _describe_scores(config: InspectDatasetConfig, manifest: dict[str, Any]) -> 
         f"  model        {manifest['model'].get('path', 'unknown')}, fingerprint {scores.model_fingerprint}",
         "  seen with    " + ", ".join(f"{key}={value}" for key, value in scores.view.items()),
     ]
+
+
+def _describe_cache(config: InspectDatasetConfig, manifest: dict[str, Any]) -> list[str]:
+    return describe_cache(config.path)
 
 
 def _describe_other(config: InspectDatasetConfig, manifest: dict[str, Any]) -> list[str]:

@@ -54,6 +54,7 @@ class WorkFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self.close()
             raise DataError(f"{self.path}: another run is writing this cache; wait for it or end it") from None
         path = self.path / SETTINGS_NAME
         if not path.exists():

@@ -1,0 +1,127 @@
+"""``cache_teacher_logits`` killed and started again, also on other ranks, gives the bytes of an undisturbed run."""
+
+import json
+import os
+import random
+import secrets
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.ranks import shared_ranks
+from tests.distributed.training.runs import call_verb
+from tests.end_to_end.commands import kill, run, start
+
+DRIVER = Path(__file__).with_name("dying_cacher.py")
+SETTINGS = ["codec=sampled", "draws=16", "micro_batch_size=2", "chunks_per_shard=20", "commit_seconds=0"]
+WRITES = 3 * 48  # of a run: records, index and commit of every micro-batch
+
+
+def settings(dataset, teacher, output):
+    return [f"data.path={dataset.path}", f"teacher.path={teacher}", f"output={output}", *SETTINGS]
+
+
+def finish(arguments, ranks):
+    shared_ranks(ranks).run(call_verb, "megatron_kd.teachers.cache.run", "CacheTeacherLogitsConfig", arguments)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset, teacher, tmp_path_factory):
+    output = tmp_path_factory.mktemp("cache") / "whole"
+    finish(settings(dataset, teacher, output), 1)
+    return output
+
+
+def check_same_bytes(ours, reference):
+    names = sorted(path.name for path in reference.iterdir())
+    assert sorted(path.name for path in ours.iterdir()) == names
+    for name in names:
+        if name != "manifest.json":
+            assert (ours / name).read_bytes() == (reference / name).read_bytes(), name
+    manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (ours, reference)]
+    for manifest in manifests:
+        del manifest["producer"]["config"]["output"], manifest["manifest_sha256"]
+    assert manifests[0] == manifests[1]
+
+
+def die_in_a_write(arguments, chance, monkeypatch):
+    monkeypatch.setenv("DIE_AT", str(chance.randint(1, WRITES)))
+    monkeypatch.setenv("DIE_AFTER_BYTES", str(chance.randrange(1 << 16)))
+    ended = run("cache_teacher_logits", *arguments, program=DRIVER)
+    assert ended.status in (0, -9), ended.stderr
+    return ended.status == -9
+
+
+def die_at_any_time(arguments, chance):
+    process = start("cache_teacher_logits", *arguments)
+    try:
+        process.wait(chance.uniform(0.5, 10.0))
+        return False
+    except subprocess.TimeoutExpired:
+        return True
+    finally:
+        kill(process)
+
+
+def survive(dataset, teacher, undisturbed, tmp_path, monkeypatch, kills, in_a_write):
+    """Kills, one after another on one output until it is there, then on the next one."""
+    seed = int(os.environ.get("KILL_SEED", secrets.randbits(32)))
+    print(f"KILL_SEED={seed}")
+    chance, struck, inside, number = random.Random(seed), 0, 0, 0
+    while struck < kills:
+        output = tmp_path / f"cache{number}"
+        number += 1
+        arguments = settings(dataset, teacher, output)
+        while struck < kills and not output.exists():
+            died = die_in_a_write(arguments, chance, monkeypatch) if inside < in_a_write else None
+            inside += bool(died)
+            struck += bool(died) if died is not None else die_at_any_time(arguments, chance)
+        finish(arguments, ranks=chance.choice([1, 2]))
+        check_same_bytes(output, undisturbed)
+        assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.tmp-*"))
+    assert inside >= in_a_write
+
+
+def test_two_kills(dataset, teacher, undisturbed, tmp_path, monkeypatch):
+    survive(dataset, teacher, undisturbed, tmp_path, monkeypatch, kills=2, in_a_write=1)
+
+
+@pytest.mark.slow
+def test_twenty_kills(dataset, teacher, undisturbed, tmp_path, monkeypatch):
+    survive(dataset, teacher, undisturbed, tmp_path, monkeypatch, kills=20, in_a_write=8)
+
+
+def test_a_kill_between_the_manifest_and_the_rename(dataset, teacher, undisturbed, tmp_path):
+    """The whole cache lies under its temporary name: the next run gives it its own."""
+    output = tmp_path / "cache"
+    partial = shutil.copytree(undisturbed, tmp_path / "cache.partial")
+    manifest = json.loads((partial / "manifest.json").read_text())
+    (partial / "settings.json").write_text(json.dumps(manifest["producer"]["settings"]))
+    finish(settings(dataset, teacher, output), 1)
+    check_same_bytes(output, undisturbed)
+    assert not partial.exists()
+
+
+def test_bytes_behind_a_commit_go_and_damaged_ones_are_made_again(dataset, teacher, undisturbed, tmp_path, monkeypatch):
+    output = tmp_path / "cache"
+    arguments = settings(dataset, teacher, output)
+    monkeypatch.setenv("DIE_AT", "70")
+    monkeypatch.setenv("DIE_AFTER_BYTES", "9")
+    died = run("cache_teacher_logits", *arguments, program=DRIVER)
+    assert died.status == -9, died.stderr
+    partial = tmp_path / "cache.partial"
+    commits = {path.stem: json.loads(path.read_text()) for path in (partial / "progress").glob("*.json")}
+    assert [commit["complete"] for _, commit in sorted(commits.items())] == [True, True, False]
+    with open(partial / "knowledge-00002.bin", "r+b") as file:
+        file.seek(5)
+        file.write(b"\x00\xff\x00")
+    finish(arguments, 1)
+    check_same_bytes(output, undisturbed)
+
+
+def test_a_finished_cache_is_left_as_it_is(dataset, teacher, undisturbed):
+    before = {path.name: path.read_bytes() for path in undisturbed.iterdir()}
+    finish(settings(dataset, teacher, undisturbed), 1)
+    assert {path.name: path.read_bytes() for path in undisturbed.iterdir()} == before

@@ -1,0 +1,54 @@
+"""A teacher whose sparse knowledge is made in memory for every batch: what a cache must agree with."""
+
+from typing import Any, Sequence
+
+import numpy as np
+import torch
+
+from megatron_kd.data.batch import Batch
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.losses import PADDING_ID, SparseKnowledge
+from megatron_kd.models.gpt import HiddenStateGPTModel
+from megatron_kd.parallel.layout import ParallelConfig
+from megatron_kd.parallel.runtime import Runtime
+from megatron_kd.teachers.cache.codec import Codec
+from megatron_kd.teachers.cache.selection import Selection
+from megatron_kd.teachers.cached import choose_kind
+
+
+class SparseTeacherInMemory:
+    """One rank: the model, then the codec's choice, token by token into rows; no file and no chunk index is involved."""
+
+    def __init__(self, model: HiddenStateGPTModel, dataset: ChunkDataset, codec: Codec, sparse_target: str) -> None:
+        self._model, self._dataset, self._codec = model, dataset, codec
+        self._kind = choose_kind(codec, sparse_target, "memory")
+
+    def begin_step(self, batches: Sequence[Batch], *, scheduled: bool = True) -> None:
+        """Nothing is prepared."""
+
+    def follow(self, decision: Any) -> None:
+        """Nothing to learn."""
+
+    @torch.no_grad()
+    def knowledge(self, batch: Batch) -> SparseKnowledge:
+        """Every position of the batch, whether it counts or not."""
+        hidden = self._model(batch.tokens, batch.position_ids, None)
+        length, rows = hidden.shape[:2]
+        root_ids = np.tile(self._dataset.root_ids(batch.chunk_indices.numpy()), length)
+        positions = np.repeat(np.arange(length), rows)
+        selection = Selection(self._codec, self._model.output_head(), None)
+        entries = selection(hidden.flatten(0, 1), root_ids, positions)
+        record = self._codec.encode(np.ones(length * rows, dtype=bool), entries)
+        decoded = self._codec.decode(record, length * rows, len(entries.ids))
+        ids = np.full((length * rows, self._codec.max_ids), PADDING_ID, dtype=np.int64)
+        weights, tail = np.zeros(ids.shape, np.float32), np.ones(len(ids), np.float32)
+        decoded.pad_into(ids, weights, tail)
+        return SparseKnowledge(*(torch.from_numpy(array) for array in (ids, weights, tail)), self._kind)
+
+
+def load_in_memory(path: str, dataset: ChunkDataset, codec: Codec, sparse_target: str, runtime: Runtime) -> Any:
+    """The teacher of a run folder, in a world of one rank."""
+    from megatron_kd.models.loading import ScoredModelConfig, load_for_inference
+
+    loaded = load_for_inference(ScoredModelConfig(path), ParallelConfig(), dataset, runtime)
+    return SparseTeacherInMemory(loaded.chunks[0], dataset, codec, sparse_target)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_kd.conversion.decoder import decoder_rules
 from megatron_kd.conversion.families import hf_config
+from megatron_kd.conversion.hf_folder import HFFolder
 from megatron_kd.conversion.model_card import model_card
 from megatron_kd.conversion.parity import compare_logits
 from megatron_kd.conversion.progress import progress_bar
@@ -67,7 +68,7 @@ def run(config: ConvertToHFConfig) -> Path:
         if runtime.world_size > 1:
             raise CheckpointError("convert_to_hf runs in one process: start it without torchrun")
         info = open_checkpoint(config.input)
-        if info.hf_folder is not None:
+        if isinstance(info.source, HFFolder):
             raise CheckpointError(f"{info.path}: is a Hugging Face folder already")
         info.verify()
         tokenizer = tokenizer_folder(config.tokenizer, info)

@@ -4,23 +4,24 @@ A model on torch's meta device says which sharded keys, shapes and offsets its t
 asked for get memory (Megatron-Core's own load wants every layer of a key at once). This keeps every naming rule in Megatron-Core, whichever version is installed.
 """
 
+import io
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterable, Iterator
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_local_load_plan
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_kd.errors import CheckpointError
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.models.gpt import Precision, build_model
-from megatron_kd.models.weights import root_cause, sharded_weights
+from megatron_kd.models.weights_format import root_cause, sharded_weights
 from megatron_kd.parallel.groups import create_process_groups
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
 
@@ -55,7 +56,7 @@ def stream_tensors(path: Path, architecture: ModelArchitecture, precision: Preci
     stored = StoredTensors(path)
     state = meta_state(architecture, precision)
     entries = {name: state[name] for name in tensors_of(state)}
-    stored.require({part.key for entry in entries.values() for part in _parts(entry)})
+    stored.require_entries(entries.values())
     for name, entry in entries.items():
         yield name, stored.read(entry).to(entry.data.dtype)
 
@@ -75,27 +76,46 @@ class StoredTensors:
             raise CheckpointError(f"{path}: its .metadata cannot be read ({root_cause(error)})") from None
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
-    def require(self, keys: set[str]) -> None:
-        """Raise :class:`CheckpointError`, listing the keys, unless the checkpoint has them all."""
+    def require_entries(self, entries: Iterable[ShardedTensor | ShardedTensorFactory]) -> None:
+        """Raise :class:`CheckpointError`, listing the keys, unless the checkpoint has all that the entries need."""
+        keys = {self._place(part)[0] for entry in entries for part in _parts(entry)}
         missing = sorted(keys - self._metadata.state_dict_metadata.keys())
         if missing:
-            raise CheckpointError(f"{self._path}: lacks {', '.join(missing)}")
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise CheckpointError(f"{self._path}: lacks {', '.join(missing[:3])}{more}")
 
-    def dtype(self, key: str) -> torch.dtype:
-        """Of a stored tensor."""
-        return self._metadata.state_dict_metadata[key].properties.dtype
+    def object_keys(self) -> set[str]:
+        """Keys of everything stored that is not a tensor (``key/shard_0_1``)."""
+        kinds = self._metadata.state_dict_metadata.items()
+        return {key for key, entry in kinds if isinstance(entry, BytesStorageMetadata)}
+
+    def read_object(self, key: str) -> bytes | None:
+        """The bytes of one stored object, the first of its shards; None if there is none."""
+        found = sorted(name for name in self.object_keys() if name.split("/")[0] == key)
+        if not found:
+            return None
+        planner = _Into({})
+        items = create_default_local_load_plan({found[0]: None}, self._metadata).items
+        self._reader.read_data(LoadPlan(items), planner)
+        return planner.bytes
 
     def read(self, entry: ShardedTensor | ShardedTensorFactory) -> Tensor:
-        """The whole tensor of an entry of ``meta_state``; rows of padding that the checkpoint lacks are zero."""
+        """The tensor of an entry of a sharded state, whole or this rank's part; rows of padding that the checkpoint lacks
+        are zero.
+
+        Raises:
+            CheckpointError: the file is damaged, or holds another shape.
+        """
         parts = _parts(entry)
-        whole = torch.zeros(entry.data.shape, dtype=self.dtype(parts[0].key))
+        stored = self._metadata.state_dict_metadata
+        whole = torch.zeros(entry.data.shape, dtype=stored[self._place(parts[0])[0]].properties.dtype)
         targets, items, start = {}, [], 0
         for part in parts:
-            sizes = (1,) * part.prepend_axis_num + tuple(part.local_shape)
+            key, offsets, sizes = self._place(part)
             target = whole[start : start + part.local_shape[0]].view(sizes)
             start += part.local_shape[0]
-            chunk = ChunkStorageMetadata(torch.Size(part.global_offset), self._stored_sizes(part, sizes))
-            found = create_read_items_for_chunk_list(part.key, self._metadata.state_dict_metadata[part.key], [chunk])
+            chunk = ChunkStorageMetadata(torch.Size(offsets), self._stored_sizes(part, key, offsets, sizes))
+            found = create_read_items_for_chunk_list(key, stored[key], [chunk])
             targets |= {item.dest_index: target for item in found}
             items += found
         try:
@@ -104,14 +124,23 @@ class StoredTensors:
             raise CheckpointError(f"{self._path}: '{parts[0].key}' cannot be read ({root_cause(error)})") from None
         return whole
 
-    def _stored_sizes(self, part: ShardedTensor, sizes: tuple[int, ...]) -> torch.Size:
-        stored = tuple(self._metadata.state_dict_metadata[part.key].size)
-        if part.allow_shape_mismatch and stored[1:] == tuple(part.global_shape[1:]):  # other vocabulary padding
-            return torch.Size((min(sizes[0], stored[0]), *sizes[1:]))
-        if stored != tuple(part.global_shape):
-            raise CheckpointError(
-                f"{self._path}: '{part.key}' has shape {list(stored)}, the architecture {list(part.global_shape)}"
-            )
+    def _place(self, part: ShardedTensor) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+        """Key, offsets and sizes under which a part is stored: layers stacked under one key, or each under its own."""
+        sizes = (1,) * part.prepend_axis_num + tuple(part.local_shape)
+        if part.prepend_axis_num == 1 and part.key not in self._metadata.state_dict_metadata:
+            own = part.key.replace("decoder.layers.", f"decoder.layers.{part.global_offset[0]}.", 1)
+            if own in self._metadata.state_dict_metadata:
+                return own, tuple(part.global_offset[1:]), tuple(part.local_shape)
+        return part.key, tuple(part.global_offset), sizes
+
+    def _stored_sizes(
+        self, part: ShardedTensor, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]
+    ) -> torch.Size:
+        stored, wanted = tuple(self._metadata.state_dict_metadata[key].size), tuple(part.global_shape[-len(sizes) :])
+        if part.allow_shape_mismatch and stored[1:] == wanted[1:]:  # other vocabulary padding
+            return torch.Size((max(0, min(sizes[0], stored[0] - offsets[0])), *sizes[1:]))
+        if stored != wanted:
+            raise CheckpointError(f"{self._path}: '{key}' has shape {list(stored)}, the architecture {list(wanted)}")
         return torch.Size(sizes)
 
 
@@ -121,6 +150,10 @@ class _Into(DefaultLoadPlanner):
     def __init__(self, targets: dict[MetadataIndex, Tensor]):
         super().__init__()
         self._targets = targets
+        self.bytes: bytes | None = None
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.bytes = value.getvalue()
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         return narrow_tensor_by_index(self._targets[read_item.dest_index], read_item.dest_offsets, read_item.lengths)

@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_kd.conversion.hf_folder import HFFolder, is_hf_folder
+from megatron_kd.conversion.sharded_state import StoredTensors
+from megatron_kd.conversion.stock_megatron import StockCheckpoint, find_stock_checkpoint
 from megatron_kd.data.checksums import Checksums
 from megatron_kd.data.manifest import read_manifest
 from megatron_kd.data.tokenization import load_tokenizer
 from megatron_kd.errors import CheckpointError, DataError
 from megatron_kd.models.architecture import ModelArchitecture
+from megatron_kd.models.weights_format import root_cause, sharded_weights
 from megatron_kd.parallel.agreement import on_main_rank
 
 CHECKPOINT_KIND = "checkpoint"
@@ -37,7 +41,8 @@ class CheckpointInfo:
     manifest: Mapping[str, Any]
     """Of a Hugging Face folder: what it tells of the same things."""
     checksums: Checksums
-    hf_folder: HFFolder | None = None
+    source: HFFolder | StockCheckpoint | None = None
+    """Where the weights are, if not in files of our own."""
 
     @property
     def tokenizer_hash(self) -> str:
@@ -65,6 +70,9 @@ def open_checkpoint(path: str | Path) -> CheckpointInfo:
     """
     if is_hf_folder(Path(path)):
         return _open_hf_folder(Path(path))
+    stock = find_stock_checkpoint(Path(path))
+    if stock is not None:
+        return _open_stock_checkpoint(stock)
     folder = _resolve(Path(path))
     try:
         manifest, checksums = read_manifest(folder, CHECKPOINT_KIND)
@@ -102,8 +110,8 @@ def load_weights(chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollecti
     Raises:
         CheckpointError: the checkpoint is damaged, lacks a parameter, or has another shape of it.
     """
-    if info.hf_folder is not None:
-        info.hf_folder.load_into(chunks)
+    if info.source is not None:
+        info.source.load_into(chunks)
         return
     on_main_rank(info.verify)
     state = {f"model{i}": sharded_weights(chunk, groups) for i, chunk in enumerate(chunks)}
@@ -112,48 +120,55 @@ def load_weights(chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollecti
         chunk.load_state_dict(loaded[f"model{i}"], strict=False)
 
 
-def sharded_weights(chunk: torch.nn.Module, groups: ProcessGroupCollection) -> dict[str, Any]:
-    """Megatron-Core's sharded state dict of one model chunk."""
-    # The tied output layer of a pipeline's last stage asks global state, not the groups, which replica it is.
-    parallel_state.set_data_parallel_rank(groups.dp_cp.rank())
-    try:
-        return chunk.sharded_state_dict(metadata=sharding_metadata(groups))
-    finally:
-        parallel_state.set_data_parallel_rank(None)
-
-
-def sharding_metadata(groups: ProcessGroupCollection) -> dict[str, Any]:
-    """How optimizer state is laid out on disk: like the parameters, so that any layout can load it."""
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": groups.dp_cp,
-    }
-
-
 def load_sharded_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
-    """``dist_checkpointing.load`` with its complaints as one clear error. Collective over the world."""
+    """``dist_checkpointing.load`` with its complaints as one clear error. Collective over the world.
+
+    Transformer Engine's ``_extra_state`` is asked for only where the checkpoint has it: the specs differ in who has one.
+    """
+    objects = StoredTensors(path).object_keys()
+    state = without_missing_extra_state(state, objects)
     try:
         return dist_checkpointing.load(state, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
     except (Exception, CheckpointException) as error:  # noqa: BLE001 - a dozen types; the latter is no Exception
         raise CheckpointError(f"checkpoint {path} cannot be loaded into this model: {root_cause(error)}") from error
 
 
-def root_cause(error: BaseException) -> str:
-    """The text of the error that began it, on one line; of an operating system's error where there is one."""
-    chain = [error]
-    while (below := _cause(chain[-1])) is not None and below not in chain:
-        chain.append(below)
-    cause = next((link for link in chain if isinstance(link, OSError)), chain[-1])
-    return " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
+def without_missing_extra_state(state: dict[str, Any], stored: set[str]) -> dict[str, Any]:
+    """The sharded state without ``_extra_state`` objects that are not among the stored ones."""
+    kept = {}
+    for name, entry in state.items():
+        if isinstance(entry, ShardedObject) and entry.key.endswith("_extra_state") and entry.unique_key not in stored:
+            continue
+        is_plain = isinstance(entry, dict) and all(isinstance(key, str) for key in entry)
+        kept[name] = without_missing_extra_state(entry, stored) if is_plain else entry
+    return kept
 
 
-def _cause(error: BaseException) -> BaseException | None:
-    if isinstance(error, CheckpointException) and error.failures:
-        return error.failures[min(error.failures)][0]
-    return error.__cause__ or error.__context__
+def _open_stock_checkpoint(path: Path) -> CheckpointInfo:
+    stock = StockCheckpoint(path)
+    places = [path / "tokenizer", Path(str(getattr(stock.arguments, "tokenizer_model", None) or path / "tokenizer"))]
+    folder = next((place for place in places if (place / "tokenizer.json").is_file()), None)
+    if folder is None:
+        raise CheckpointError(
+            f"{path}: a Megatron-LM checkpoint does not hold its tokenizer: put tokenizer.json and "
+            f"tokenizer_config.json into {path / 'tokenizer'}"
+        )
+    tokenizer = load_tokenizer(folder).info
+    architecture = dataclasses.replace(
+        stock.architecture, vocab_size=min(stock.architecture.vocab_size, tokenizer.vocab_size)
+    )
+    manifest = {
+        "tokenizer_hash": tokenizer.hash,
+        "tokenizer_path": str(folder.absolute()),
+        "eos_id": tokenizer.eos_id,
+        "precision": "bf16" if getattr(stock.arguments, "bf16", False) else "fp32",
+        "seq_length": getattr(stock.arguments, "seq_length", architecture.max_position_embeddings),
+        "dataset_fingerprint": None,
+        "progress": {"step": getattr(stock.arguments, "iteration", None), "tokens": None},
+        "config": {},
+        "parents": [{"kind": "megatron_lm_checkpoint", "path": str(path.absolute())}],
+    }
+    return CheckpointInfo(path, architecture, manifest, Checksums(), stock)
 
 
 def _open_hf_folder(path: Path) -> CheckpointInfo:

@@ -30,9 +30,8 @@ from megatron_kd.models.weights import (
     load_sharded_state,
     load_weights,
     open_checkpoint,
-    sharded_weights,
-    sharding_metadata,
 )
+from megatron_kd.models.weights_format import sharded_weights, sharding_metadata
 from megatron_kd.parallel.agreement import on_main_rank
 from megatron_kd.parallel.groups import create_process_groups
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout

@@ -20,7 +20,8 @@ from megatron_kd.data.artefact_folder import building, write_file
 from megatron_kd.data.checksums import Checksums
 from megatron_kd.errors import UserError
 from megatron_kd.models.sharded_save import ShardedSave
-from megatron_kd.models.weights import LATEST_NAME, checkpoint_folders, root_cause
+from megatron_kd.models.weights import LATEST_NAME, checkpoint_folders
+from megatron_kd.models.weights_format import root_cause
 from megatron_kd.parallel.agreement import on_main_rank
 
 FORMAT = {"backend": "torch_dist", "layout": "fully_reshardable"}

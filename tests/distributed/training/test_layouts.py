@@ -20,6 +20,8 @@ OBJECTIVES = {
     "vanilla_kd": ["distillation.method=vanilla_kd", "teacher.placement=colocated"],
     "sequence means": ["training.loss_reduction=sequence"],
     "untied": ["model.name=qwen_toy_untied"],
+    "norms on Q and K": ["model.name=qwen3_toy"],
+    "scaled rotary": ["model.name=llama_toy"],
 }
 
 
@@ -70,6 +72,16 @@ def test_other_objectives_agree_with_one_rank(layout, objective, one_rank, datas
     ours = train_in_ranks(layout, settings(objective, dataset, teacher), tmp_path / "run")
     for key in ("loss", "grad_norm"):
         assert largest_relative_difference(ours, one_rank(objective), key) < TOLERANCE, key
+
+
+@pytest.mark.parametrize(
+    ("layout", "objective"), [("TP2 SP", "norms on Q and K"), ("TP2 PP2", "norms on Q and K"), ("PP2", "scaled rotary")]
+)
+def test_other_families_agree_with_one_rank(layout, objective, one_rank, dataset, teacher, tmp_path):
+    ours = train_in_ranks(layout, settings(objective, dataset, teacher), tmp_path / "run")
+    for key in ("loss", "grad_norm"):
+        assert largest_relative_difference(ours, one_rank(objective), key) < TOLERANCE, key
+    assert_same_weights(tmp_path / "run", one_rank.folder(objective))
 
 
 def test_training_learns_and_kd_differs_from_lm(one_rank):

@@ -1,0 +1,146 @@
+"""A run that meets a batch without a finite loss, a loss that jumps, a rank that hangs, data that changed."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from megatron_kd.metrics.tracker import read_metrics
+from megatron_kd.training.checkpoint import load_full_state
+from megatron_kd.training.survival import EVENTS_NAME
+from tests.distributed.training.runs import make_dataset
+from tests.end_to_end.commands import SMALL, kill, run, start
+
+STEPS = 12
+POISONED = """
+import os
+from megatron_kd.quiet import silence_known_noise
+silence_known_noise()
+import dataclasses
+from megatron_kd.training import train_step
+positions, factor = eval(os.environ["POISONED"]), float(os.environ["FACTOR"])
+finish, begun = train_step.TrainStep._finish, []
+zero = train_step.TrainStep._zero_gradients
+def note(self):
+    begun.append(1)
+    zero(self)
+def poison(self, sums):
+    position = len(begun) - 1 + int(os.environ.get("FIRST", 0))
+    if position in positions:
+        sums = {**sums, "loss": sums["loss"] * factor}
+    return finish(self, sums)
+train_step.TrainStep._finish, train_step.TrainStep._zero_gradients = poison, note
+from megatron_kd.cli import main
+if __name__ == "__main__":
+    main("train")
+"""
+
+
+def settings(dataset, folder, *more):
+    return [f"data.path={dataset.path}", f"output={folder}", *SMALL, f"training.train_iters={STEPS}", *more]
+
+
+@pytest.fixture
+def poisoned_run(dataset, tmp_path, monkeypatch):
+    """``train`` in which the loss of the batches at some positions is multiplied by a factor."""
+    program = tmp_path / "program.py"
+    program.write_text(POISONED)
+
+    def train(positions, factor, *keys, ranks=1):
+        monkeypatch.setenv("POISONED", repr(positions))
+        monkeypatch.setenv("FACTOR", factor)
+        return run("train", *settings(dataset, tmp_path / "run", *keys), ranks=ranks, program=program), tmp_path / "run"
+
+    return train
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_chunks(poisoned_run):
+    ended, folder = poisoned_run({5}, "nan", "training.save_interval=4")
+    assert ended.status == 2 and len(read_metrics(folder)) == 5
+    line = ended.lines[-1]
+    assert "step 6: loss nan" in line and "chunks of the batch: [" in line and line.count(",") >= 15
+
+
+def test_skipped_batches_are_not_learnt_from_and_the_next_ones_are(poisoned_run):
+    ended, folder = poisoned_run({5, 6}, "inf", "survival.non_finite=skip", ranks=2)
+    assert ended.status == 0, ended.stderr
+    assert [row["step"] for row in read_metrics(folder)] == list(range(1, STEPS + 1))
+    events = [json.loads(line) for line in (folder / EVENTS_NAME).read_text().splitlines()]
+    assert [event["event"] for event in events] == ["skipped batch"] * 2 and "chunks of the batch" in events[0]["text"]
+    _, _, manifest = load_full_state(folder)
+    incidents = manifest["progress"]["incidents"]
+    assert incidents["skipped_batches"] == incidents["non_finite"] == 2
+
+
+def test_a_rollback_goes_on_from_the_checkpoint_with_the_batches_after_the_spike(poisoned_run, dataset, tmp_path):
+    """The end must be that of a run from the same checkpoint which never saw the batches between."""
+    keys = ["training.save_interval=4", "survival.spike_warmup_steps=3", "training.keep_checkpoints=9"]
+    ended, folder = poisoned_run({6}, "50", *keys, "survival.spike_action=rollback")
+    assert ended.status == 0, ended.stderr
+    assert "step 7: loss spike" in ended.stderr and "going on from step 4 with global batch 7" in ended.stderr
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    _, state, manifest = load_full_state(folder)
+    assert manifest["progress"]["incidents"]["skipped_batches"] == 3
+    assert manifest["progress"]["incidents"]["rollbacks"] == 1
+    # The same from the checkpoint at step 4 in a process of its own, told to begin at position 7.
+    other = tmp_path / "other"
+    (other / "checkpoints").mkdir(parents=True)
+    program = tmp_path / "moved.py"
+    program.write_text(MOVED)
+    os.rename(folder / "checkpoints" / "step_4", other / "checkpoints" / "step_4")
+    ended = run("train", *settings(dataset, other, *keys), program=program)
+    assert ended.status == 0, ended.stderr
+    _, expected, _ = load_full_state(other)
+    for name, tensor in expected.items():
+        assert torch.equal(state[name], tensor), name
+
+
+MOVED = """
+from megatron_kd.quiet import silence_known_noise
+silence_known_noise()
+import dataclasses
+from megatron_kd.training import run
+real = run.load_checkpoint
+def load(*arguments):
+    progress = real(*arguments)
+    return dataclasses.replace(progress, incidents=dataclasses.replace(progress.incidents, skipped_batches=3))
+run.load_checkpoint = load
+from megatron_kd.cli import main
+if __name__ == "__main__":
+    main("train")
+"""
+
+
+def test_a_rank_that_hangs_is_named(dataset, tmp_path):
+    folder = tmp_path / "run"
+    process = start("train", *settings(dataset, folder, "training.train_iters=100000", "survival.hang_minutes=0.1"), ranks=2)
+    try:
+        while not (folder / "metrics.jsonl").exists() or len(read_metrics(folder)) < 3:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        children = [int(pid) for pid in os.popen(f"pgrep -P {process.pid}").read().split()]
+        victim = next(pid for pid in children if rank_of(pid) == "1")
+        os.kill(victim, signal.SIGSTOP)
+        line = next(line for line in process.stderr if "has not ended after" in line)
+    finally:
+        kill(process)
+    assert "rank 1 does not answer" in line and "rank 0 wait" in line and "survival.hang_minutes" in line
+
+
+def rank_of(pid):
+    with open(f"/proc/{pid}/environ", "rb") as file:
+        values = dict(entry.split(b"=", 1) for entry in file.read().split(b"\0") if b"=" in entry)
+    return values.get(b"RANK", b"").decode()
+
+
+def test_other_data_are_refused_unless_told(dataset, tmp_path):
+    folder, other = tmp_path / "run", make_dataset(tmp_path / "other", seed=5)
+    assert run("train", *settings(dataset, folder, "training.train_iters=2")).status == 0
+    ended = run("train", *settings(other, folder))
+    assert ended.status == 2 and "dataset" in ended.lines[-1] and "training.allow_other_data=true" in ended.lines[-1]
+    ended = run("train", *settings(other, folder, "training.allow_other_data=true"))
+    assert ended.status == 0 and "resumed at step 2" in ended.stderr

@@ -1,14 +1,18 @@
 # The NGC image brings torch, Transformer Engine and Apex; everything else is installed by the Makefile, against them.
-#   docker build -t megatron-kd . && docker run --gpus all -it megatron-kd
+#   docker build -t megatron-kd .
+#   docker run --gpus all --ipc=host -it -v "$PWD/data:/home/megatron/megatron-kd/data" megatron-kd
 FROM nvcr.io/nvidia/pytorch:25.09-py3
 
-RUN useradd --create-home --shell /bin/bash megatron
-USER megatron
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+RUN useradd --uid 2000 --create-home --shell /bin/bash megatron
+USER 2000
 WORKDIR /home/megatron/megatron-kd
-COPY --chown=megatron:megatron . .
+COPY --chown=2000:2000 . .
 
-# torch stays the image's own: it is the only constraint, and the environment sees the image's packages.
+# torch, and what the image built against it, stay the image's own; the rest has the versions that the tests pass with.
 RUN python -c 'import torch; print(f"torch=={torch.__version__}")' > /home/megatron/constraints.txt \
-    && make install PYTHON=python3 VENV_FLAGS=--system-site-packages CONSTRAINTS=/home/megatron/constraints.txt TORCH=
+    && grep -v '^torch==' requirements/constraints.txt >> /home/megatron/constraints.txt \
+    && make install PYTHON=python3 VENV_FLAGS=--system-site-packages \
+        CONSTRAINTS=/home/megatron/constraints.txt TORCH= EXTRAS=tracking,eval
 ENV PATH="/home/megatron/megatron-kd/.venv/bin:${PATH}"
 CMD ["bash"]

@@ -9,6 +9,7 @@ to stop and goes on when started again; 1 for anything else.
 import argparse
 import errno
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ class Verb:
     config: str
     summary: str
     run: str = "run"
+    positional: str | None = None
+    """The key of arguments without ``=``; without one they are refused."""
 
 
 VERBS: dict[str, Verb] = {
@@ -51,6 +54,11 @@ VERBS: dict[str, Verb] = {
     "convert_to_hf": Verb("megatron_kd.conversion.export_hf", "ConvertToHFConfig", "checkpoint to Hugging Face folder"),
     "evaluate": Verb("megatron_kd.evaluation.run", "EvaluateConfig", "held-out loss and bits per byte"),
     "plan_run": Verb("megatron_kd.planning.run", "PlanRunConfig", "memory, time and storage of a run, before it starts"),
+    "fit_scaling_law": Verb(
+        "megatron_kd.evaluation.fit_scaling_law", "FitScalingLawConfig", "loss over FLOPs, extrapolated",
+        positional="runs",
+    ),
+    "plot": Verb("megatron_kd.metrics.plot", "PlotConfig", "charts of one or several runs", positional="runs"),
     "inspect_dataset": Verb("megatron_kd.data.inspect_dataset", "InspectDatasetConfig", "what an artefact on disk is"),
 }
 
@@ -92,7 +100,7 @@ def _run_verb(name: str, arguments: Sequence[str]) -> int:
     try:
         options = parser.parse_intermixed_args(arguments)
         module = importlib.import_module(verb.module)
-        config = load_config(getattr(module, verb.config), options.config, options.overrides)
+        config = load_config(getattr(module, verb.config), options.config, _with_positional(verb, options.overrides))
         if options.dry_run:
             sys.stdout.write(dump_yaml(config))
             return 0
@@ -107,6 +115,13 @@ def _run_verb(name: str, arguments: Sequence[str]) -> int:
             )
         raise
     return 0
+
+
+def _with_positional(verb: Verb, arguments: Sequence[str]) -> list[str]:
+    plain = [argument for argument in arguments if "=" not in argument]
+    if verb.positional is None or not plain:
+        return list(arguments)
+    return [argument for argument in arguments if "=" in argument] + [f"{verb.positional}={json.dumps(plain)}"]
 
 
 def _refuse(name: str, message: str, is_reported: bool | None = None, status: int = EXIT_BAD_INPUT) -> int:

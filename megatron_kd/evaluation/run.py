@@ -1,6 +1,7 @@
-"""``evaluate``: held-out loss and bits per byte of a checkpoint, under any layout, without exporting it.
+"""``evaluate``: held-out loss and bits per byte of a checkpoint, under any layout, without exporting it; zero-shot tasks.
 
-python tools/evaluate.py model.path=RUN data.path=HELDOUT [output=FILE.json]
+    torchrun --nproc-per-node 2 tools/evaluate.py model.path=RUN data.path=HELDOUT [output=FILE.json] [parallel.…]
+    python tools/evaluate.py model.path=HF_FOLDER harness.tasks=[paper] [output=FILE.json]
 """
 
 import json
@@ -11,9 +12,10 @@ from typing import Any, Iterator
 
 from megatron_kd.data.artefact_folder import write_file
 from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.evaluation.harness import HarnessConfig, run_harness
 from megatron_kd.models.loading import ScoredModelConfig, load_for_inference
 from megatron_kd.parallel.layout import ParallelConfig
-from megatron_kd.parallel.runtime import distributed_runtime
+from megatron_kd.parallel.runtime import Runtime, distributed_runtime
 from megatron_kd.scoring.chunk_losses import heldout_loss
 
 
@@ -21,15 +23,17 @@ from megatron_kd.scoring.chunk_losses import heldout_loss
 class HeldoutDataConfig:
     """The ``data.*`` keys of evaluation."""
 
-    path: str
+    path: str | None = None
+    """A held-out chunk dataset; None leaves the loss out."""
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Everything that ``evaluate`` reads."""
 
-    data: HeldoutDataConfig
     model: ScoredModelConfig
+    data: HeldoutDataConfig = field(default_factory=HeldoutDataConfig)
+    harness: HarnessConfig = field(default_factory=HarnessConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     micro_batch_size: int = 8
     output: str | None = None
@@ -39,25 +43,18 @@ class EvaluateConfig:
         """Faults in the values, one message each."""
         if self.micro_batch_size < 1:
             yield f"'micro_batch_size' must be at least 1, not {self.micro_batch_size}"
+        if self.data.path is None and not self.harness.tasks:
+            yield "'data.path' (a held-out dataset) or 'harness.tasks' is required"
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate; returns and prints the figures."""
     with distributed_runtime() as runtime:
-        dataset = ChunkDataset.open(config.data.path)
-        loaded = load_for_inference(config.model, config.parallel, dataset, runtime)
-        totals = heldout_loss(
-            loaded.chunks, loaded.groups, dataset, device=runtime.device, micro_batch_size=config.micro_batch_size
-        )
-        figures = {
-            "model": str(loaded.info.path),
-            "dataset": config.data.path,
-            "dataset_fingerprint": dataset.fingerprint,
-            "heldout_loss": totals.loss,
-            "bits_per_byte": totals.bits_per_byte,
-            "tokens": totals.tokens,
-            "text_bytes": totals.text_bytes,
-        }
+        figures = {"model": config.model.path}
+        if config.data.path is not None:
+            figures |= heldout_figures(config, runtime)
+        if config.harness.tasks and runtime.is_main:
+            figures["harness"] = run_harness(config.harness, config.model.path, runtime.device.type)
         if runtime.is_main:
             text = json.dumps(figures, indent=2)
             if config.output is not None:
@@ -65,3 +62,21 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
                 write_file(Path(config.output), text + "\n")
             sys.stdout.write(text + "\n")
         return figures
+
+
+def heldout_figures(config: EvaluateConfig, runtime: Runtime) -> dict[str, Any]:
+    """Loss and bits per byte of ``data.path``; collective over the world."""
+    dataset = ChunkDataset.open(config.data.path)
+    loaded = load_for_inference(config.model, config.parallel, dataset, runtime)
+    totals = heldout_loss(
+        loaded.chunks, loaded.groups, dataset, device=runtime.device, micro_batch_size=config.micro_batch_size
+    )
+    return {
+        "model": str(loaded.info.path),
+        "dataset": config.data.path,
+        "dataset_fingerprint": dataset.fingerprint,
+        "heldout_loss": totals.loss,
+        "bits_per_byte": totals.bits_per_byte,
+        "tokens": totals.tokens,
+        "text_bytes": totals.text_bytes,
+    }

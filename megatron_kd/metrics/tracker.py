@@ -1,14 +1,17 @@
-"""Where a run's figures go: ``metrics.jsonl`` (one object a step), and a progress bar with tokens/s and ETA."""
+"""Where a run's figures go: ``metrics.jsonl`` (one object a step), a console line with its ETA, and other trackers."""
 
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Mapping, TextIO
+from typing import Any, Mapping, Sequence, TextIO
 
 from tqdm import tqdm
 
 from megatron_kd.data.artefact_folder import write_file
+from megatron_kd.metrics.config import MetricsConfig
+from megatron_kd.metrics.console import console_line
+from megatron_kd.metrics.sinks import Sink, open_sinks
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -22,15 +25,28 @@ class RunTracker:
         first_step: steps done before; rows beyond them (of an interrupted run) are dropped.
         active: whether this rank writes.
         description: shown before the bar.
+        config: which other trackers get the rows.
+        run_config: the run's settings, for trackers that keep them.
     """
 
-    def __init__(self, folder: Path, total_steps: int, first_step: int, active: bool, description: str):
+    def __init__(
+        self,
+        folder: Path,
+        total_steps: int,
+        first_step: int,
+        active: bool,
+        description: str,
+        config: MetricsConfig | None = None,
+        run_config: Mapping[str, Any] | None = None,
+    ):
         self._file: TextIO | None = None
         self._bar: tqdm | None = None
+        self._sinks: Sequence[Sink] = ()
         if not active:
             return
         path = folder / METRICS_NAME
         _drop_rows_beyond(path, first_step)
+        self._sinks = open_sinks(config or MetricsConfig(), folder, first_step, run_config)
         self._file = open(path, "a", encoding="utf-8")
         self._bar = tqdm(
             total=total_steps,
@@ -47,7 +63,7 @@ class RunTracker:
         if self._file is None or self._bar is None:
             return
         self._write(row)
-        self._bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s", refresh=False)
+        self._bar.set_postfix_str(console_line(row), refresh=False)
         self._bar.update(1)
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
@@ -73,10 +89,14 @@ class RunTracker:
             self.flush()
             self._file.close()
             self._bar.close()
+            for sink in self._sinks:
+                sink.close()
 
     def _write(self, row: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
+        for sink in self._sinks:
+            sink.write(row)
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Iterator
 
+from megatron_kd.metrics.config import MetricsConfig
 from megatron_kd.models.gpt import ModelConfig, Precision
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.planning.config import PlanConfig
@@ -78,6 +79,7 @@ class TrainConfig:
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     survival: SurvivalConfig = field(default_factory=SurvivalConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     """Read by ``plan_run`` alone."""
 

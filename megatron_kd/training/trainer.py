@@ -11,11 +11,13 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_kd.config import to_mapping
 from megatron_kd.data.batch import Batch, make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.loader import BatchSchedule, ChunkOrder
 from megatron_kd.data.prefetch import prefetch
 from megatron_kd.errors import NonFiniteLossError, Preempted
+from megatron_kd.metrics.device import MemoryMeter, peak_flops
 from megatron_kd.metrics.tracker import RunTracker
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.models.weights import open_checkpoint
@@ -66,6 +68,8 @@ class Trainer:
             ChunkOrder(data.num_chunks, seed=config.training.seed, shuffle=config.data.shuffle),
             config.training.global_batch_size,
         )
+        self.memory = MemoryMeter(runtime.device)
+        self.peak_flops = peak_flops(runtime.device, config.metrics.peak_tflops)
         runs = config.teacher.runs_a_model
         teacher = open_checkpoint(config.teacher.path).architecture.parameters if runs else 0
         method = config.distillation.method if runs else "none"  # what a cache took is counted where it was made
@@ -173,11 +177,15 @@ class Trainer:
             progress.step,
             self.runtime.is_main,
             self.config.model.name,
+            self.config.metrics,
+            to_mapping(self.config),
         )
 
     def _row(self, progress: Progress, result: StepResult, rate: float, seconds: float) -> dict[str, Any]:
         settings = self.config.training
         positions = settings.global_batch_size * self._seq_length
+        flops_per_second = self.flops_per_token * positions / seconds
+        mfu = {"mfu": flops_per_second / (self.layout.world_size * self.peak_flops)} if self.peak_flops else {}
         return {
             "step": progress.step,
             "tokens": progress.tokens,
@@ -189,7 +197,9 @@ class Trainer:
             "learning_rate": rate,
             "step_seconds": seconds,
             "tokens_per_second": positions / seconds,
-            "tflops_per_second": self.flops_per_token * positions / seconds / 1e12,
+            "tflops_per_second": flops_per_second / 1e12,
+            **mfu,
+            "memory_bytes": self.memory.read(),
             "train_flops": self._flops(progress),
             "seconds": progress.seconds,
         }

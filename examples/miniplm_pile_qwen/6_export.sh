@@ -1,0 +1,7 @@
+#!/bin/bash
+# A Hugging Face folder, its logits compared with Megatron-Core's.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+source examples/miniplm_pile_qwen/paths.sh
+
+run "export_$SIZE" "student_$SIZE" convert_to_hf "input=$RUNS/miniplm_$SIZE" "output=$RUNS/hf/miniplm_$SIZE"

@@ -1,0 +1,194 @@
+"""``fit_scaling_law``: L(C) = L_inf + A / C^alpha from run folders or a CSV, extrapolated to 1T and 10T tokens.
+
+    python tools/fit_scaling_law.py RUN… output=FOLDER                      # one law a run, from its evaluations
+    python tools/fit_scaling_law.py csv=points.csv parameters=500000000 output=FOLDER   # columns: flops,loss[,name]
+    python tools/fit_scaling_law.py amplitude=2.73e8 alpha=0.45 floor=3.06 parameters=500000000 output=FOLDER
+
+"1T" is the MiniPLM paper's: 20 x 100K steps x 524,288 tokens = 1.048576e12 tokens of plain pre-training, 6 N FLOPs each;
+10T is ten times that. Writes scaling_law.json and scaling_law.png.
+"""
+
+import csv
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator, Sequence
+
+import numpy as np
+
+from megatron_kd.data.artefact_folder import write_file
+from megatron_kd.errors import DataError
+from megatron_kd.evaluation.scaling_law import ScalingLaw, fit_scaling_law
+from megatron_kd.metrics.tracker import METRICS_NAME, read_metrics
+from megatron_kd.planning.flops import training_flops
+
+ONE_TRILLION = 20 * 100_000 * 524_288
+HORIZONS = {"1T": ONE_TRILLION, "10T": 10 * ONE_TRILLION}
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
+
+
+@dataclass(frozen=True)
+class FitScalingLawConfig:
+    """The keys of ``fit_scaling_law``; arguments without ``=`` are ``runs``."""
+
+    output: str
+    runs: tuple[str, ...] = ()
+    csv: str | None = None
+    amplitude: float | None = None
+    alpha: float | None = None
+    floor: float | None = None
+    parameters: float | None = None
+    """N, by which 1T and 10T tokens become FLOPs; None reads a run's own from its rows."""
+    skip: float = 0.1
+    """Share of a run's FLOPs whose evaluations are left out: the warm-up follows no power law."""
+
+    def validate(self) -> Iterator[str]:
+        """Faults in the values together, one message each."""
+        given = [self.amplitude is not None, self.alpha is not None, self.floor is not None]
+        if any(given) != all(given):
+            yield "amplitude, alpha and floor go together: give all three or none"
+        if bool(self.runs) + (self.csv is not None) + all(given) != 1:
+            yield "give run folders, csv=FILE, or amplitude, alpha and floor"
+        if not self.runs and self.parameters is None:
+            yield "'parameters' (N) is required without run folders"
+        if not 0 <= self.skip < 1:
+            yield f"'skip' must be in [0, 1), not {self.skip}"
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of one run and the FLOPs of plain pre-training on a token."""
+
+    name: str
+    flops: np.ndarray
+    losses: np.ndarray
+    flops_per_token: float
+
+
+def run(config: FitScalingLawConfig) -> dict[str, Any]:
+    """Fit, print, and write the JSON and the chart.
+
+    Raises:
+        DataError: a file is missing or malformed, or its points determine no law.
+    """
+    if config.amplitude is not None:
+        laws = [(Series("given", np.array([]), np.array([]), 6 * config.parameters),
+                 ScalingLaw(config.amplitude, config.alpha, config.floor))]
+    else:
+        laws = [(series, _fit(series)) for series in _read(config)]
+    figures = {series.name: _figures(series, law) for series, law in laws}
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "scaling_law.json", json.dumps(figures, indent=2) + "\n")
+    chart(laws).savefig(folder / "scaling_law.png", dpi=120)
+    sys.stdout.write(_text(figures) + f"\n{folder / 'scaling_law.json'}, scaling_law.png\n")
+    return figures
+
+
+def _read(config: FitScalingLawConfig) -> list[Series]:
+    if config.csv is not None:
+        return _read_csv(Path(config.csv), 6 * config.parameters)
+    return [_read_run(Path(folder), config) for folder in config.runs]
+
+
+def _fit(series: Series) -> ScalingLaw:
+    try:
+        return fit_scaling_law(series.flops, series.losses)
+    except DataError as error:
+        raise DataError(f"{series.name}: {error}") from None
+
+
+def _read_run(folder: Path, config: FitScalingLawConfig) -> Series:
+    if not (folder / METRICS_NAME).is_file():
+        raise DataError(f"{folder} is not a run folder: it has no {METRICS_NAME}")
+    rows = [row for row in read_metrics(folder) if "eval_loss" in row]
+    if not rows:
+        raise DataError(f"{folder / METRICS_NAME} has no evaluation: set training.eval_interval and data.eval_path")
+    flops = np.array([row["train_flops"] for row in rows], dtype=float)
+    losses = np.array([row["eval_loss"] for row in rows])
+    kept = flops >= config.skip * flops.max()
+    per_token = 6 * config.parameters if config.parameters else _plain_flops_per_token(folder)
+    return Series(str(folder), flops[kept], losses[kept], per_token)
+
+
+def _plain_flops_per_token(folder: Path) -> float:
+    from megatron_kd.models.weights import open_checkpoint
+
+    return training_flops(open_checkpoint(str(folder)).architecture.parameters, 1)
+
+
+def _read_csv(path: Path, flops_per_token: float) -> list[Series]:
+    points: dict[str, list[tuple[float, float]]] = {}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                point = float(row["flops"]), float(row["loss"])
+                points.setdefault(row.get("name") or path.stem, []).append(point)
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the points ({error.strerror})") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: columns 'flops' and 'loss' (and perhaps 'name') with numbers are needed ({error})") \
+            from None
+    if not points:
+        raise DataError(f"{path}: no points")
+    return [Series(name, *np.array(values).T, flops_per_token) for name, values in points.items()]
+
+
+def _figures(series: Series, law: ScalingLaw) -> dict[str, Any]:
+    horizons = {
+        name: {"tokens": tokens, "flops": tokens * series.flops_per_token,
+               "loss": law.loss(tokens * series.flops_per_token),
+               "standard_error": law.loss_error(tokens * series.flops_per_token)}
+        for name, tokens in HORIZONS.items()
+    }
+    return {
+        "amplitude": law.amplitude, "alpha": law.alpha, "floor": law.floor, "standard_errors": law.errors,
+        "rms_residual": law.residual, "points": len(series.flops),
+        "largest_flops": float(series.flops.max()) if len(series.flops) else None, "extrapolation": horizons,
+    }
+
+
+def _text(figures: dict[str, dict[str, Any]]) -> str:
+    lines = []
+    for name, law in figures.items():
+        errors = law["standard_errors"]
+        bars = [f" ± {error:.2g}" for error in errors] if errors else [""] * 3
+        lines.append(f"{name}: L(C) = {law['floor']:.4f}{bars[2]} + A / C^alpha, A = {law['amplitude']:.3g}{bars[0]}, "
+                     f"alpha = {law['alpha']:.3f}{bars[1]}")
+        for horizon, at in law["extrapolation"].items():
+            bar = f" ± {at['standard_error']:.2g}" if at["standard_error"] is not None else ""
+            lines.append(f"  {horizon} tokens, {at['flops']:.3g} FLOPs: {at['loss']:.3f}{bar}")
+        if law["largest_flops"]:
+            reach = law["extrapolation"]["1T"]["flops"] / law["largest_flops"]
+            lines.append(f"  1T is {reach:,.1f} times the largest run that was fitted; the errors assume that the law "
+                         "holds so far")
+    return "\n".join(lines)
+
+
+def chart(laws: Sequence[tuple[Series, ScalingLaw]]) -> Any:
+    """Points, laws and their floors over FLOPs, out to 10T tokens; a band of one standard error."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    axes = figure.subplots()
+    for index, (series, law) in enumerate(laws):
+        colour = COLOURS[index % len(COLOURS)]
+        far = HORIZONS["10T"] * series.flops_per_token
+        near = float(series.flops.min()) if len(series.flops) else far / 1e4
+        places = np.geomspace(near, far, 200)
+        losses = np.array([law.loss(c) for c in places])
+        axes.plot(places, losses, color=colour, linewidth=1.4, label=Path(series.name).name)
+        if law.errors is not None:
+            bars = np.array([law.loss_error(c) for c in places])
+            axes.fill_between(places, losses - bars, losses + bars, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(series.flops, series.losses, color=colour, marker="o", markersize=4, linestyle="none")
+        axes.axhline(law.floor, color=colour, linestyle=":", linewidth=1)
+        for tokens in HORIZONS.values():
+            axes.axvline(tokens * series.flops_per_token, color="grey", linewidth=0.6)
+    axes.set_xscale("log")
+    axes.set_xlabel("training FLOPs; grey lines: 1T and 10T tokens")
+    axes.set_ylabel("loss (nats per token); dotted: floor")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    return figure

@@ -1,0 +1,103 @@
+"""Zero-shot tasks through lm-evaluation-harness, on a folder that transformers loads.
+
+The MiniPLM paper's nine tasks, its choice of metric (``acc_norm`` where a task has it, else ``acc``) and its plain
+average. Data sets come from the Hugging Face hub or, with ``harness.include_path``, from task files that name local
+data. ``storycloze_2018`` needs data that its authors hand out; a task that this harness does not know is said to be
+missing and left out of the average, which then names how many tasks it covers.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator
+
+from megatron_kd.errors import CheckpointError, ConfigError
+
+PAPER_TASKS = (
+    "hellaswag", "lambada_openai", "winogrande", "openbookqa", "arc_easy", "arc_challenge", "piqa", "social_iqa",
+    "storycloze_2018",
+)
+METRICS = ("acc_norm,none", "acc,none")
+
+
+@dataclass(frozen=True)
+class HarnessConfig:
+    """The ``harness.*`` keys of ``evaluate``."""
+
+    tasks: tuple[str, ...] = ()
+    """Names of tasks; ``paper`` means the paper's nine."""
+    include_path: str | None = None
+    """A folder with task files of one's own."""
+    num_fewshot: int = 0
+    batch_size: int = 64
+    limit: int | None = None
+    """Documents a task; None means all."""
+    dtype: str | None = None
+    """None means float16 on CUDA, as the paper, and float32 on a CPU."""
+    add_bos_token: bool = False
+    bootstrap_iters: int = 100_000
+
+    def validate(self) -> Iterator[str]:
+        """Faults in the values, one message each."""
+        if self.num_fewshot < 0 or self.batch_size < 1:
+            yield "'harness.num_fewshot' must not be negative and 'harness.batch_size' at least 1"
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Every task once, ``paper`` expanded."""
+        return tuple(dict.fromkeys(
+            name for task in self.tasks for name in (PAPER_TASKS if task == "paper" else (task,))))
+
+
+def run_harness(config: HarnessConfig, hf_folder: str, device: str) -> dict[str, Any]:
+    """Accuracy of every task and their plain average.
+
+    Args:
+        hf_folder: what ``convert_to_hf`` wrote.
+        device: ``cuda`` or ``cpu``.
+
+    Raises:
+        ConfigError: lm-eval is not installed, or knows none of the tasks.
+        CheckpointError: ``hf_folder`` is not an exported model.
+    """
+    if not (Path(hf_folder) / "config.json").is_file():
+        raise CheckpointError(f"{hf_folder} is no Hugging Face folder: export the run with convert_to_hf first")
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise ConfigError("harness.tasks needs lm-evaluation-harness: pip install 'megatron-kd[eval]'") from None
+    manager = TaskManager(include_path=config.include_path)
+    known = [name for name in config.task_names if name in manager.all_tasks]
+    missing = [name for name in config.task_names if name not in known]
+    if not known:
+        raise ConfigError(f"lm-eval knows none of the tasks {', '.join(missing)}; its own are listed by 'lm-eval ls'")
+    results = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": hf_folder, "dtype": config.dtype or ("float16" if device == "cuda" else "float32"),
+                    "add_bos_token": config.add_bos_token},
+        tasks=known, num_fewshot=config.num_fewshot, batch_size=config.batch_size, device=device, limit=config.limit,
+        bootstrap_iters=config.bootstrap_iters, task_manager=manager,
+    )["results"]
+    return summarise({name: results[name] for name in known}, missing)
+
+
+def summarise(results: dict[str, dict[str, Any]], missing: list[str]) -> dict[str, Any]:
+    """The paper's metric of every task, with its standard error, and their plain average in per cent.
+
+    Raises:
+        ConfigError: a task has neither ``acc_norm`` nor ``acc``.
+    """
+    tasks = {}
+    for name, result in results.items():
+        metric = next((metric for metric in METRICS if metric in result), None)
+        if metric is None:
+            raise ConfigError(f"task {name} has neither acc_norm nor acc: it cannot enter an average of accuracies")
+        kind, _, variant = metric.partition(",")
+        error = result.get(f"{kind}_stderr,{variant}")
+        tasks[name] = {
+            "metric": kind,
+            "accuracy": 100 * result[metric],
+            "standard_error": 100 * error if isinstance(error, float) else None,
+        }
+    average = sum(task["accuracy"] for task in tasks.values()) / len(tasks)
+    return {"tasks": tasks, "average": average, "tasks_in_average": len(tasks), "missing": missing}

@@ -1,0 +1,26 @@
+"""Peak and memory of a device."""
+
+import pytest
+import torch
+
+from megatron_kd.metrics.device import MemoryMeter, peak_flops
+from megatron_kd.planning.hardware import peak_tflops_of
+
+CPU = torch.device("cpu")
+
+
+def test_the_stated_peak_wins_and_a_cpu_has_none():
+    assert peak_flops(CPU, 2.5) == 2.5e12 and peak_flops(CPU, None) is None
+
+
+@pytest.mark.parametrize(("name", "peak"), [("NVIDIA H100 80GB HBM3", 989.5), ("NVIDIA A100-SXM4-80GB", 312.0),
+                                            ("NVIDIA L40S", 362.0), ("Voodoo 2", None)])
+def test_known_gpus(name, peak):
+    assert peak_tflops_of(name) == peak
+
+
+def test_memory_grows_with_what_is_held():
+    meter = MemoryMeter(CPU)
+    before = meter.read()
+    held = torch.ones(64 << 18)
+    assert meter.read() - before > 0.9 * held.nbytes

@@ -1,0 +1,56 @@
+"""The Dockerfile under hadolint, every shell script under ShellCheck: real linters, from the test requirements."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted(
+    str(path.relative_to(REPOSITORY))
+    for path in [*REPOSITORY.glob("examples/**/*.sh"), *REPOSITORY.glob("examples/**/*.sbatch"), REPOSITORY / ".ci/run"]
+)
+
+
+def linter(name):
+    """Beside this interpreter, or on the PATH."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    assert found, f"{name} is not installed: it is one of the test requirements (make install)"
+    return found
+
+
+def lint(name, *arguments):
+    return subprocess.run([linter(name), *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def test_the_dockerfile():
+    ended = lint("hadolint", "Dockerfile")
+    assert ended.returncode == 0, ended.stdout
+
+
+def test_hadolint_finds_faults(tmp_path):
+    (tmp_path / "Dockerfile").write_text("FROM nvcr.io/nvidia/pytorch\nRUN cd /tmp && pip install numpy\n")
+    ended = lint("hadolint", str(tmp_path / "Dockerfile"))
+    assert ended.returncode == 1 and "DL3006" in ended.stdout
+
+
+def test_the_dockerfile_is_pinned_and_runs_as_an_ordinary_user():
+    lines = (REPOSITORY / "Dockerfile").read_text().splitlines()
+    image = next(line for line in lines if line.startswith("FROM"))
+    assert image.partition(":")[2] not in ("", "latest")
+    assert [line for line in lines if line.startswith("USER")][-1] not in ("USER root", "USER 0")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shell_scripts(script):
+    ended = lint("shellcheck", "-x", script)
+    assert ended.returncode == 0, ended.stdout
+
+
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s.endswith(".sh") and Path(s).stem not in
+                                    ("paths", "functions")])
+def test_steps_can_be_started(script):
+    assert (REPOSITORY / script).stat().st_mode & 0o111, f"{script} is not executable"

@@ -110,7 +110,16 @@ def _recommendation(plan: Plan) -> list[str]:
     r = plan.recommendation
     layout = f"{r.candidate.layout.describe()}, micro-batch {r.candidate.micro_batch_size}" if r.candidate else "none"
     teacher = f", teacher {r.placement}, payload {r.payload}" if r.placement != "none" else ""
-    return [f"recommended: {layout}{teacher}", *(f"  - {reason}" for reason in r.reasons)]
+    reasons = [*r.reasons, *([step_time(plan)] if r.candidate else [])]
+    return [f"recommended: {layout}{teacher}", *(f"  - {reason}" for reason in reasons)]
+
+
+def step_time(plan: Plan) -> str:
+    """A step of the recommended layout by what takes the time."""
+    best = plan.recommendation.candidate
+    effective = plan.assumptions["mfu"] * best.compute_seconds / best.seconds
+    return (f"a step: {best.compute_seconds * 1e3:.1f} ms at the stated MFU, {best.bubble_seconds * 1e3:.1f} ms bubble, "
+            f"{best.exposed_seconds * 1e3:.1f} ms communication that nothing hides: {effective:.1%} MFU in effect")
 
 
 def _paper(plan: Plan) -> list[str]:

@@ -1,11 +1,11 @@
 # shellcheck shell=bash
 # Sourced by the sbatch files: one torchrun agent on every node of the job, and a requeue when time runs out.
 #
-#   PYTHON     the interpreter with megatron_kd's requirements (default: .venv/bin/python of the submit directory)
+#   PYTHON     the interpreter with megatron_kd's requirements (default: .venv/bin/python of the working directory)
 #   CONTAINER  an image for pyxis (srun --container-image); empty runs on the nodes themselves
 #   GPUS       processes a node (default: SLURM_GPUS_ON_NODE, or 1 where there are none)
 
-PYTHON="${PYTHON:-${SLURM_SUBMIT_DIR:-$PWD}/.venv/bin/python}"
+PYTHON="${PYTHON:-$PWD/.venv/bin/python}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONUNBUFFERED=1
 
 # The first node's address, and a port that no other job of this node is likely to have.

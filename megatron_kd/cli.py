@@ -35,6 +35,9 @@ class Verb:
 
 VERBS: dict[str, Verb] = {
     "tokenize_corpus": Verb("megatron_kd.data.tokenize_corpus", "TokenizeCorpusConfig", "documents to a chunk dataset"),
+    "adopt_dataset": Verb(
+        "megatron_kd.data.adopt_dataset", "AdoptDatasetConfig", "existing .bin/.idx files as a chunk dataset, no copy"
+    ),
     "train": Verb("megatron_kd.training.run", "TrainConfig", "pre-train or distil a model"),
     "score_corpus": Verb("megatron_kd.scoring.run", "ScoreCorpusConfig", "mean NLL of every chunk under a model"),
     "sample_by_difference": Verb(
@@ -43,7 +46,9 @@ VERBS: dict[str, Verb] = {
         "keep the chunks that the teacher finds easier",
     ),
     "generate_corpus": Verb(
-        "megatron_kd.generation.generate_corpus", "GenerateCorpusConfig", "a model's own text as a chunk dataset (SeqKD)"
+        "megatron_kd.generation.generate_corpus",
+        "GenerateCorpusConfig",
+        "a model's own text as a chunk dataset (SeqKD)",
     ),
     "cache_teacher_logits": Verb(
         "megatron_kd.teachers.cache.run", "CacheTeacherLogitsConfig", "what a teacher says about every chunk, on disk"

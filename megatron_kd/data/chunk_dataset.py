@@ -80,7 +80,7 @@ class ChunkDataset:
         return cls(path, manifest, checksums)
 
     def _open_shard(self, entry: dict[str, Any]) -> IndexedDatasetReader:
-        reader = IndexedDatasetReader(self.path / entry["name"])
+        reader = IndexedDatasetReader(self.path / entry["name"], entry.get("unused_bytes", 0))
         if len(reader) != entry["chunks"] or reader.dtype != self.dtype:
             raise DataError(
                 f"{reader.index_path}: {len(reader)} chunks of {reader.dtype} where the manifest states "
@@ -306,11 +306,18 @@ class ChunkDatasetWriter:
         """Where the files of the next shard go, for one that is written elsewhere and added by :meth:`add_shard`."""
         return self.folder / f"chunks-{len(self._shards):05d}"
 
-    def add_shard(self, files: Mapping[str, FileChecksums], num_chunks: int, num_tokens: int) -> None:
-        """Add a shard whose ``.bin`` and ``.idx`` are in place at :meth:`next_shard_prefix`."""
-        name = self.next_shard_prefix().name
+    def add_shard(
+        self, files: Mapping[str, FileChecksums], num_chunks: int, num_tokens: int, unused_bytes: int = 0
+    ) -> None:
+        """Add a shard whose ``.bin`` and ``.idx`` are in place at :meth:`next_shard_prefix`.
+
+        ``unused_bytes`` at the end of ``.bin`` are in no chunk.
+        """
+        entry: dict[str, Any] = {"name": self.next_shard_prefix().name, "chunks": num_chunks, "tokens": num_tokens}
+        if unused_bytes:
+            entry["unused_bytes"] = unused_bytes
         self._checksums.files.update(files)
-        self._shards.append({"name": name, "chunks": num_chunks, "tokens": num_tokens})
+        self._shards.append(entry)
         self.num_chunks += num_chunks
         self.num_tokens += num_tokens
 

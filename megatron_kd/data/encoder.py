@@ -12,7 +12,12 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_kd.data.tokenization import LoadedTokenizer, encode_with_tokenizers
+from megatron_kd.data.tokenization import (
+    SENTENCEPIECE_MODEL,
+    TOKENIZER_JSON,
+    LoadedTokenizer,
+    encode_with_tokenizers,
+)
 from megatron_kd.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -42,7 +47,7 @@ class EngineCheck:
     """What encodes the corpus and how it was checked; recorded in the manifest.
 
     Attributes:
-        engine: ``gigatoken`` or ``tokenizers``.
+        engine: ``gigatoken``, ``tokenizers`` or ``sentencepiece``.
         documents, text_bytes: size of the sample compared.
         reason: why gigatoken is not used, or "".
     """
@@ -71,8 +76,11 @@ class DocumentEncoder:
         if engine == "gigatoken":
             import gigatoken
 
-            json_text = tokenizer.info.files["tokenizer.json"].decode("utf-8")
-            self._gigatoken = gigatoken.Tokenizer.from_json(json_text)
+            files = tokenizer.info.files
+            if tokenizer.library == "sentencepiece":
+                self._gigatoken = gigatoken.Tokenizer.from_sentencepiece(files[SENTENCEPIECE_MODEL])
+            else:
+                self._gigatoken = gigatoken.Tokenizer.from_json(files[TOKENIZER_JSON].decode("utf-8"))
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """ids uint32 ``[sum]`` one document after another, and lengths int64 ``[n]``."""
@@ -110,23 +118,23 @@ def choose_engine(tokenizer: LoadedTokenizer, sample: Sequence[str], wanted: Eng
         wanted: ``auto`` uses gigatoken if it agrees; ``tokenizers`` does not try it.
     """
     if wanted == "tokenizers":
-        return EngineCheck("tokenizers", 0, 0, "the configuration asks for tokenizers")
+        return EngineCheck(tokenizer.library, 0, 0, f"the configuration asks for {tokenizer.library}")
     texts = [*HARD_TEXTS, *sample]
     text_bytes = sum(len(text.encode("utf-8")) for text in texts)
     try:
         ids, lengths = DocumentEncoder(tokenizer, "gigatoken").encode(texts)
     except Exception as error:  # noqa: BLE001 - whatever it cannot do, tokenizers can
-        return _fall_back(EngineCheck("tokenizers", 0, 0, f"gigatoken cannot encode with this tokenizer: {error}"))
+        return _fall_back(EngineCheck(tokenizer.library, 0, 0, f"gigatoken cannot encode with this tokenizer: {error}"))
     expected_ids, expected_lengths = encode_with_tokenizers(tokenizer.backend, texts)
     if not (np.array_equal(lengths, expected_lengths) and np.array_equal(ids, expected_ids)):
         first = _first_difference(ids, lengths, expected_ids, expected_lengths)
-        reason = f"gigatoken's ids differ from tokenizers' on the sample, first on {texts[first][:60]!r}"
-        return _fall_back(EngineCheck("tokenizers", len(texts), text_bytes, reason))
+        reason = f"gigatoken's ids differ from {tokenizer.library}' on the sample, first on {texts[first][:60]!r}"
+        return _fall_back(EngineCheck(tokenizer.library, len(texts), text_bytes, reason))
     return EngineCheck("gigatoken", len(texts), text_bytes)
 
 
 def _fall_back(check: EngineCheck) -> EngineCheck:
-    logger.warning("encoding with tokenizers, which is slower: %s", check.reason)
+    logger.warning("encoding with %s, which is slower: %s", check.engine, check.reason)
     return check
 
 

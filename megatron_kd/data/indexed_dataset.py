@@ -129,11 +129,17 @@ class IndexedDatasetReader:
         dtype: of the ids on disk.
         buffer: the ``.bin`` file, uint8 ``[bytes]``.
 
+    Args:
+        prefix: path without the extension.
+        unused_bytes: at the end of ``.bin``, in no chunk.
+
     Raises:
         DataError: a file is missing, or the two do not agree.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
+    checks_documents = True
+
+    def __init__(self, prefix: str | Path, unused_bytes: int = 0) -> None:
         prefix = Path(prefix)
         self.bin_path = prefix.with_name(prefix.name + ".bin")
         self.index_path = prefix.with_name(prefix.name + ".idx")
@@ -142,14 +148,14 @@ class IndexedDatasetReader:
                 raise DataError(f"{path}: missing; a shard is a .bin and an .idx file")
         index = _map_bytes(self.index_path)
         self.dtype, count, documents = self._read_header(index)
-        expected = HEADER.size + 12 * count + 8 * documents
-        if len(index) != expected:
+        expected = HEADER.size + 12 * count + (8 * documents if self.checks_documents else 0)
+        if len(index) < expected or (self.checks_documents and len(index) > expected):
             raise DataError(f"{self.index_path}: {len(index)} bytes where its header announces {expected}; truncated?")
         self.lengths = index[HEADER.size : HEADER.size + 4 * count].view("<i4")
         self.pointers = index[HEADER.size + 4 * count : HEADER.size + 12 * count].view("<i8")
         self.buffer = _map_bytes(self.bin_path)
         end = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if count else 0
-        if end != len(self.buffer):
+        if end + unused_bytes != len(self.buffer):
             raise DataError(f"{self.bin_path}: {len(self.buffer)} bytes where the index ends at {end}; truncated?")
 
     def _read_header(self, index: np.ndarray) -> tuple[np.dtype, int, int]:
@@ -175,6 +181,26 @@ class IndexedDatasetReader:
         """A view of one chunk's ids, read-only, ``dtype`` ``[length]``."""
         start, stop = self.byte_range(index)
         return self.buffer[start:stop].view(self.dtype)
+
+
+class ForeignIndex(IndexedDatasetReader):
+    """A pair that another program wrote: its document part is not looked at, its sequences lie one after another.
+
+    Raises:
+        DataError: they do not.
+    """
+
+    checks_documents = False
+
+    def __init__(self, prefix: str | Path) -> None:
+        super().__init__(prefix)
+        place = 0
+        for start in range(0, len(self.lengths), _COUNTING_PIECE):
+            sizes = self.lengths[start : start + _COUNTING_PIECE].astype(np.int64) * self.dtype.itemsize
+            ends = place + np.cumsum(sizes)
+            if not np.array_equal(self.pointers[start : start + _COUNTING_PIECE], ends - sizes):
+                raise DataError(f"{self.index_path}: its sequences do not lie one after another; rewrite the file")
+            place = int(ends[-1])
 
 
 def _map_bytes(path: Path) -> np.ndarray:

@@ -9,6 +9,7 @@ but its number.
 """
 
 import math
+from typing import Protocol
 
 import numpy as np
 
@@ -62,6 +63,14 @@ class ChunkOrder:
         return left * b + right
 
 
+class PositionOrder(Protocol):
+    """What gives the chunk of a position: :class:`ChunkOrder`, or ``BlendedOrder`` over several datasets."""
+
+    def chunks_at(self, positions: np.ndarray) -> np.ndarray:
+        """Chunk indices int64 of sample positions ``≥ 0``, any shape."""
+        ...
+
+
 class BatchSchedule:
     """Cuts the sample order into global batches and those into micro-batches per data-parallel rank.
 
@@ -70,7 +79,7 @@ class BatchSchedule:
         global_batch_size: B, samples per step over all ranks and micro-batches.
     """
 
-    def __init__(self, order: ChunkOrder, global_batch_size: int) -> None:
+    def __init__(self, order: PositionOrder, global_batch_size: int) -> None:
         self.order = order
         self.global_batch_size = global_batch_size
 

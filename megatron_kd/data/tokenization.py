@@ -1,7 +1,9 @@
 """Tokenizers: loading, identity, bytes per token, encoding documents, training a byte-level BPE.
 
-A tokenizer is a Hugging Face folder with ``tokenizer.json``, or such a file alone. Documents are encoded by gigatoken
-where it supports the tokenizer and agrees with the ``tokenizers`` library on a sample, else by ``tokenizers``.
+A tokenizer is a Hugging Face folder with ``tokenizer.json``, such a file alone, or a SentencePiece ``.model`` (also as
+``tokenizer.model`` of a folder without ``tokenizer.json``). Documents are encoded by gigatoken
+where it supports the tokenizer and agrees with the ``tokenizers`` (or ``sentencepiece``) library on a sample, else by
+that library.
 """
 
 import hashlib
@@ -16,6 +18,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from megatron_kd.data.artefact_folder import building
+from megatron_kd.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_kd.data.tokenizer_info import TokenizerInfo
 from megatron_kd.errors import DataError
 
@@ -25,6 +28,7 @@ QWEN2_PATTERN = (
 EOS_TOKEN = "<|endoftext|>"
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SENTENCEPIECE_MODEL = "tokenizer.model"
 _FILES = (
     TOKENIZER_JSON,
     TOKENIZER_CONFIG,
@@ -43,14 +47,14 @@ class LoadedTokenizer:
 
     Attributes:
         path: where it came from.
-        backend: the ``tokenizers`` object.
+        backend: the ``tokenizers`` object, or one with the same methods.
         info: what datasets record of it.
         cleans_up_spaces: whether its configuration asks decoding to remove spaces before punctuation.
         bos_id: or None.
     """
 
     path: Path
-    backend: Tokenizer
+    backend: Tokenizer | SentencePieceTokenizer
     info: TokenizerInfo
     cleans_up_spaces: bool
     bos_id: int | None
@@ -62,23 +66,30 @@ class LoadedTokenizer:
         return self.backend.decode_batch(one_each, skip_special_tokens=False)
 
     @property
+    def library(self) -> str:
+        """What gigatoken is compared with: ``tokenizers`` or ``sentencepiece``."""
+        return "sentencepiece" if isinstance(self.backend, SentencePieceTokenizer) else "tokenizers"
+
+    @property
     def is_byte_level(self) -> bool:
         """Whether decoding concatenates the bytes of the ids, each id's the same wherever it stands."""
         return _is_byte_level(self.backend)
 
 
 def load_tokenizer(path: str | Path, eos_token: str | None = None) -> LoadedTokenizer:
-    """Load a Hugging Face tokenizer folder or ``tokenizer.json`` file.
+    """Load a Hugging Face tokenizer folder, a ``tokenizer.json`` file or a SentencePiece model.
 
     Args:
         path: the folder or file.
-        eos_token: the token that ends a document; None takes the folder's ``eos_token``.
+        eos_token: the token that ends a document; None takes the folder's ``eos_token``, or the model's own.
 
     Raises:
         DataError: no such tokenizer, not readable, or its end-of-document token is unknown.
     """
     path = Path(path)
     files = _read_files(path)
+    if SENTENCEPIECE_MODEL in files:
+        return _load_sentencepiece(path, files, eos_token)
     try:
         backend = Tokenizer.from_str(files[TOKENIZER_JSON].decode("utf-8"))
         content = json.loads(files[TOKENIZER_JSON])
@@ -105,6 +116,30 @@ def load_tokenizer(path: str | Path, eos_token: str | None = None) -> LoadedToke
     )
 
 
+def _load_sentencepiece(path: Path, files: dict[str, bytes], eos_token: str | None) -> LoadedTokenizer:
+    model = files[SENTENCEPIECE_MODEL]
+    backend = SentencePieceTokenizer(model, str(path))
+    try:
+        settings = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
+    except ValueError as error:
+        raise DataError(f"{path / TOKENIZER_CONFIG}: not valid JSON ({error})") from None
+    eos = eos_token or _token_text(settings.get("eos_token")) or backend.eos_token
+    eos_id = backend.token_to_id(eos) if eos else None
+    if eos is None or eos_id is None:
+        raise DataError(f"{path}: the end-of-document token {eos!r} is not in the vocabulary; set eos_token")
+    files.setdefault(TOKENIZER_CONFIG, json.dumps({"eos_token": eos, "pad_token": eos}, indent=2).encode() + b"\n")
+    digest = hashlib.sha256(model + f"|eos_id={eos_id}".encode()).hexdigest()[:32]
+    lengths = token_byte_lengths(backend)
+    bos = _token_text(settings.get("bos_token")) or backend.bos_token
+    return LoadedTokenizer(
+        path,
+        backend,
+        TokenizerInfo(digest, len(lengths), eos_id, eos_id, lengths, files),
+        bool(settings.get("clean_up_tokenization_spaces", False)),
+        backend.token_to_id(bos) if bos else None,
+    )
+
+
 def tokenizer_hash(content: dict[str, Any], eos_id: int) -> str:
     """Content hash of what decides the ids: model, normalizer, pre-tokenizer, added tokens and the eos id.
 
@@ -125,7 +160,7 @@ def tokenizer_hash(content: dict[str, Any], eos_id: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def token_byte_lengths(backend: Tokenizer) -> np.ndarray:
+def token_byte_lengths(backend: Tokenizer | SentencePieceTokenizer) -> np.ndarray:
     """UTF-8 bytes that each id stands for, int32 ``[vocab_size]``; special tokens and unused ids 0.
 
     Byte-level vocabularies write each byte as one character; others a space as ``▁`` and a lone byte as ``<0x41>``.
@@ -188,7 +223,9 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, output: str | Pa
     return Path(output)
 
 
-def encode_with_tokenizers(backend: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def encode_with_tokenizers(
+    backend: Tokenizer | SentencePieceTokenizer, texts: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
     """Encode without special tokens: ids uint32 ``[sum]`` one document after another, lengths int64 ``[n]``."""
     encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
     parts = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
@@ -209,16 +246,22 @@ def append_eos(ids: np.ndarray, lengths: np.ndarray, eos_id: int) -> tuple[np.nd
 
 def _read_files(path: Path) -> dict[str, bytes]:
     if path.is_file():
-        return {TOKENIZER_JSON: path.read_bytes()}
+        return {SENTENCEPIECE_MODEL if path.suffix == ".model" else TOKENIZER_JSON: path.read_bytes()}
     if not path.is_dir():
-        raise DataError(f"{path}: no such tokenizer; give a Hugging Face tokenizer folder or a tokenizer.json")
+        raise DataError(
+            f"{path}: no such tokenizer; give a Hugging Face tokenizer folder, a tokenizer.json or a SentencePiece model"
+        )
     files = {name: (path / name).read_bytes() for name in _FILES if (path / name).is_file()}
+    model = path / SENTENCEPIECE_MODEL
+    if TOKENIZER_JSON not in files and model.is_file():
+        kept = {name: data for name, data in files.items() if name in (TOKENIZER_CONFIG, "special_tokens_map.json")}
+        return {**kept, SENTENCEPIECE_MODEL: model.read_bytes()}
     if TOKENIZER_JSON not in files:
         raise DataError(f"{path}: holds no {TOKENIZER_JSON}; save it with transformers' fast tokenizer first")
     return files
 
 
-def _is_byte_level(backend: Tokenizer) -> bool:
+def _is_byte_level(backend: Tokenizer | SentencePieceTokenizer) -> bool:
     return isinstance(backend.decoder, decoders.ByteLevel)
 
 

@@ -6,6 +6,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_kd.data.blend import open_data
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import ConfigError, DataError
 from megatron_kd.models.architecture import ModelArchitecture, architecture_by_name
@@ -29,7 +30,7 @@ def open_datasets(config: TrainConfig) -> tuple[ChunkDataset, ChunkDataset | Non
     Raises:
         DataError: one is missing or damaged, has longer chunks than ``data.seq_length``, or another tokenizer.
     """
-    data = ChunkDataset.open(config.data.path)
+    data = open_data(config.data.path, config.data.weights)
     heldout = ChunkDataset.open(config.data.eval_path) if config.data.eval_path else None
     if config.data.seq_length is not None and config.data.seq_length < data.seq_length:
         raise DataError(

@@ -17,7 +17,10 @@ from megatron_kd.training.survival import SurvivalConfig
 class TrainingDataConfig:
     """The ``data.*`` keys of training."""
 
-    path: str
+    path: str | tuple[str, ...]
+    """One chunk dataset, or several to blend."""
+    weights: tuple[float, ...] | None = None
+    """Share of each of several datasets in the samples; None is in proportion to their chunks."""
     eval_path: str | None = None
     seq_length: int | None = None
     """None means the dataset's."""

@@ -13,8 +13,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_kd.config import to_mapping
 from megatron_kd.data.batch import Batch, make_batch
+from megatron_kd.data.blend import order_of
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.data.loader import BatchSchedule, ChunkOrder
+from megatron_kd.data.loader import BatchSchedule
 from megatron_kd.data.prefetch import prefetch
 from megatron_kd.errors import NonFiniteLossError, Preempted
 from megatron_kd.metrics.device import MemoryMeter, peak_flops
@@ -65,7 +66,7 @@ class Trainer:
         self.architecture, self.layout, self.groups = architecture, layout, groups
         self.model, self.optimizer, self.step = model, optimizer, step
         self.schedule = BatchSchedule(
-            ChunkOrder(data.num_chunks, seed=config.training.seed, shuffle=config.data.shuffle),
+            order_of(data, config.training.seed, config.data.shuffle),
             config.training.global_batch_size,
         )
         self.memory = MemoryMeter(runtime.device)
@@ -258,7 +259,7 @@ class Trainer:
             "tokenizer_path": str(self.data.tokenizer_path.absolute()),
             "eos_id": self.data.eos_id,
             "dataset_fingerprint": self.data.fingerprint,
-            "dataset_path": self.config.data.path,
+            "dataset_path": str(self.data.path),
             "seq_length": self._seq_length,
             "precision": self.config.training.precision,
             "layout": as_mapping(self.layout),

@@ -58,9 +58,13 @@ VERBS: dict[str, Verb] = {
     ),
     "convert_to_hf": Verb("megatron_kd.conversion.export_hf", "ConvertToHFConfig", "checkpoint to Hugging Face folder"),
     "evaluate": Verb("megatron_kd.evaluation.run", "EvaluateConfig", "held-out loss and bits per byte"),
-    "plan_run": Verb("megatron_kd.planning.run", "PlanRunConfig", "memory, time and storage of a run, before it starts"),
+    "plan_run": Verb(
+        "megatron_kd.planning.run", "PlanRunConfig", "memory, time and storage of a run, before it starts"
+    ),
     "fit_scaling_law": Verb(
-        "megatron_kd.evaluation.fit_scaling_law", "FitScalingLawConfig", "loss over FLOPs, extrapolated",
+        "megatron_kd.evaluation.fit_scaling_law",
+        "FitScalingLawConfig",
+        "loss over FLOPs, extrapolated",
         positional="runs",
     ),
     "plot": Verb("megatron_kd.metrics.plot", "PlotConfig", "charts of one or several runs", positional="runs"),

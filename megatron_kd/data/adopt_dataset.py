@@ -4,8 +4,8 @@
 
 No id is copied: ``chunks-00000.bin`` is a symbolic link. ``sequences=chunks``: every sequence of the file is a chunk
 (MiniPLM's released shards). ``sequences=documents``: it is a stock Megatron document dataset; its chunks are the
-windows of ``seq_length + 1`` ids, one after another, as ``chunking: packed`` would cut them. Only the lengths and places
-of the old index are read, so one whose document part is not Megatron's (MiniPLM's) is as good.
+windows of ``seq_length + 1`` ids, one after another, as ``chunking: packed`` cuts them. Only the lengths and places of
+the old index are read, so one whose document part is not Megatron's (MiniPLM's) is as good.
 """
 
 import os

@@ -249,7 +249,7 @@ def _read_files(path: Path) -> dict[str, bytes]:
         return {SENTENCEPIECE_MODEL if path.suffix == ".model" else TOKENIZER_JSON: path.read_bytes()}
     if not path.is_dir():
         raise DataError(
-            f"{path}: no such tokenizer; give a Hugging Face tokenizer folder, a tokenizer.json or a SentencePiece model"
+            f"{path}: no such tokenizer; give a Hugging Face folder, a tokenizer.json or a SentencePiece model"
         )
     files = {name: (path / name).read_bytes() for name in _FILES if (path / name).is_file()}
     model = path / SENTENCEPIECE_MODEL

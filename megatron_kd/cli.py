@@ -68,6 +68,16 @@ VERBS: dict[str, Verb] = {
         positional="runs",
     ),
     "plot": Verb("megatron_kd.metrics.plot", "PlotConfig", "charts of one or several runs", positional="runs"),
+    "split_dataset": Verb("megatron_kd.data.split_dataset", "SplitDatasetConfig", "a random part of a chunk dataset"),
+    "predict_difference": Verb(
+        "megatron_kd.scoring.predict_difference", "PredictDifferenceConfig", "a proxy's r, learnt from scored chunks"
+    ),
+    "convert_tokenization": Verb(
+        "megatron_kd.data.convert_tokenization", "ConvertTokenizationConfig", "a chunk dataset to another tokenizer"
+    ),
+    "measure_diversity": Verb(
+        "megatron_kd.evaluation.diversity", "MeasureDiversityConfig", "n-gram diversity and Vendi score of corpora"
+    ),
     "inspect_dataset": Verb("megatron_kd.data.inspect_dataset", "InspectDatasetConfig", "what an artefact on disk is"),
 }
 

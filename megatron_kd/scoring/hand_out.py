@@ -30,11 +30,6 @@ class WorkQueue:
         while (place := self._next()) < len(self._units):
             yield self._units[place]
 
-    @property
-    def num_units(self) -> int:
-        """Units in all."""
-        return len(self._units)
-
     def num_taken(self) -> int:
         """Units handed out so far, over all replicas."""
         return min(self._store.add(self._key, 0), len(self._units))

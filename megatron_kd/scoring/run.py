@@ -6,15 +6,12 @@ Replicas of the model take units of chunks as they get free; finished units are 
 that was killed goes on, on any number of ranks, and gives the same scores.
 """
 
-import secrets
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterator
 
 import numpy
-import torch.distributed as dist
-from tqdm import tqdm
 
 from megatron_kd.config import to_mapping
 from megatron_kd.data.chunk_dataset import ChunkDataset
@@ -26,11 +23,11 @@ from megatron_kd.parallel.agreement import on_main_rank
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.parallel.runtime import Runtime, distributed_runtime
 from megatron_kd.scoring.chunk_losses import ChunkLosses, ChunkScorer
-from megatron_kd.scoring.hand_out import WorkQueue
 from megatron_kd.scoring.journal import ScoreJournal
 from megatron_kd.scoring.leakage import refuse_training_data
-from megatron_kd.scoring.micro_batches import MicroBatchPlan, width_multiple
+from megatron_kd.scoring.micro_batches import MicroBatch, MicroBatchPlan, width_multiple
 from megatron_kd.scoring.score_file import KIND, ScoreFile, write_score_file
+from megatron_kd.scoring.units import UnitScores, fill_journal
 
 
 @dataclass(frozen=True)
@@ -113,42 +110,20 @@ def _score(
 ) -> None:
     """Compute what is missing in the journal, then write the score file."""
     journal = ScoreJournal(config.output, dataset.num_chunks)
+    scorer = ChunkScorer(loaded.chunks, loaded.groups, dataset, runtime.device)
+
+    def compute(micro_batches: list[MicroBatch], first_chunk: int) -> UnitScores | None:
+        losses = scorer.unit(micro_batches)
+        return None if losses is None else UnitScores(mean_losses(losses, first_chunk), float(losses.nats.sum()))
+
     try:
         on_main_rank(lambda: journal.claim(recipe))
-        name, done = on_main_rank(lambda: (secrets.token_hex(8), journal.done_units()))
-        todo = sorted(set(range(plan.num_units)) - set(done))
-        if done and runtime.is_main:
-            sys.stderr.write(f"score_corpus: {len(done):,} of {plan.num_units:,} units were done before\n")
-        queue = WorkQueue(todo, name, loaded.groups, runtime.device)
-        _work(queue, plan, ChunkScorer(loaded.chunks, loaded.groups, dataset, runtime.device), journal, runtime)
-        dist.barrier()
+        fill_journal("score_corpus", journal, plan, loaded.groups, runtime, compute)
         on_main_rank(lambda: _write(config, dataset, loaded, fingerprint, recipe, journal.gather()))
     finally:
         journal.close()
     if runtime.is_main:
         journal.remove()
-
-
-def _work(queue: WorkQueue, plan: MicroBatchPlan, scorer: ChunkScorer, journal: ScoreJournal, runtime: Runtime) -> None:
-    """Score the units that this replica is given."""
-    with tqdm(
-        total=journal.num_chunks,
-        desc="score",
-        unit="chunk",
-        unit_scale=True,
-        disable=not runtime.is_main,
-        file=sys.stderr,
-        mininterval=0.5 if sys.stderr.isatty() else 10.0,
-    ) as bar:
-        before = plan.num_units - queue.num_units
-        bar.initial = min(before * plan.chunks_per_unit, bar.total)
-        for unit in queue:
-            losses = scorer.unit(plan.unit(unit))
-            if losses is not None:
-                first = plan.chunk_range(unit)[0]
-                journal.add(unit, first, mean_losses(losses, first), float(losses.nats.sum()))
-            if runtime.is_main:
-                bar.update(min((before + queue.num_taken()) * plan.chunks_per_unit, bar.total) - bar.n)
 
 
 def _plan(config: ScoreCorpusConfig, dataset: ChunkDataset, loaded: LoadedModel) -> MicroBatchPlan:

@@ -1,0 +1,223 @@
+"""A chunk dataset from one tokenizer to another, chunk by chunk: what lets a Llama or Mamba student learn from chunks that
+a Qwen teacher chose (MiniPLM, arXiv 2410.17215, §3.3 and its released ``convert_tokenization``).
+
+    chunk → pieces between the old eos → text → new ids → joined by the new eos → (bos in front) → cut to L
+
+Chunk i of the result is chunk i of the input. ``source_chunk_ids.npy`` holds each chunk's id in the input's root: ids of
+another tokenizer are another root, so that scores and caches of the old ids are never taken for theirs.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_kd.config import to_mapping
+from megatron_kd.data.artefact_folder import building
+from megatron_kd.data.chunk_dataset import KIND, ChunkDataset, ChunkDatasetWriter
+from megatron_kd.data.manifest import already_made, recipe_of
+from megatron_kd.data.tokenization import LoadedTokenizer, load_tokenizer
+from megatron_kd.errors import DataError
+
+SOURCE_IDS_NAME = "source_chunk_ids.npy"
+BLOCK_CHUNKS = 512
+
+
+@dataclass(frozen=True)
+class ConvertedDataConfig:
+    """``data.*`` keys of ``convert_tokenization``: ``path``, the chunk dataset to convert."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class ConvertTokenizationConfig:
+    """Keys of ``convert_tokenization``."""
+
+    data: ConvertedDataConfig
+    tokenizer: str
+    """The new one: a Hugging Face folder or tokenizer.json."""
+    output: str
+    seq_length: int | None = None
+    """A chunk has at most one id more; None for the input's."""
+    prepend_bos: bool = False
+    """For models that were trained with a bos in front (Llama, Mistral); it counts in the length."""
+    eos_token: str | None = None
+    workers: int = 0
+    """Processes; 0 for one a core."""
+
+    def validate(self) -> Iterator[str]:
+        """Yield what is wrong."""
+        if self.seq_length is not None and self.seq_length < 1:
+            yield f"seq_length must be at least 1, not {self.seq_length}"
+        if self.workers < 0:
+            yield f"workers must not be negative, not {self.workers}"
+
+
+class ChunkConverter:
+    """Converts chunks of ids.
+
+    Args:
+        old, new: the tokenizers.
+        length: L, ids of a converted chunk at most.
+        prepend_bos: put the new tokenizer's bos in front.
+    """
+
+    def __init__(self, old: LoadedTokenizer, new: LoadedTokenizer, length: int, prepend_bos: bool) -> None:
+        self._old, self._new, self._length = old, new, length
+        self._bos = [new.bos_id] if prepend_bos else []
+
+    def __call__(self, chunks: list[np.ndarray]) -> tuple[list[np.ndarray], int]:
+        """The converted chunks, as many; and how many ids were cut off."""
+        pieces = [_split_at(chunk, self._old.info.eos_id) for chunk in chunks]
+        flat = [piece.tolist() for of_chunk in pieces for piece in of_chunk]
+        texts = self._old.backend.decode_batch(flat, skip_special_tokens=True)
+        encoded = iter(self._new.backend.encode_batch_fast(texts, add_special_tokens=False))
+        results, num_cut = [], 0
+        for of_chunk in pieces:
+            ids = list(self._bos)
+            for piece in of_chunk:
+                ids += [*next(encoded).ids, self._new.info.eos_id]
+            ids.pop()  # the eos behind the last piece: it ends there only if the chunk did, which makes an empty piece
+            num_cut += max(0, len(ids) - self._length)
+            del ids[self._length :]
+            if len(ids) <= 1:
+                ids.append(self._new.info.eos_id)
+            results.append(np.array(ids, dtype=np.int64))
+        return results, num_cut
+
+
+def run(config: ConvertTokenizationConfig) -> str:
+    """Convert a dataset; returns the path of the result.
+
+    Raises:
+        DataError: the dataset is missing, damaged, or carries no tokenizer; the new tokenizer is unreadable or has no
+            bos that ``prepend_bos`` could put; the output exists and is something else.
+    """
+    dataset = ChunkDataset.open(config.data.path)
+    old, new = _tokenizers(config, dataset)
+    seq_length = config.seq_length or dataset.seq_length
+    recipe = recipe_of({
+        "tool": "convert_tokenization", "parent": dataset.fingerprint, "tokenizer": new.info.hash,
+        "seq_length": seq_length, "prepend_bos": config.prepend_bos,
+    })  # fmt: skip
+    if already_made(config.output, KIND, recipe):
+        ChunkDataset.open(config.output)
+        _say(f"{config.output}: already made from this dataset with this tokenizer, nothing to do")
+        return config.output
+    with building(config.output) as folder, closing(_writer(folder, dataset, new, seq_length)) as writer:
+        num_cut = _convert(config, dataset, seq_length, writer)
+        writer.add_array(SOURCE_IDS_NAME, np.asarray(dataset.root_ids(np.arange(len(dataset)))))
+        if dataset.domains is not None:
+            writer.add_domains(dataset.domain_names, dataset.domains)
+        fingerprint = writer.finish(
+            _producer(config, dataset, num_cut, recipe),
+            [{"kind": KIND, "path": str(dataset.path), "fingerprint": dataset.fingerprint}],
+        )
+    share = num_cut / max(1, num_cut + writer.num_tokens)
+    _say(
+        f"{len(dataset)} chunks, {dataset.num_tokens} ids to {writer.num_tokens} ({share:.2%} cut off beyond "
+        f"{seq_length + 1}); {config.output}, fingerprint {fingerprint[:12]}"
+    )
+    return config.output
+
+
+def source_chunk_ids(dataset: ChunkDataset) -> np.ndarray | None:
+    """The id that each chunk has in the root of the dataset that it was converted from, int64; None if it was not."""
+    if SOURCE_IDS_NAME not in dataset.checksums.files:
+        return None
+    return np.load(dataset.path / SOURCE_IDS_NAME, mmap_mode="r")[dataset.chunk_ids]
+
+
+def _tokenizers(config: ConvertTokenizationConfig, dataset: ChunkDataset) -> tuple[LoadedTokenizer, LoadedTokenizer]:
+    if not dataset.tokenizer_path.is_dir():
+        raise DataError(f"{dataset.path}: carries no tokenizer, so its ids cannot be decoded")
+    old, new = load_tokenizer(dataset.tokenizer_path), load_tokenizer(config.tokenizer, config.eos_token)
+    if config.prepend_bos and new.bos_id is None:
+        raise DataError(f"{config.tokenizer}: names no bos_token, which prepend_bos=true needs")
+    if old.info.hash == new.info.hash:
+        raise DataError(f"{config.tokenizer}: is the tokenizer that {dataset.path} already has ({new.info.hash})")
+    return old, new
+
+
+def _writer(folder: Path, dataset: ChunkDataset, new: LoadedTokenizer, seq_length: int) -> ChunkDatasetWriter:
+    per_shard = max((len(shard) for shard in dataset.shards), default=1)
+    return ChunkDatasetWriter(folder, new.info, seq_length, per_shard)
+
+
+def _convert(config: ConvertTokenizationConfig, dataset: ChunkDataset, seq_length: int, writer: Any) -> int:
+    """Write all chunks in order; how many ids were cut off."""
+    settings = (str(dataset.path), config.tokenizer, config.eos_token, seq_length + 1, config.prepend_bos)
+    starts = range(0, len(dataset), BLOCK_CHUNKS)
+    workers = min(config.workers or len(os.sched_getaffinity(0)), len(starts))
+    num_cut = 0
+    with tqdm(total=len(dataset), unit="chunk", unit_scale=True, desc="convert", disable=None) as bar:
+        for ids, lengths, cut in _in_order(settings, starts, workers):
+            writer.add(ids, lengths)
+            num_cut += cut
+            bar.update(len(lengths))
+    return num_cut
+
+
+def _in_order(
+    settings: tuple[Any, ...], starts: range, workers: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Converted blocks in order, at most a few a worker ahead."""
+    if workers <= 1:
+        _start_worker(*settings)
+        yield from map(_convert_block, starts)
+        return
+    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=settings) as pool:
+        waiting = []
+        for start in starts:
+            waiting.append(pool.submit(_convert_block, start))
+            if len(waiting) > 3 * workers:
+                yield waiting.pop(0).result()
+        for future in waiting:
+            yield future.result()
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(path: str, tokenizer: str, eos_token: str | None, length: int, prepend_bos: bool) -> None:
+    """What every block of a process shares."""
+    dataset = ChunkDataset.open(path)
+    new = load_tokenizer(tokenizer, eos_token)
+    _worker["dataset"] = dataset
+    _worker["convert"] = ChunkConverter(load_tokenizer(dataset.tokenizer_path), new, length, prepend_bos)
+
+
+def _convert_block(start: int) -> tuple[np.ndarray, np.ndarray, int]:
+    dataset = _worker["dataset"]
+    chunks, num_cut = _worker["convert"]([dataset[i] for i in range(start, min(start + BLOCK_CHUNKS, len(dataset)))])
+    return np.concatenate(chunks), np.array([len(chunk) for chunk in chunks], dtype=np.int64), num_cut
+
+
+def _split_at(chunk: np.ndarray, eos_id: int) -> list[np.ndarray]:
+    """What stands between the eos ids, empty pieces included, as text.split does."""
+    places = np.flatnonzero(chunk == eos_id)
+    bounds = zip([0, *(places + 1).tolist()], [*places.tolist(), len(chunk)], strict=True)
+    return [chunk[start:stop] for start, stop in bounds]
+
+
+def _producer(config: ConvertTokenizationConfig, dataset: ChunkDataset, num_cut: int, recipe: str) -> dict[str, Any]:
+    return {
+        "tool": "convert_tokenization",
+        "config": {**to_mapping(config), "workers": 0},
+        "source_root_fingerprint": dataset.root_fingerprint,
+        "source_tokenizer_hash": dataset.tokenizer_hash,
+        "tokens_cut_off": num_cut,
+        "recipe": recipe,
+    }
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"convert_tokenization: {line}\n")

@@ -1,0 +1,267 @@
+"""``predict_difference`` (MiniPLM_prx): r of every chunk from a small proxy that learnt it on a scored random subset.
+
+    split_dataset → score_corpus of the subset with teacher and reference → predict_difference → sample_by_difference
+
+Scored chunks keep the r that was measured; the proxy predicts the others. A tenth of the scored chunks is held out, and
+how well the proxy ranks them is printed and recorded. Finished units survive a kill, as in ``score_corpus``.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from megatron_kd.config import to_mapping
+from megatron_kd.data.batch import make_batch
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.differences import check_pair
+from megatron_kd.data.manifest import already_made, recipe_of
+from megatron_kd.errors import DataError
+from megatron_kd.models.loading import LoadedModel, ScoredModelConfig, load_for_inference
+from megatron_kd.parallel.agreement import on_main_rank
+from megatron_kd.parallel.layout import ParallelConfig
+from megatron_kd.parallel.runtime import Runtime, distributed_runtime
+from megatron_kd.scoring.journal import ScoreJournal
+from megatron_kd.scoring.micro_batches import MicroBatch, MicroBatchPlan
+from megatron_kd.scoring.proxy import DifferenceProxy, ProxyTrainingConfig, read_batch, train_proxy
+from megatron_kd.scoring.score_file import DIFFERENCE_KIND, ScoreFile, write_score_file
+from megatron_kd.scoring.units import UnitScores, fill_journal
+
+QUANTITY = "difference of mean negative log-likelihoods, reference − teacher, nats per token: measured or predicted"
+HELDOUT_SHARE = 0.1
+LEAST_SCORED = 20
+
+
+@dataclass(frozen=True)
+class SubsetConfig:
+    """``subset.*`` keys: a random part of the corpus, scored by both models."""
+
+    path: str
+    teacher_scores: str
+    reference_scores: str
+
+
+@dataclass(frozen=True)
+class PredictedDataConfig:
+    """``data.*`` keys: ``path``, the corpus that the subset was drawn from."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class PredictDifferenceConfig:
+    """Everything that ``predict_difference`` reads."""
+
+    data: PredictedDataConfig
+    subset: SubsetConfig
+    proxy: ScoredModelConfig
+    """Where the proxy's weights start: a small trained model, for instance the reference model itself."""
+    output: str
+    training: ProxyTrainingConfig = field(default_factory=ProxyTrainingConfig)
+    micro_batch_size: int = 16
+    chunks_per_unit: int | None = None
+
+    def validate(self) -> Iterator[str]:
+        """Faults in the values, one message each."""
+        if self.micro_batch_size < 1:
+            yield f"'micro_batch_size' must be at least 1, not {self.micro_batch_size}"
+        yield from self.training.faults()
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """r of the scored chunks of the subset, and where they are in the corpus; ``is_heldout`` are not trained on."""
+
+    subset: ChunkDataset
+    chunks: np.ndarray
+    values: np.ndarray
+    corpus_chunks: np.ndarray
+    is_heldout: np.ndarray
+    parents: list[dict[str, str]]
+
+
+def run(config: PredictDifferenceConfig) -> Path:
+    """Train the proxy, predict, and write the differences.
+
+    Raises:
+        DataError: corpus, subset and scores do not belong together; too few chunks are scored; the output is something
+            else.
+        CheckpointError: the proxy's weights are missing, damaged, or read other ids.
+    """
+    with distributed_runtime() as runtime:
+        dataset = ChunkDataset.open(config.data.path)
+        measured = _open_measured(config, dataset)
+        recipe = _recipe(config, dataset, measured)
+        if on_main_rank(lambda: _is_made(config, recipe)):
+            return Path(config.output)
+        start = replace(config.proxy, precision=config.proxy.precision or "fp32")  # it is trained, with plain AdamW
+        loaded = load_for_inference(start, ParallelConfig(), dataset, runtime)
+        plan = MicroBatchPlan(dataset, config.micro_batch_size, chunks_per_unit=config.chunks_per_unit)
+        journal = ScoreJournal(config.output, dataset.num_chunks)
+        try:
+            on_main_rank(lambda: journal.claim(recipe))
+            proxy = _trained_proxy(config, measured, loaded, journal, runtime)
+            quality = _quality(proxy, measured, config, runtime)
+            _predict(proxy, dataset, plan, journal, loaded, runtime)
+            on_main_rank(lambda: _write(config, dataset, measured, loaded, quality, recipe, journal.gather()))
+        finally:
+            journal.close()
+        if runtime.is_main:
+            journal.remove()
+    return Path(config.output)
+
+
+def _open_measured(config: PredictDifferenceConfig, dataset: ChunkDataset) -> _Measured:
+    subset = ChunkDataset.open(config.subset.path)
+    if subset.root_fingerprint != dataset.root_fingerprint:
+        raise DataError(
+            f"{subset.path}: its chunks refer to {subset.root_fingerprint}, those of {dataset.path} to "
+            f"{dataset.root_fingerprint}; draw the subset with split_dataset"
+        )
+    teacher, reference = ScoreFile.open(config.subset.teacher_scores), ScoreFile.open(config.subset.reference_scores)
+    check_pair(teacher, reference)
+    values = np.subtract(reference.aligned_with(subset), teacher.aligned_with(subset), dtype=np.float32)
+    chunks = np.flatnonzero(~np.isnan(values))
+    if len(chunks) < LEAST_SCORED:
+        raise DataError(f"{subset.path}: {len(chunks)} scored chunks are too few to learn from; draw at least 1% more")
+    root_ids = np.asarray(dataset.chunk_ids)
+    wanted = np.asarray(subset.chunk_ids)[chunks]
+    places = np.searchsorted(root_ids, wanted)
+    places[places == len(root_ids)] = 0
+    corpus_chunks = np.where(root_ids[places] == wanted, places, -1)
+    is_heldout = np.zeros(len(chunks), dtype=bool)
+    heldout = np.random.default_rng(config.training.seed).permutation(len(chunks))
+    is_heldout[heldout[: max(2, int(HELDOUT_SHARE * len(chunks)))]] = True
+    parents = [
+        {"kind": scores.manifest["kind"], "role": role, "path": str(scores.path), "fingerprint": scores.fingerprint}
+        for role, scores in (("teacher", teacher), ("reference", reference))
+    ]
+    return _Measured(subset, chunks, values[chunks], corpus_chunks, is_heldout, parents)
+
+
+def _trained_proxy(
+    config: PredictDifferenceConfig, measured: _Measured, loaded: LoadedModel, journal: ScoreJournal, runtime: Runtime
+) -> DifferenceProxy:
+    """The proxy, from the unfinished output if its training was done before."""
+    train = ~measured.is_heldout
+    targets = measured.values[train]
+    proxy = DifferenceProxy(loaded.chunks[0].requires_grad_(True), float(targets.mean()), float(targets.std()) or 1.0)
+    saved = journal.folder / "proxy.pt"
+    if on_main_rank(saved.exists):
+        proxy.load_state_dict(torch.load(saved, map_location=runtime.device, weights_only=True), strict=False)
+        return proxy.eval()
+    with tqdm(
+        total=config.training.train_iters, desc="proxy", unit="step", disable=not runtime.is_main, file=sys.stderr,
+        mininterval=0.5 if sys.stderr.isatty() else 10.0,
+    ) as bar:  # fmt: skip
+
+        def on_step(error: float) -> None:
+            bar.set_postfix(mse=f"{error:.3f}", refresh=False)
+            bar.update()
+
+        train_proxy(proxy, measured.subset, measured.chunks[train], targets, config.training, loaded.groups,
+                    runtime.device, on_step)  # fmt: skip
+    on_main_rank(lambda: _save(proxy, saved))
+    return proxy
+
+
+def _save(proxy: DifferenceProxy, path: Path) -> None:
+    tensors = {name: value for name, value in proxy.state_dict().items() if isinstance(value, torch.Tensor)}
+    torch.save(tensors, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").rename(path)
+
+
+@torch.no_grad()
+def _quality(
+    proxy: DifferenceProxy, measured: _Measured, config: PredictDifferenceConfig, runtime: Runtime
+) -> dict[str, Any]:
+    """How well held-out chunks are ranked: correlations, and the share of the better half that it finds."""
+    chunks, actual = measured.chunks[measured.is_heldout], measured.values[measured.is_heldout]
+    predicted = np.concatenate([
+        proxy(read_batch(measured.subset, chunks[start : start + config.micro_batch_size]).to(runtime.device)).cpu()
+        for start in range(0, len(chunks), config.micro_batch_size)
+    ])  # fmt: skip
+    half = len(chunks) // 2
+    both = set(np.argsort(-actual, kind="stable")[:half]) & set(np.argsort(-predicted, kind="stable")[:half])
+    constant = predicted.std() == 0 or actual.std() == 0
+    return {
+        "heldout_chunks": len(chunks),
+        "pearson": 0.0 if constant else float(np.corrcoef(actual, predicted)[0, 1]),
+        "spearman": 0.0 if constant else float(np.corrcoef(_ranks(actual), _ranks(predicted))[0, 1]),
+        "better_half_found": len(both) / half,
+    }
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    return np.argsort(np.argsort(values, kind="stable"), kind="stable")
+
+
+def _predict(
+    proxy: DifferenceProxy,
+    dataset: ChunkDataset,
+    plan: MicroBatchPlan,
+    journal: ScoreJournal,
+    loaded: LoadedModel,
+    runtime: Runtime,
+) -> None:
+    @torch.no_grad()
+    def compute(micro_batches: list[MicroBatch], first_chunk: int) -> UnitScores:
+        scores = np.zeros(sum(len(micro_batch.indices) for micro_batch in micro_batches), dtype=np.float32)
+        for micro_batch in micro_batches:
+            batch = make_batch(dataset, micro_batch.indices, micro_batch.width).to(runtime.device)
+            scores[micro_batch.indices - first_chunk] = proxy(batch).cpu().numpy()
+        return UnitScores(scores, float(np.nansum(scores)))
+
+    fill_journal("predict_difference", journal, plan, loaded.groups, runtime, compute)
+
+
+def _is_made(config: PredictDifferenceConfig, recipe: str) -> bool:
+    if not already_made(config.output, DIFFERENCE_KIND, recipe):
+        return False
+    ScoreFile.open(config.output, DIFFERENCE_KIND)
+    sys.stderr.write(f"predict_difference: {config.output}: already made, nothing to do\n")
+    return True
+
+
+def _recipe(config: PredictDifferenceConfig, dataset: ChunkDataset, measured: _Measured) -> str:
+    return recipe_of({
+        "tool": "predict_difference", "dataset": dataset.fingerprint, "subset": measured.subset.fingerprint,
+        "scores": [parent["fingerprint"] for parent in measured.parents], "proxy": to_mapping(config.proxy),
+        "training": to_mapping(config.training), "micro_batch_size": config.micro_batch_size,
+        "chunks_per_unit": config.chunks_per_unit,
+    })  # fmt: skip
+
+
+def _write(
+    config: PredictDifferenceConfig,
+    dataset: ChunkDataset,
+    measured: _Measured,
+    loaded: LoadedModel,
+    quality: dict[str, Any],
+    recipe: str,
+    predicted: np.ndarray,
+) -> None:
+    is_here = measured.corpus_chunks >= 0
+    predicted[measured.corpus_chunks[is_here]] = measured.values[is_here]
+    write_score_file(
+        config.output,
+        predicted,
+        dataset,
+        model={"path": str(loaded.info.path), "fingerprint": recipe, "parameters": loaded.info.architecture.parameters},
+        compute_dtype=config.proxy.precision or "fp32",
+        producer={"tool": "predict_difference", "config": to_mapping(config), "recipe": recipe, "quality": quality,
+                  "measured": int(is_here.sum())},
+        kind=DIFFERENCE_KIND,
+        quantity=QUANTITY,
+        parents=measured.parents,
+    )  # fmt: skip
+    sys.stderr.write(
+        f"predict_difference: {dataset.num_chunks:,} chunks into {config.output}, {int(is_here.sum()):,} of them "
+        f"measured; on {quality['heldout_chunks']} held-out chunks Pearson {quality['pearson']:.3f}, Spearman "
+        f"{quality['spearman']:.3f}, {quality['better_half_found']:.1%} of the better half found\n"
+    )

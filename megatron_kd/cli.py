@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 from megatron_kd.config import dump_yaml, load_config
@@ -117,8 +117,8 @@ def _run_verb(name: str, arguments: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the file, dotted keys")
     silence_known_noise()
     try:
-        options = parser.parse_intermixed_args(arguments)
         module = importlib.import_module(verb.module)
+        options = parser.parse_intermixed_args(_spell_out_flags(arguments, getattr(module, verb.config)))
         config = load_config(getattr(module, verb.config), options.config, _with_positional(verb, options.overrides))
         if options.dry_run:
             sys.stdout.write(dump_yaml(config))
@@ -141,6 +141,12 @@ def _with_positional(verb: Verb, arguments: Sequence[str]) -> list[str]:
     if verb.positional is None or not plain:
         return list(arguments)
     return [argument for argument in arguments if "=" in argument] + [f"{verb.positional}={json.dumps(plain)}"]
+
+
+def _spell_out_flags(arguments: Sequence[str], schema: type) -> list[str]:
+    """``--verify`` for ``verify=true``, where the verb has such a key."""
+    flags = {f"--{field.name.replace('_', '-')}": field.name for field in fields(schema) if field.type in (bool, "bool")}
+    return [f"{flags[argument]}=true" if argument in flags else argument for argument in arguments]
 
 
 def _refuse(name: str, message: str, is_reported: bool | None = None, status: int = EXIT_BAD_INPUT) -> int:

@@ -18,8 +18,8 @@ from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.manifest import read_manifest
 from megatron_kd.data.tokenization import load_tokenizer
 from megatron_kd.errors import DataError
+from megatron_kd.scoring.score_file import DIFFERENCE_KIND, ScoreFile
 from megatron_kd.scoring.score_file import KIND as SCORE_FILE
-from megatron_kd.scoring.score_file import ScoreFile
 from megatron_kd.teachers.cache.cache_file import KIND as LOGIT_CACHE
 from megatron_kd.teachers.cache.describe import describe_cache
 
@@ -47,7 +47,10 @@ def run(config: InspectDatasetConfig) -> None:
         DataError: it is missing, or damaged (with ``verify=true``: anywhere).
     """
     manifest, checksums = read_manifest(config.path)
-    describers = {CHUNK_DATASET: _describe_dataset, SCORE_FILE: _describe_scores, LOGIT_CACHE: _describe_cache}
+    describers = {
+        CHUNK_DATASET: _describe_dataset, SCORE_FILE: _describe_scores, DIFFERENCE_KIND: _describe_scores,
+        LOGIT_CACHE: _describe_cache,
+    }  # fmt: skip
     describe = describers.get(manifest["kind"], _describe_other)
     lines = [f"{config.path}: {manifest['kind'].replace('_', ' ')}, fingerprint {manifest.get('fingerprint', 'none')}"]
     lines += describe(config, manifest)
@@ -86,6 +89,7 @@ def _describe_dataset(config: InspectDatasetConfig, manifest: dict[str, Any]) ->
         f"seq_length {dataset.seq_length}",
         f"  tokenizer    {dataset.vocab_size:,} ids, eos {dataset.eos_id}, hash {dataset.tokenizer_hash}",
         f"  chunk ids    refer to {root}",
+        *_describe_origin(dataset),
     ]
     if dataset.tokenizer_path.is_dir() and config.samples:
         backend = load_tokenizer(dataset.tokenizer_path).backend
@@ -95,14 +99,31 @@ def _describe_dataset(config: InspectDatasetConfig, manifest: dict[str, Any]) ->
     return lines
 
 
+def _describe_origin(dataset: ChunkDataset) -> Iterator[str]:
+    """Role, domains, and the tokenizer that chunks were converted from, where the manifest tells of them."""
+    producer = dataset.manifest.get("producer", {})
+    if "role" in producer:
+        yield f"  role         {producer['role']}"
+    if dataset.domains is not None:
+        counts = np.bincount(dataset.domains, minlength=len(dataset.domain_names))
+        pairs = sorted(zip(counts.tolist(), dataset.domain_names, strict=True), reverse=True)
+        yield "  domains      " + ", ".join(f"{name} {count / max(1, len(dataset)):.1%}" for count, name in pairs)
+    if "source_root_fingerprint" in producer:
+        yield (
+            f"  converted    from chunks of {producer['source_root_fingerprint']}, "
+            f"tokenizer {producer['source_tokenizer_hash']}"
+        )
+
+
 def _describe_scores(config: InspectDatasetConfig, manifest: dict[str, Any]) -> list[str]:
-    scores = ScoreFile.open(config.path)
+    scores = ScoreFile.open(config.path, manifest["kind"])
     known = scores.scores[np.isfinite(scores.scores)]
     spread = (
         f"mean {known.mean(dtype=np.float64):.4f}, {known.min():.4f} to {known.max():.4f}" if len(known) else "none"
     )
     return [
         f"  scores       {len(scores.scores):,}: {spread} nats per token; {len(scores.unscored)} unscored",
+        f"  quantity     {manifest['quantity']}",
         f"  model        {manifest['model'].get('path', 'unknown')}, fingerprint {scores.model_fingerprint}",
         "  seen with    " + ", ".join(f"{key}={value}" for key, value in scores.view.items()),
     ]

@@ -58,6 +58,7 @@ def test_a_dataset_its_samples_and_its_lineage(artefacts: Path, capsys: pytest.C
     assert f"\n  chunk 0      {decoded[:300]!r}\n" in text
     assert "← score file (teacher)" in text and f"dataset {root.fingerprint[:12]}" in text
     assert "every checksum agrees" in text
+    assert "every checksum agrees" in inspect(capsys, "--verify", f"path={artefacts}/selection")
     text = inspect(capsys, f"path={artefacts}/dataset", "samples=0")
     assert "its own" in text and "tokenize_corpus" in text and "checksum agrees" not in text
 

@@ -1,10 +1,10 @@
-"""A chunk dataset from one tokenizer to another, chunk by chunk: what lets a Llama or Mamba student learn from chunks that
-a Qwen teacher chose (MiniPLM, arXiv 2410.17215, §3.3 and its released ``convert_tokenization``).
+"""A chunk dataset from one tokenizer to another, chunk by chunk: what lets a Llama or Mamba student learn from chunks
+that a Qwen teacher chose (MiniPLM, arXiv 2410.17215, and its released ``convert_tokenization``).
 
     chunk → pieces between the old eos → text → new ids → joined by the new eos → (bos in front) → cut to L
 
-Chunk i of the result is chunk i of the input. ``source_chunk_ids.npy`` holds each chunk's id in the input's root: ids of
-another tokenizer are another root, so that scores and caches of the old ids are never taken for theirs.
+Chunk i of the result is chunk i of the input. ``source_chunk_ids.npy`` holds each chunk's id in the input's root: ids
+of another tokenizer are another root, so that scores and caches of the old ids are never taken for theirs.
 """
 
 import os
@@ -83,7 +83,7 @@ class ChunkConverter:
         results, num_cut = [], 0
         for of_chunk in pieces:
             ids = list(self._bos)
-            for piece in of_chunk:
+            for _ in of_chunk:
                 ids += [*next(encoded).ids, self._new.info.eos_id]
             ids.pop()  # the eos behind the last piece: it ends there only if the chunk did, which makes an empty piece
             num_cut += max(0, len(ids) - self._length)
@@ -166,9 +166,7 @@ def _convert(config: ConvertTokenizationConfig, dataset: ChunkDataset, seq_lengt
     return num_cut
 
 
-def _in_order(
-    settings: tuple[Any, ...], starts: range, workers: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+def _in_order(settings: tuple[Any, ...], starts: range, workers: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Converted blocks in order, at most a few a worker ahead."""
     if workers <= 1:
         _start_worker(*settings)

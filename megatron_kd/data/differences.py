@@ -1,4 +1,4 @@
-"""r of every chunk of a dataset, in blocks: from the scores of teacher and reference model, or as a proxy predicts it."""
+"""r of every chunk of a dataset, in blocks: from teacher's and reference model's scores, or as a proxy predicts it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -112,10 +112,10 @@ def _markdown(
     ]  # fmt: skip
     if "domains" in facts:
         lines += ["| domain | chunks | kept | share kept | mean r |", "|---|---:|---:|---:|---:|"]
-        lines += [
-            f"| {_cell(row['domain'])} | {row['chunks']:,} | {row['kept']:,} | {row['share']:.1%} | {row['mean_r']:.4f} |"
-            for row in facts["domains"]
-        ] + [""]
+        for row in facts["domains"]:
+            counts = f"{row['chunks']:,} | {row['kept']:,} | {row['share']:.1%}"
+            lines.append(f"| {_cell(row['domain'])} | {counts} | {row['mean_r']:.4f} |")
+        lines.append("")
     chosen = example_chunks(differences, dataset.num_chunks, examples)
     if any(chosen.values()):
         lines += ["| r | chunk | −log p | −log p_ref | r | kept | text |", "|---|---:|---:|---:|---:|---|---|"]

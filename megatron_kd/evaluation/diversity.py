@@ -5,9 +5,9 @@
 - **Mean pairwise distance**: the mean of 1 − cosine over all pairs of different chunks.
 - **n-gram diversity** (Padmakumar & He, arXiv 2309.05196): the sum over n = 1 … 4 of distinct n-grams / n-grams of ids.
 
-Chunks are embedded as TF-IDF of their ids, or, with ``model.path``, as a model's mean final hidden state. The MiniPLM paper
-prints a semantic diversity without naming its measure; none of these is claimed to be that one. Corpora are compared on
-equally many chunks and equally many ids; the idf is that of all of them together.
+Chunks are embedded as TF-IDF of their ids, or, with ``model.path``, as a model's mean final hidden state. The MiniPLM
+paper prints a semantic diversity without naming its measure; none of these is claimed to be that one. Corpora are
+compared on equally many chunks and equally many ids; the idf is that of all of them together.
 """
 
 import json

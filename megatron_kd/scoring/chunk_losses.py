@@ -1,7 +1,7 @@
 """Negative log-likelihood of chunks under a model: what scoring and held-out evaluation share.
 
-``scoring/micro_batches.py`` says which chunks share a forward pass. The fused loss gives the loss of every token without
-holding logits; a chunk's is their sum over unmasked positions.
+``scoring/micro_batches.py`` says which chunks share a forward pass. The fused loss gives the loss of every token
+without holding logits; a chunk's is their sum over unmasked positions.
 """
 
 import math

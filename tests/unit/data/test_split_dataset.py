@@ -13,7 +13,8 @@ from megatron_kd.scoring.leakage import num_shared_chunks
 
 
 def split(dataset: ChunkDataset, folder: Path, name: str, **keys: object) -> tuple[ChunkDataset, ChunkDataset]:
-    tree = {"data": {"path": str(dataset.path)}, "output": str(folder / name), "rest_output": str(folder / f"{name}-rest")}
+    outputs = {"output": str(folder / name), "rest_output": str(folder / f"{name}-rest")}
+    tree = {"data": {"path": str(dataset.path)}, **outputs}
     run(from_mapping(SplitDatasetConfig, {**tree, **keys}, "test"))
     return ChunkDataset.open(folder / name), ChunkDataset.open(folder / f"{name}-rest")
 

@@ -30,12 +30,13 @@ def copy_chunks(dataset: ChunkDataset, kept: np.ndarray, writer: ChunkDatasetWri
     Args:
         dataset: where from; what is read is verified against its checksums.
         kept: chunk indices, ascending.
-        writer: of the same dtype.
+        writer: takes the dtype of the dataset, which may be wider than its vocabulary needs.
         threads: 0 for one a core, at most 16.
 
     Raises:
         DataError: a block of the dataset is damaged.
     """
+    writer.dtype = dataset.dtype
     per_shard = writer.chunks_per_shard
     threads = threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
     with (

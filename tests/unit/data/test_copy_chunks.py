@@ -55,6 +55,19 @@ def test_the_same_files_as_chunk_after_chunk(
     ours.verify()
 
 
+def test_ids_wider_than_the_vocabulary_needs_stay_so(tmp_path: Path) -> None:
+    """As adopted files may have them: int32 for 100 ids."""
+    with building(tmp_path / "wide") as folder:
+        writer = ChunkDatasetWriter(folder, plain_tokenizer_info(100), 16)
+        writer.dtype = np.dtype(np.int32)
+        for length in (3, 5, 7):
+            writer.add(np.arange(1, length), np.array([length - 1]))
+        writer.finish({"tool": "test"})
+    wide = ChunkDataset.open(tmp_path / "wide")
+    out = write(wide, np.array([0, 2]), tmp_path / "out", 10, parallel=True)
+    assert out.dtype == np.int32 and out[1].tolist() == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_flipped_bit_ends_the_copy(large: ChunkDataset, tmp_path: Path) -> None:
     path = large.shards[1].bin_path
     whole = path.read_bytes()

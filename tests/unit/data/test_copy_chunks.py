@@ -1,5 +1,8 @@
 """Parallel copies are the bytes and checksums that writing chunk after chunk gives."""
 
+import errno
+import os
+import resource
 from contextlib import closing
 from pathlib import Path
 
@@ -12,6 +15,8 @@ from megatron_kd.data.chunk_dataset import ChunkDataset, ChunkDatasetWriter, wri
 from megatron_kd.data.copy_chunks import copy_chunks
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import DataError
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
@@ -79,4 +84,18 @@ def test_a_flipped_bit_ends_the_copy(large: ChunkDataset, tmp_path: Path) -> Non
             write(ChunkDataset.open(large.path), np.arange(0, 3000, 3), tmp_path / "out", 1100, parallel=True)
     finally:
         path.write_bytes(whole)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_leaves_nothing(large: ChunkDataset, tmp_path: Path) -> None:
+    """In a process whose files may not grow beyond 300 kB, as on a full disk: an error, and no folder of any name."""
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+        try:
+            write(large, np.arange(0, 3000, 2), tmp_path / "out", 1100, parallel=True)
+        except OSError as error:
+            os._exit(7 if error.errno == errno.EFBIG and error.filename else 8)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert not list(tmp_path.iterdir())

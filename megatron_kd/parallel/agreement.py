@@ -30,17 +30,20 @@ def on_main_rank(action: Callable[[], Any]) -> Any:
     return value
 
 
-def first_to_fail() -> bool:
-    """Whether no other rank has failed before this one: the first one reports, the others end quietly."""
+def first_to_fail(store: dist.Store | None = None) -> bool:
+    """Whether no other rank has failed before this one: the first one reports, the others end quietly.
+
+    ``store`` is shared by all ranks of the job; None means the default group's.
+    """
     try:
-        return dist.distributed_c10d._get_default_store().add(_FAILURES_KEY, 1) == 1
+        return (store or dist.distributed_c10d._get_default_store()).add(_FAILURES_KEY, 1) == 1
     except Exception:  # noqa: BLE001 - the store went away with the rank that failed first
         return False
 
 
-def another_rank_failed() -> bool:
+def another_rank_failed(store: dist.Store | None = None) -> bool:
     """Whether a rank has reported a failure: what this rank ran into is then its consequence."""
     try:
-        return dist.distributed_c10d._get_default_store().add(_FAILURES_KEY, 0) > 0
+        return (store or dist.distributed_c10d._get_default_store()).add(_FAILURES_KEY, 0) > 0
     except Exception:  # noqa: BLE001 - nothing is known of the others
         return False

@@ -13,9 +13,11 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_kd.errors import UserError
+from megatron_kd.errors import LayoutError, UserError
 from megatron_kd.parallel import cpu_backend
 from megatron_kd.parallel.agreement import another_rank_failed, first_to_fail
+from megatron_kd.parallel.liveness import Liveness
+from megatron_kd.parallel.worlds import SplitWorld, join_split_world
 
 
 @dataclass(frozen=True)
@@ -25,38 +27,75 @@ class Runtime:
     device: torch.device
     rank: int
     world_size: int
+    split: SplitWorld | None = None
+    """Where the world is split into a student's and a teacher's: ``rank`` and ``world_size`` then are in one of them."""
 
     @property
     def is_main(self) -> bool:
         """Whether this rank writes files and talks to the terminal."""
-        return self.rank == 0
+        return self.rank == 0 and not self.is_teacher
+
+    @property
+    def is_teacher(self) -> bool:
+        """Whether this is one of a remote teacher's ranks."""
+        return self.split is not None and self.split.role == "teacher"
 
 
 @contextmanager
-def distributed_runtime(timeout_minutes: float = 30.0) -> Iterator[Runtime]:
+def distributed_runtime(timeout_minutes: float = 30.0, teacher_ranks: int = 0) -> Iterator[Runtime]:
     """Join the torchrun world (NCCL on CUDA, gloo on CPU) or make a world of one; leave it at the end.
 
     An already initialised world (a test's) is used as it is and left standing. Of the ranks that stop on bad input the
     first is marked to report it.
+
+    Args:
+        timeout_minutes: how long a collective may wait.
+        teacher_ranks: how many ranks, the last ones, are a world of their own, for a remote teacher. The death of any
+            rank of a split world ends all.
     """
     device = _choose_device()
+    timeout = timedelta(minutes=timeout_minutes)
+    if teacher_ranks:
+        with _split_runtime(device, timeout, teacher_ranks) as runtime, _one_reports(runtime.split.store):
+            yield runtime
+        return
     owns_world = not dist.is_initialized()
     if owns_world:
-        _join_world(device, timedelta(minutes=timeout_minutes))
+        _join_world(device, timeout)
     try:
-        yield Runtime(device=device, rank=dist.get_rank(), world_size=dist.get_world_size())
+        with _one_reports():
+            yield Runtime(device=device, rank=dist.get_rank(), world_size=dist.get_world_size())
+    finally:
+        if owns_world:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _split_runtime(device: torch.device, timeout: timedelta, teacher_ranks: int) -> Iterator[Runtime]:
+    if dist.is_initialized() or "RANK" not in os.environ:
+        raise LayoutError(f"a teacher on {teacher_ranks} ranks of its own needs more ranks: start it with torchrun")
+    split = join_split_world(teacher_ranks, device, timeout)
+    try:
+        with Liveness(split.store, split.rank, split.world_size, split.describe()):
+            yield Runtime(device, dist.get_rank(), dist.get_world_size(), split)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _one_reports(store: dist.Store | None = None) -> Iterator[None]:
+    """Of the ranks that stop on bad input, the first reports it."""
+    try:
+        yield
     except UserError as error:
-        error.is_reported = not first_to_fail()
+        error.is_reported = not first_to_fail(store)
         raise
     except RuntimeError as error:  # a collective whose other end is gone
-        if not another_rank_failed():
+        if not another_rank_failed(store):
             raise
         stopped = UserError(f"another rank stopped ({' '.join(str(error).split())[:100]})")
         stopped.is_reported = True
         raise stopped from None
-    finally:
-        if owns_world:
-            dist.destroy_process_group()
 
 
 def seed_everything(seed: int, groups: ProcessGroupCollection) -> None:

@@ -5,15 +5,23 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_kd.errors import LayoutError
+from megatron_kd.losses import OutputHead
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.models.gpt import HiddenStateGPTModel, Precision, build_model, padded_vocab_size
 from megatron_kd.models.layer_specs import LayerSpecName
 from megatron_kd.models.weights import CheckpointInfo, load_weights
-from megatron_kd.parallel.groups import create_process_groups
+from megatron_kd.parallel.groups import create_process_groups, is_last_stage
 from megatron_kd.parallel.layout import ParallelLayout
+from megatron_kd.parallel.runtime import seed_everything
+from megatron_kd.parallel.worlds import SplitWorld
 from megatron_kd.teachers.colocated import ColocatedTeacher
+from megatron_kd.teachers.exchange import Bridge, GroupCarrier, reshard_head
 from megatron_kd.teachers.interface import TeacherConfig
+from megatron_kd.teachers.orders import OrderLog
+from megatron_kd.teachers.payload import HiddenStates
+from megatron_kd.teachers.remote import RemoteTeacher
 from megatron_kd.teachers.routing import Routing
+from megatron_kd.teachers.teacher_ranks import ScheduledBatches, TeacherRanks
 
 
 def plan_teacher_layout(
@@ -106,7 +114,7 @@ def build_colocated(
     teacher_rows = padded_vocab_size(info.architecture.vocab_size, own.tensor) // own.tensor
     same_place = (own.tensor, own.pipeline) == (layout.tensor, layout.pipeline)
     teacher_groups = groups if same_place else create_process_groups(own)
-    carrier = None if same_place and student_rows == teacher_rows else dist.new_group(list(ranks))
+    carrier = None if same_place and student_rows == teacher_rows else GroupCarrier(dist.new_group(list(ranks)))
     chunks = load_teacher(
         info, own, teacher_groups, precision=precision, layer_spec=layer_spec, seq_length=seq_length, device=device
     )
@@ -119,3 +127,93 @@ def build_colocated(
         stash_bytes=config.stash_megabytes << 20,
         carrier=carrier,
     )
+
+
+def build_remote(
+    config: TeacherConfig,
+    info: CheckpointInfo,
+    student: ModelArchitecture,
+    layout: ParallelLayout,
+    groups: ProcessGroupCollection,
+    split: SplitWorld,
+    *,
+    precision: Precision,
+    seq_length: int,
+    train_iters: int,
+    device: torch.device,
+) -> RemoteTeacher:
+    """The student's end of a teacher on ranks of its own; the arguments are those of :func:`build_colocated`."""
+    own = plan_teacher_layout(config, info, layout, split.num_teachers, seq_length)
+    routing, bridge, orders = _remote_parts(layout, own, split)
+    like = torch.empty(0, dtype=_dtype(precision), device=device)
+    payload = HiddenStates(info.architecture.hidden_size, like.dtype)
+    head = _remote_head(None, info, student, routing, bridge, like)
+    return RemoteTeacher(
+        bridge,
+        orders,
+        routing,
+        groups,
+        payload,
+        head,
+        prefetch_depth=config.prefetch_depth,
+        train_iters=train_iters,
+    )
+
+
+def build_teacher_ranks(
+    config: TeacherConfig,
+    info: CheckpointInfo,
+    student: ModelArchitecture,
+    layout: ParallelLayout,
+    split: SplitWorld,
+    batches: ScheduledBatches,
+    *,
+    precision: Precision,
+    layer_spec: LayerSpecName,
+    seq_length: int,
+    device: torch.device,
+) -> TeacherRanks:
+    """The teacher's end: on its ranks, with its weights. ``layout`` is the student's."""
+    own = plan_teacher_layout(config, info, layout, split.num_teachers, seq_length)
+    groups = create_process_groups(own)
+    seed_everything(0, groups)
+    chunks = load_teacher(
+        info, own, groups, precision=precision, layer_spec=layer_spec, seq_length=seq_length, device=device
+    )
+    routing, bridge, orders = _remote_parts(layout, own, split)
+    like = next(chunks[0].parameters())
+    payload = HiddenStates(info.architecture.hidden_size, like.dtype)
+    _remote_head(chunks[-1].output_head() if is_last_stage(groups) else None, info, student, routing, bridge, like)
+    return TeacherRanks(
+        chunks, groups, routing, bridge, orders, batches, payload, prefetch_depth=config.prefetch_depth, device=device
+    )
+
+
+def _remote_parts(student: ParallelLayout, own: ParallelLayout, split: SplitWorld) -> tuple[Routing, Bridge, OrderLog]:
+    ranks = range(split.world_size)
+    routing = Routing(student, own, ranks[: split.num_students], ranks[split.num_students :])
+    return routing, Bridge(split.bridge), OrderLog(split.store)
+
+
+def _remote_head(
+    own: OutputHead | None,
+    info: CheckpointInfo,
+    student: ModelArchitecture,
+    routing: Routing,
+    bridge: Bridge,
+    like: torch.Tensor,
+) -> OutputHead | None:
+    """The teacher's output layer, sent once: on the student's last stages; None elsewhere."""
+    return reshard_head(
+        own,
+        routing,
+        bridge,
+        student_rows=padded_vocab_size(student.vocab_size, routing.student.tensor) // routing.student.tensor,
+        valid_vocab_size=info.architecture.vocab_size,
+        hidden_size=info.architecture.hidden_size,
+        like=like,
+    )
+
+
+def _dtype(precision: Precision) -> torch.dtype:
+    return torch.bfloat16 if precision == "bf16" else torch.float32

@@ -24,7 +24,7 @@ from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import is_last_stage
 from megatron_kd.parallel.schedule import forward_only
 from megatron_kd.teachers.control import Decision
-from megatron_kd.teachers.exchange import Transfer, exchange, reshard_head
+from megatron_kd.teachers.exchange import Carrier, Transfer, reshard_head
 from megatron_kd.teachers.routing import Item, Routing
 from megatron_kd.teachers.stash import Stash
 
@@ -41,7 +41,7 @@ class ColocatedTeacher:
         routing: both layouts over the ranks of the world.
         student_rows: rows of the student's output weight on a tensor-parallel rank.
         stash_bytes: hidden states that may be kept on a device; a wave makes at most half as many.
-        carrier: a group of all ranks for what moves between them, of no other use; None where nothing does.
+        carrier: what moves tensors between all ranks; None where none move.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class ColocatedTeacher:
         routing: Routing,
         student_rows: int,
         stash_bytes: int = 1 << 30,
-        carrier: dist.ProcessGroup | None = None,
+        carrier: Carrier | None = None,
     ):
         for chunk in chunks:
             chunk.requires_grad_(False)
@@ -144,7 +144,7 @@ class ColocatedTeacher:
                     tensor = arrived[item] if rank == destination else hidden[item]
                     transfers.append(Transfer(source, destination, tensor))
         if transfers:
-            exchange(transfers, self._carrier)
+            self._carrier.exchange(transfers)
         for item, states in arrived.items():
             self.stash.put(item.micro_batch, states)
 

@@ -1,7 +1,7 @@
 """Tensors between ranks: a batch of sends and receives, and the output weight re-sharded by intervals of rows."""
 
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Protocol, Sequence
 
 import torch
 import torch.distributed as dist
@@ -23,17 +23,60 @@ class Transfer:
     """On the source what is sent, on the destination the buffer; of the right shape and dtype on both."""
 
 
-def exchange(transfers: Sequence[Transfer], group: dist.ProcessGroup) -> None:
-    """Perform this rank's part of ``transfers``; those between the same two ranks in the same order on both."""
-    rank = dist.get_rank(group)
-    operations = []
-    for transfer in transfers:
-        if transfer.source == rank:
-            operations.append(dist.P2POp(dist.isend, transfer.tensor.contiguous(), transfer.destination, group))
-        elif transfer.destination == rank:
-            operations.append(dist.P2POp(dist.irecv, transfer.tensor, transfer.source, group))
-    if operations:
-        for work in dist.batch_isend_irecv(operations):
+class Carrier(Protocol):
+    """What tensors travel over."""
+
+    rank: int
+
+    def exchange(self, transfers: Sequence[Transfer]) -> None:
+        """Perform this rank's part of ``transfers``; those between the same two ranks in the same order on both."""
+
+
+class GroupCarrier:
+    """A group of the default world, used for nothing else."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self._group = group
+        self.rank = dist.get_rank(group)
+
+    def exchange(self, transfers: Sequence[Transfer]) -> None:
+        """See :class:`Carrier`."""
+        operations = []
+        for transfer in transfers:
+            if transfer.source == self.rank:
+                operations.append(dist.P2POp(dist.isend, transfer.tensor.contiguous(), transfer.destination, self._group))
+            elif transfer.destination == self.rank:
+                operations.append(dist.P2POp(dist.irecv, transfer.tensor, transfer.source, self._group))
+        if operations:
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+
+
+class Bridge:
+    """The group over both halves of a split world: tensors go from the teacher's ranks to the student's only."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self._group = group
+        self.rank = group.rank()
+
+    def send(self, tensor: Tensor, destination: int) -> dist.Work:
+        """Begin to send; ``tensor`` must stay as it is until the work is done."""
+        return self._group.send([tensor], destination, 0)
+
+    def receive(self, buffer: Tensor, source: int) -> dist.Work:
+        """Begin to receive into ``buffer``."""
+        return self._group.recv([buffer], source, 0)
+
+    def exchange(self, transfers: Sequence[Transfer]) -> None:
+        """See :class:`Carrier`."""
+        works, kept = [], []
+        for transfer in transfers:
+            if transfer.source == self.rank:
+                kept.append(transfer.tensor.contiguous())
+                works.append(self.send(kept[-1], transfer.destination))
+            elif transfer.destination == self.rank:
+                works.append(self.receive(transfer.tensor, transfer.source))
+        for work in works:
             work.wait()
 
 
@@ -70,7 +113,7 @@ def head_moves(routing: Routing, student_rows: int, teacher_rows: int, valid_row
 def reshard_head(
     own: OutputHead | None,
     routing: Routing,
-    carrier: dist.ProcessGroup | None,
+    carrier: Carrier | None,
     *,
     student_rows: int,
     valid_vocab_size: int,
@@ -81,7 +124,7 @@ def reshard_head(
 
     Args:
         own: this rank's part of the teacher's output layer, on the teacher's last stage.
-        carrier: the group over which rows move; None if both layouts are the same, so that none do.
+        carrier: what rows move over; None if both layouts are the same, so that none do.
         student_rows: rows of the student's output weight on a tensor-parallel rank.
         like: has the weight's dtype and device.
 
@@ -96,7 +139,7 @@ def reshard_head(
     if own is not None and own.bias is not None:
         raise ConfigError("the teacher's output layer has a bias, which cannot be moved to another layout yet")
     teacher_rows = padded_vocab_size(valid_vocab_size, routing.teacher.tensor) // routing.teacher.tensor
-    rank, head, transfers = dist.get_rank(carrier), None, []
+    rank, head, transfers = carrier.rank, None, []
     for data_rank in range(routing.student.data):
         if rank in routing.destinations(data_rank):
             start = routing.destinations(data_rank).index(rank) * student_rows
@@ -111,5 +154,5 @@ def reshard_head(
             target.copy_(rows)
         elif rank in (move.source, move.destination):
             transfers.append(Transfer(move.source, move.destination, rows if rank == move.source else target))
-    exchange(transfers, carrier)
+    carrier.exchange(transfers)
     return head

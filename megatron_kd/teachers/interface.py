@@ -48,6 +48,11 @@ class TeacherConfig:
     num_draws: int = 50
     """Draws a token of the payload ``sampled``."""
 
+    @property
+    def own_ranks(self) -> int:
+        """How many ranks are the teacher's alone."""
+        return (self.num_ranks or 0) if self.placement == "remote" else 0
+
     def validate(self) -> Iterator[str]:
         """Faults in the values, one message each."""
         if self.placement in ("colocated", "remote") and self.path is None:

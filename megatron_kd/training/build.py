@@ -17,7 +17,7 @@ from megatron_kd.models.weights import check_same_architecture, load_weights, op
 from megatron_kd.parallel.groups import is_last_stage
 from megatron_kd.parallel.layout import ParallelLayout
 from megatron_kd.parallel.runtime import Runtime, seed_everything
-from megatron_kd.teachers.build import build_colocated
+from megatron_kd.teachers.build import build_colocated, build_remote
 from megatron_kd.teachers.cache.identity import View
 from megatron_kd.teachers.cached import CachedTeacher
 from megatron_kd.teachers.interface import Teacher
@@ -147,6 +147,20 @@ def build_teacher(
         return None
     info = open_checkpoint(config.teacher.path)
     check_same_tokenizer(info, data)
+    seq_length = config.data.seq_length or data.seq_length
+    if runtime.split is not None:
+        return build_remote(
+            config.teacher,
+            info,
+            architecture,
+            layout,
+            groups,
+            runtime.split,
+            precision=config.training.precision,
+            seq_length=seq_length,
+            train_iters=config.training.train_iters,
+            device=runtime.device,
+        )
     return build_colocated(
         config.teacher,
         info,
@@ -155,7 +169,7 @@ def build_teacher(
         groups,
         precision=config.training.precision,
         layer_spec=config.model.layer_spec,
-        seq_length=config.data.seq_length or data.seq_length,
+        seq_length=seq_length,
         device=runtime.device,
     )
 

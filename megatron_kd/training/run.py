@@ -22,6 +22,7 @@ from megatron_kd.training.config import TrainConfig
 from megatron_kd.training.objective import MicroBatchLoss, build_objective
 from megatron_kd.training.optimizer import build_optimizer
 from megatron_kd.training.run_folder import announce, checkpoint_to_resume, prepare_run_folder
+from megatron_kd.training.teacher_ranks import run_teacher_ranks
 from megatron_kd.training.train_step import TrainStep
 from megatron_kd.training.trainer import Trainer
 
@@ -30,7 +31,10 @@ __all__ = ["TrainConfig", "run"]
 
 def run(config: TrainConfig) -> Path:
     """Train and return the run folder."""
-    with distributed_runtime() as runtime:
+    with distributed_runtime(teacher_ranks=config.teacher.own_ranks) as runtime:
+        if runtime.is_teacher:
+            run_teacher_ranks(config, runtime)
+            return Path(config.output)
         data, heldout = open_datasets(config)
         architecture = student_architecture(config, data)
         layout = plan_layout(config, architecture, data, runtime)

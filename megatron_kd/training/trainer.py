@@ -13,9 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_kd.config import to_mapping
 from megatron_kd.data.batch import Batch, make_batch
-from megatron_kd.data.blend import order_of
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.data.loader import BatchSchedule
 from megatron_kd.data.prefetch import prefetch
 from megatron_kd.errors import NonFiniteLossError, Preempted
 from megatron_kd.metrics.device import MemoryMeter, peak_flops
@@ -41,6 +39,7 @@ from megatron_kd.training.hang import HangWatch
 from megatron_kd.training.optimizer import learning_rate
 from megatron_kd.training.signals import SignalWatch
 from megatron_kd.training.survival import Survival
+from megatron_kd.training.teacher_ranks import build_schedule
 from megatron_kd.training.train_step import StepResult, TrainStep
 
 
@@ -65,10 +64,7 @@ class Trainer:
         self.data, self.heldout = data, heldout
         self.architecture, self.layout, self.groups = architecture, layout, groups
         self.model, self.optimizer, self.step = model, optimizer, step
-        self.schedule = BatchSchedule(
-            order_of(data, config.training.seed, config.data.shuffle),
-            config.training.global_batch_size,
-        )
+        self.schedule = build_schedule(config, data)
         self.memory = MemoryMeter(runtime.device)
         self.peak_flops = peak_flops(runtime.device, config.metrics.peak_tflops)
         runs = config.teacher.runs_a_model

@@ -12,6 +12,7 @@ import torch
 
 from megatron_kd.config import load_config
 from megatron_kd.metrics.tracker import read_metrics
+from tests.distributed.fresh_world import run_in_fresh_world
 from tests.distributed.models.whole_weights import whole_weights
 from tests.distributed.ranks import shared_ranks
 
@@ -30,13 +31,14 @@ EVERY_GRADIENT = [
 ]
 
 
-def two_steps_here(settings: list[str], stash_bytes: int | None = None) -> dict[str, Any] | None:
+def two_steps_here(settings: list[str], stash_bytes: int | None = None) -> dict[str, Any]:
     """Train on this rank; its parts of the weights before and after, and what its teacher did."""
     from megatron_kd.models.placement import global_indices, global_parameter_name, global_shape
     from megatron_kd.quiet import silence_known_noise
     from megatron_kd.teachers import build
     from megatron_kd.teachers.colocated import ColocatedTeacher
     from megatron_kd.training import run as module
+    from megatron_kd.training import teacher_ranks
     from megatron_kd.training.build import unwrap
     from megatron_kd.training.trainer import Trainer
 
@@ -68,38 +70,49 @@ def two_steps_here(settings: list[str], stash_bytes: int | None = None) -> dict[
         patch.object(build, "ColocatedTeacher", with_stash),
         patch.object(module, "build_student", capture("student", module.build_student)),
         patch.object(module, "build_teacher", capture("teacher", module.build_teacher)),
+        patch.object(
+            teacher_ranks, "build_teacher_ranks", capture("teacher", teacher_ranks.build_teacher_ranks)
+        ),
         patch.object(Trainer, "_save", lambda self, progress: None),
     ):
         module.run(load_config(module.TrainConfig, None, settings))
     if "student" not in seen:
-        return None
+        return {"passes": seen["teacher"].passes, "replica": place(seen["teacher"]._groups),
+                "trainable_teacher_parameters": trainable(seen["teacher"])}  # fmt: skip
     teacher = seen["teacher"]
-    groups = seen["student"][0].module.pg_collection
     return {
         "before": seen["before"],
         "after": parts(),
         "passes": getattr(teacher, "passes", None),
-        "replica": (teacher._groups.dp.rank(), teacher._groups.pp.rank(), teacher._groups.tp.rank())
-        if hasattr(teacher, "_groups")
-        else None,
-        "student_rank": (groups.dp.rank(), groups.pp.rank(), groups.tp.rank()),
-        "trainable_teacher_parameters": sum(
-            parameter.requires_grad for chunk in getattr(teacher, "_chunks", ()) for parameter in chunk.parameters()
-        ),
+        "replica": place(teacher._groups),
+        "trainable_teacher_parameters": trainable(teacher),
         "stash": None if not hasattr(teacher, "stash") else vars(teacher.stash),
     }
+
+
+def place(groups: Any) -> tuple[int, int, int]:
+    """This rank's data-parallel, pipeline and tensor-parallel rank."""
+    return groups.dp.rank(), groups.pp.rank(), groups.tp.rank()
+
+
+def trainable(teacher: Any) -> int:
+    """Parameters of a teacher that could be trained."""
+    return sum(parameter.requires_grad for chunk in getattr(teacher, "_chunks", ()) for parameter in chunk.parameters())
 
 
 def two_steps(world: int, settings: list[str], output: Path, **options: Any) -> dict[str, Any]:
     """Run on a world of ranks: ``losses`` (rows), ``gradients`` (name -> whole tensor), ``answers`` by rank."""
     settings = [*EVERY_GRADIENT, *settings, f"output={output}"]
-    answers = shared_ranks(world).run(two_steps_here, settings, timeout=300, **options)
-    students = [answer for answer in answers if answer is not None]
+    if "teacher.placement=remote" in settings:
+        answers = run_in_fresh_world(world, two_steps_here, settings, **options)
+    else:
+        answers = shared_ranks(world).run(two_steps_here, settings, timeout=300, **options)
+    students = [answer for answer in answers if "before" in answer]
     before, after = (whole_weights([{"parts": answer[when]} for answer in students]) for when in ("before", "after"))
     return {
         "losses": read_metrics(output),
         "gradients": {name: before[name] - after[name] for name in before},
-        "answers": students,
+        "answers": answers,
     }
 
 

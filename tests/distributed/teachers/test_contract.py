@@ -62,6 +62,42 @@ def test_colocated(student, teacher_layout, common, reference, tmp_path):
     assert all(answer["trainable_teacher_parameters"] == 0 for answer in ours["answers"])
 
 
+REMOTE_PAIRWISE = {
+    ("TP1 PP1", "TP1 PP1"), ("TP1 PP1", "TP2"), ("TP2", "TP1 PP1"), ("TP2", "PP2"), ("PP2", "TP2"), ("PP2", "TP1 PP1"),
+    ("PP2 VPP2", "PP2"),
+}  # fmt: skip
+
+
+def remote_cells():
+    """Two ranks of the teacher behind two of the student; four behind four for the student that needs four."""
+    for student, (_, sizes) in STUDENTS.items():
+        ranks = 4 if student == "TP2 PP2" else 2
+        for teacher in TEACHERS:
+            if student == "DP2":
+                continue  # TP1 PP1 on two ranks is DP2
+            marks = [] if (student, teacher) in REMOTE_PAIRWISE else [pytest.mark.slow]
+            yield pytest.param(student, teacher, ranks, marks=marks, id=f"{student}, teacher {teacher}")
+
+
+def remote_keys(student, teacher, teacher_ranks):
+    sizes = STUDENTS[student][1]
+    tensor, pipeline = TEACHERS[teacher] or (sizes.get("tensor", 1), sizes.get("pipeline", 1))
+    keys = [f"parallel.{NAMES[name]}={size}" for name, size in sizes.items()]
+    keys += [f"teacher.{NAMES['tensor']}={tensor}", f"teacher.{NAMES['pipeline']}={pipeline}"]
+    return [*keys, "teacher.placement=remote", f"teacher.num_ranks={teacher_ranks}"]
+
+
+@pytest.mark.parametrize(("student", "teacher_layout", "ranks"), list(remote_cells()))
+def test_remote(student, teacher_layout, ranks, common, reference, tmp_path):
+    teacher_ranks = 4 if teacher_layout == "same" and ranks == 4 else 2
+    keys = remote_keys(student, teacher_layout, teacher_ranks)
+    ours = two_steps(ranks + teacher_ranks, [*common, *keys], tmp_path / "run")
+    assert_same(ours, reference)
+    teachers = ours["answers"][ranks:]
+    assert sum(answer["passes"] for answer in teachers if answer["replica"][1:] == (0, 0)) == 2 * MICRO_BATCHES
+    assert all(answer["trainable_teacher_parameters"] == 0 for answer in teachers)
+
+
 @pytest.mark.parametrize(
     ("student", "teacher_layout", "more"),
     [

@@ -1,0 +1,57 @@
+"""What ``train`` does on the ranks of a remote teacher: the same data and schedule as the student's, no training."""
+
+from megatron_kd.data.batch import Batch, make_batch
+from megatron_kd.data.blend import order_of
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.loader import BatchSchedule
+from megatron_kd.models.loading import check_same_tokenizer
+from megatron_kd.models.weights import open_checkpoint
+from megatron_kd.parallel.layout import ParallelLayout
+from megatron_kd.parallel.runtime import Runtime
+from megatron_kd.teachers.build import build_teacher_ranks
+from megatron_kd.teachers.routing import Item
+from megatron_kd.training.build import open_datasets, student_architecture
+from megatron_kd.training.config import TrainConfig
+
+
+class StudentsBatches:
+    """The micro-batches of the student's data-parallel ranks, read from the dataset by the same schedule."""
+
+    def __init__(self, config: TrainConfig, data: ChunkDataset, layout: ParallelLayout):
+        settings = config.training
+        self._data, self._ranks, self._rows = data, layout.data, settings.micro_batch_size
+        self._seq_length = config.data.seq_length or data.seq_length
+        self._mask_prompt = config.data.mask_prompt
+        self._schedule = build_schedule(config, data)
+        self.micro_batches = layout.micro_batches(settings.global_batch_size, settings.micro_batch_size)
+
+    def read(self, position: int, item: Item) -> Batch:
+        """One micro-batch of the global batch at ``position``."""
+        rows = self._schedule.micro_batches(position, item.data_rank, self._ranks, self._rows)
+        return make_batch(self._data, rows[item.micro_batch], self._seq_length, self._mask_prompt)
+
+
+def build_schedule(config: TrainConfig, data: ChunkDataset) -> BatchSchedule:
+    """Which chunks each global batch holds."""
+    order = order_of(data, config.training.seed, config.data.shuffle)
+    return BatchSchedule(order, config.training.global_batch_size)
+
+
+def run_teacher_ranks(config: TrainConfig, runtime: Runtime) -> None:
+    """Serve the student until it has finished."""
+    data, _ = open_datasets(config)
+    info = open_checkpoint(config.teacher.path)
+    check_same_tokenizer(info, data)
+    layout = ParallelLayout.for_world(config.parallel, runtime.split.num_students)
+    build_teacher_ranks(
+        config.teacher,
+        info,
+        student_architecture(config, data),
+        layout,
+        runtime.split,
+        StudentsBatches(config, data, layout),
+        precision=config.training.precision,
+        layer_spec=config.model.layer_spec,
+        seq_length=config.data.seq_length or data.seq_length,
+        device=runtime.device,
+    ).run()

@@ -73,7 +73,7 @@ def two_steps_here(settings: list[str], stash_bytes: int | None = None) -> dict[
         patch.object(
             teacher_ranks, "build_teacher_ranks", capture("teacher", teacher_ranks.build_teacher_ranks)
         ),
-        patch.object(Trainer, "_save", lambda self, progress: None),
+        patch.object(Trainer, "_save", lambda *_, **__: None),
     ):
         module.run(load_config(module.TrainConfig, None, settings))
     if "student" not in seen:

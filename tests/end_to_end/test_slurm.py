@@ -4,6 +4,7 @@ Slow: installs Slurm from Debian's packages where it is missing, and is skipped 
 """
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from tests.end_to_end.commands import REPOSITORY, SMALL, run
 from tests.end_to_end.slurm_cluster import CannotRunSlurm, SlurmCluster, install
 
 pytestmark = pytest.mark.slow
-STEPS = 150
+STEPS = 600
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,6 @@ def cluster(tmp_path_factory):
         install()
     except CannotRunSlurm as reason:
         pytest.skip(str(reason))
-    os.environ["PYTHON"] = sys.executable
     with SlurmCluster(tmp_path_factory.mktemp("slurm") / "slurm") as slurm:
         slurm.environment["PYTHON"] = sys.executable
         slurm.environment["PYTHONPATH"] = str(REPOSITORY)
@@ -34,16 +34,16 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(dataset, tmp_path_factory):
-    """The run that nothing interrupts, on two ranks."""
+    """The run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    ended = run("train", *settings(dataset, folder), ranks=2)
+    ended = run("train", *settings(dataset, folder))
     assert ended.status == 0, ended.stderr
     return folder
 
 
 def settings(dataset, folder):
     return [f"data.path={dataset.path}", f"output={folder}", *SMALL, f"training.train_iters={STEPS}",
-            "training.save_interval=1000", "parallel.tensor_model_parallel_size=2"]
+            "training.save_interval=10000"]
 
 
 def submit(cluster, log, *arguments, options=()):
@@ -51,7 +51,6 @@ def submit(cluster, log, *arguments, options=()):
 
 
 def train_job(cluster, log, dataset, folder, *options):
-    cluster.environment["GPUS"] = "2"
     return submit(cluster, log, "examples/slurm/run.sbatch", "train", *settings(dataset, folder), options=options)
 
 
@@ -59,7 +58,7 @@ def rows_of(folder):
     return read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
 
 
-def finish(cluster, job, log, seconds=200):
+def finish(cluster, job, log, seconds=300):
     cluster.wait(lambda: cluster.state(job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), seconds, "not done")
     assert cluster.state(job) == "COMPLETED", cluster.show(job) + log.read_text()
 
@@ -76,14 +75,14 @@ def assert_same(ours, whole):
 def test_a_job_that_is_told_to_stop_goes_on_where_it_was(cluster, dataset, whole, tmp_path, by):
     folder, log = tmp_path / "run", tmp_path / "job.log"
     job = train_job(cluster, log, dataset, folder)
-    cluster.wait(lambda: len(rows_of(folder)) >= 5, 120, "no step done: " + (log.read_text() if log.exists() else ""))
+    cluster.wait(lambda: len(rows_of(folder)) >= 3, 300, "no step done")
     if by == "warning":  # what Slurm does before the time limit (#SBATCH --signal=B:USR1@…)
         cluster.command("scancel", "--signal=USR1", "--batch", str(job))
     else:
         cluster.command("scontrol", "requeue", str(job))
     cluster.wait(lambda: cluster.state(job) == "PENDING", 90, "not requeued")
     done = len(rows_of(folder))
-    assert 5 <= done < STEPS, "it ended before it was told to stop"
+    assert 3 <= done < STEPS, "it ended before it was told to stop"
     cluster.start_now(job)
     finish(cluster, job, log)
     text = log.read_text()
@@ -104,6 +103,17 @@ def test_an_array_does_one_line_a_task_and_a_dependent_job_waits(cluster, datase
     assert len(rows_of(tmp_path / "run0")) == len(rows_of(tmp_path / "run1")) == 2
 
 
+def test_a_heterogeneous_job_is_one_world(cluster, dataset, tmp_path):
+    """Two components, as the student's and the teacher's nodes are; one agent in each, ranks in that order."""
+    folder, log = tmp_path / "run", tmp_path / "job.log"
+    keys = [f"data.path={dataset.path}", f"output={folder}", *SMALL, "training.train_iters=2",
+            "parallel.tensor_model_parallel_size=2"]
+    job = cluster.submit(f"--chdir={REPOSITORY}", f"--output={log}", "--nodes=1", ":", "--nodes=1",
+                         "examples/slurm/remote_teacher.sbatch", "train", *keys)
+    finish(cluster, job, log)
+    assert "TP2 PP1 DP1" in log.read_text() and len(rows_of(folder)) == 2
+
+
 def test_a_line_that_is_not_there(cluster, tmp_path):
     (tmp_path / "lines").write_text("a=1\n")
     job = submit(cluster, tmp_path / "x.log", "examples/slurm/array.sbatch", str(tmp_path / "lines"), "train",
@@ -112,18 +122,24 @@ def test_a_line_that_is_not_there(cluster, tmp_path):
     assert "has no line 2" in Path(tmp_path / "x.log").read_text()
 
 
-def test_two_torchrun_agents_are_two_nodes(dataset, whole, tmp_path):
-    """What run.sbatch starts on each of two nodes, on one machine without Slurm."""
-    folder, port = tmp_path / "run", "29731"
+def test_two_torchrun_agents_are_two_nodes(dataset, tmp_path):
+    """What run.sbatch starts on each of two nodes, on one machine without Slurm; beside one agent with two ranks."""
+    keys = [f"data.path={dataset.path}", *SMALL, "training.train_iters=20", "parallel.tensor_model_parallel_size=2"]
+    alone, folder = tmp_path / "alone", tmp_path / "run"
+    ended = run("train", *keys, f"output={alone}", ranks=2)
+    assert ended.status == 0, ended.stderr
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
     agents = [
         subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node),
              "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port,
-             str(REPOSITORY / "tools/train.py"), *settings(dataset, folder)],
+             str(REPOSITORY / "tools/train.py"), *keys, f"output={folder}"],
             cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
         )
         for node in range(2)
     ]
     ended = [agent.communicate(timeout=240)[1] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], ended
-    assert_same(folder, whole)
+    assert_same(folder, alone)

@@ -48,8 +48,8 @@ def main() -> None:
         results[name] = {"median_seconds": times[len(times) // 2], "p95_seconds": times[int(len(times) * 0.95)],
                          "mean_share_of_a_step": sum(times) / len(times) / STEP_SECONDS}
         sys.stdout.write(f"{name:<28} median {results[name]['median_seconds'] * 1e6:8.1f} us, p95 "
-                         f"{results[name]['p95_seconds'] * 1e6:8.1f} us, {results[name]['mean_share_of_a_step']:.3%} of "
-                         "a step at 10 steps/s\n")
+                         f"{results[name]['p95_seconds'] * 1e6:8.1f} us, {results[name]['mean_share_of_a_step']:.3%} "
+                         "of a step at 10 steps/s\n")
     if options.output:
         options.output.write_text(json.dumps({"provenance": provenance(), "results": results}, indent=2) + "\n")
 

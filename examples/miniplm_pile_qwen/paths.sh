@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Where everything is, and how steps are started: the only file to edit. Every variable can also come from the environment.
+# Where everything is, and how steps are started: the only file to edit. Variables can also come from the environment.
 #
 #   ./1_tokenize.sh                       runs a step here, under torchrun with RANKS processes
 #   ./submit.sh                           gives all steps to Slurm, each after those that it needs
@@ -39,7 +39,9 @@ run() {
     for need in $needs; do
         [ -z "${JOBS[$need]:-}" ] || dependency="$dependency:${JOBS[$need]}"
     done
-    case $verb in tokenize_corpus | sample_by_difference | convert_to_hf) options="$SBATCH_CPU --export=ALL,GPUS=1" ;; esac
+    case $verb in
+        tokenize_corpus | sample_by_difference | convert_to_hf) options="$SBATCH_CPU --export=ALL,GPUS=1" ;;
+    esac
     # shellcheck disable=SC2086 # options are words
     JOBS[$name]=$(sbatch --parsable --job-name="$name" $options ${dependency:+--dependency=afterok$dependency} \
         examples/slurm/run.sbatch "$verb" "$@")

@@ -37,7 +37,8 @@ on_every_node() {
         # shellcheck disable=SC2016 # the node's own variables
         exec srun --kill-on-bad-exit=0 "${options[@]}" bash -c '
             exec "$0" -m torch.distributed.run \
-                --nnodes "$SLURM_NTASKS" --node-rank "$SLURM_PROCID" --nproc-per-node "${GPUS:-${SLURM_GPUS_ON_NODE:-1}}" \
+                --nnodes "$SLURM_NTASKS" --node-rank "$SLURM_PROCID" \
+                --nproc-per-node "${GPUS:-${SLURM_GPUS_ON_NODE:-1}}" \
                 --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" "$@"' "$PYTHON" "$@"
     ) &
     local steps=$!

@@ -60,7 +60,9 @@ def main(arguments: Sequence[str]) -> int:
         baseline = curve_of(Path(arguments[0]))
         for folder in arguments[1:]:
             factor = saving(baseline, curve_of(Path(folder)))
-            text = "does not reach" if factor is None else f"needs {1 / factor:.2f} of the FLOPs ({factor:.2f} x less) for"
+            text = "does not reach"
+            if factor is not None:
+                text = f"needs {1 / factor:.2f} of the FLOPs ({factor:.2f} x less) for"
             sys.stdout.write(f"{folder} {text} {arguments[0]}'s held-out loss {baseline[-1][1]:.4f}\n")
     except UserError as error:
         sys.stderr.write(f"compute_saving: {error}\n")

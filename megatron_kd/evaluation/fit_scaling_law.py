@@ -4,8 +4,8 @@
     python tools/fit_scaling_law.py csv=points.csv parameters=500000000 output=FOLDER   # columns: flops,loss[,name]
     python tools/fit_scaling_law.py amplitude=2.73e8 alpha=0.45 floor=3.06 parameters=500000000 output=FOLDER
 
-"1T" is the MiniPLM paper's: 20 x 100K steps x 524,288 tokens = 1.048576e12 tokens of plain pre-training, 6 N FLOPs each;
-10T is ten times that. Writes scaling_law.json and scaling_law.png.
+"1T" is the MiniPLM paper's: 20 x 100K steps x 524,288 tokens = 1.048576e12 tokens of plain pre-training, 6 N FLOPs
+each; 10T is ten times that. Writes scaling_law.json and scaling_law.png.
 """
 
 import csv

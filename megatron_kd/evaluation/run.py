@@ -1,4 +1,4 @@
-"""``evaluate``: held-out loss and bits per byte of a checkpoint, under any layout, without exporting it; zero-shot tasks.
+"""``evaluate``: held-out loss and bits per byte of a checkpoint under any layout, not exported; zero-shot tasks.
 
     torchrun --nproc-per-node 2 tools/evaluate.py model.path=RUN data.path=HELDOUT [output=FILE.json] [parallel.…]
     python tools/evaluate.py model.path=HF_FOLDER harness.tasks=[paper] [output=FILE.json]

@@ -1,4 +1,4 @@
-"""The console line of a step: loss and its terms, gradient norm, rate, speed, MFU and memory; tqdm adds step and ETA."""
+"""The console line of a step: loss, its terms, gradient norm, rate, speed, MFU, memory; tqdm adds step and ETA."""
 
 from typing import Any, Mapping
 

@@ -1,4 +1,4 @@
-"""GPUs by name: dense bf16 peak, memory and links, from NVIDIA's data sheets; MFU and time are measured against them."""
+"""GPUs by name: dense bf16 peak, memory and links, from NVIDIA's data sheets; MFU and time refer to them."""
 
 from dataclasses import dataclass
 

@@ -118,8 +118,8 @@ def step_time(plan: Plan) -> str:
     """A step of the recommended layout by what takes the time."""
     best = plan.recommendation.candidate
     effective = plan.assumptions["mfu"] * best.compute_seconds / best.seconds
-    return (f"a step: {best.compute_seconds * 1e3:.1f} ms at the stated MFU, {best.bubble_seconds * 1e3:.1f} ms bubble, "
-            f"{best.exposed_seconds * 1e3:.1f} ms communication that nothing hides: {effective:.1%} MFU in effect")
+    return (f"a step: {best.compute_seconds * 1e3:.1f} ms at the stated MFU, {best.bubble_seconds * 1e3:.1f} ms "
+            f"bubble, {best.exposed_seconds * 1e3:.1f} ms communication that nothing hides: {effective:.1%} MFU in effect")
 
 
 def _paper(plan: Plan) -> list[str]:

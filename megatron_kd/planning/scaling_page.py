@@ -56,14 +56,14 @@ it is arithmetic: no run of this size has been measured here.
 A 500M student of a 1.8B teacher, 512 x 1,024 tokens a step, bf16, H100 SXM 80 GB. *Steps* of 100,000 are 52.4B tokens;
 the FLOP-matched run has the paper's 45,000.
 
-| run | steps | GPUs | layout | GiB a GPU | FLOPs | hours | GPU-hours | hours, communication counted | MFU in effect |
+| run | steps | GPUs | layout | GiB a GPU | FLOPs | hours | GPU-hours | with communication | MFU in effect |
 |---|--:|--:|---|--:|--:|--:|--:|--:|--:|
 {rows}
 
 What was assumed:
 
 - **MFU {mfu}** of 989.5 dense bf16 TFLOP/s, the teacher's forward pass counted. *Hours* follow from that alone.
-- *Communication counted* adds what the recommended layout cannot hide: the pipeline's bubble, tensor-parallel
+- *With communication* adds what the recommended layout cannot hide: the pipeline's bubble, tensor-parallel
   reductions, and the part of the gradients' reduction that takes longer than the last micro-batch's work, at 450 GB/s inside a node
   of 8 and 50 GB/s a GPU between nodes. At 512 GPUs data parallelism alone leaves one sequence a GPU, and the reduction
   takes longer than the work; tensor parallelism, whose reductions stay inside a node, is the better of two poor choices.

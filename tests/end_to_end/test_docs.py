@@ -63,7 +63,8 @@ def test_every_command_of_the_page_runs(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     programs = tmp_path / "bin"
     programs.mkdir()
-    (programs / "sbatch").write_text(f'#!/bin/bash\necho "$*" >> {tmp_path}/jobs\nwc -l < {tmp_path}/jobs | tr -d " "\n')
+    notes = tmp_path / "jobs"
+    (programs / "sbatch").write_text(f'#!/bin/bash\necho "$*" >> {notes}\nwc -l < {notes} | tr -d " "\n')
     (programs / "sbatch").chmod(0o755)
     (programs / "python").write_text(f'#!/bin/bash\nexec "{sys.executable}" "$@"\n')
     (programs / "python").chmod(0o755)
@@ -82,5 +83,5 @@ def test_every_command_of_the_page_runs(tmp_path):
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     for made in ("plan.json", "runs.png", "heldout.json", "law/scaling_law.png", "law_500m/scaling_law.json"):
         assert (logs / made).stat().st_size > 0, made
-    jobs = (tmp_path / "jobs").read_text()
+    jobs = notes.read_text()
     assert jobs.count("examples/slurm/") >= 10 and "remote_teacher.sbatch" in jobs

@@ -58,7 +58,8 @@ def test_wandb_offline_writes_into_the_run_folder(tmp_path, monkeypatch):
     assert (tmp_path / "wandb_id").read_text() == first, "a resumed job goes on with the same run"
 
 
-@pytest.mark.parametrize(("sink", "package"), [("tensorboard", "tensorboard.compat.proto.event_pb2"), ("wandb_offline", "wandb")])
+@pytest.mark.parametrize(("sink", "package"), [("tensorboard", "tensorboard.compat.proto.event_pb2"),
+                                               ("wandb_offline", "wandb")])
 def test_a_package_that_is_missing(tmp_path, monkeypatch, sink, package):
     real = builtins.__import__
 

@@ -36,6 +36,7 @@ on_every_node() {
         trap '' USR1
         # shellcheck disable=SC2016 # the node's own variables
         exec srun --kill-on-bad-exit=0 "${options[@]}" bash -c '
+            trap "" USR1
             exec "$0" -m torch.distributed.run \
                 --nnodes "$SLURM_NTASKS" --node-rank "$SLURM_PROCID" \
                 --nproc-per-node "${GPUS:-${SLURM_GPUS_ON_NODE:-1}}" \

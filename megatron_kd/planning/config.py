@@ -104,6 +104,9 @@ class PlannedTeacher:
 
     READS_A_PART: ClassVar[bool] = True
     placement: str = "none"
+    tensor_model_parallel_size: int | None = None
+    pipeline_model_parallel_size: int | None = None
+    stash_megabytes: int = 1024
 
 
 @dataclass(frozen=True)

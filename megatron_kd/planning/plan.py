@@ -18,7 +18,7 @@ from megatron_kd.planning.flops import (
     training_flops,
 )
 from megatron_kd.planning.hardware import GPUS
-from megatron_kd.planning.memory import RankMemory, student_memory, teacher_memory, together
+from megatron_kd.planning.memory import RankMemory, stage_memory, teacher_layout
 from megatron_kd.planning.pipeline import LayerSplit, balanced_split, bubble_fraction, teacher_head_flops
 from megatron_kd.planning.recommend import Recommendation, recommend
 from megatron_kd.planning.storage import CacheSize, cache_sizes, corpus_bytes, score_bytes
@@ -100,7 +100,11 @@ def make_plan(config: PlanRunConfig) -> Plan:
     sizes = _sizes(config, layout)
     runs_teacher = teacher if method != "none" else None
     colocated = runs_teacher if config.teacher.placement in ("colocated", "none") else None
-    _check(layout, student, colocated, sizes["seq_length"])
+    own = teacher_layout(layout, config.teacher.tensor_model_parallel_size,
+                         config.teacher.pipeline_model_parallel_size)
+    _check(layout, student, "student", sizes["seq_length"])
+    if colocated is not None:
+        _check(own, colocated, "teacher", sizes["seq_length"])
     per_token = training_flops(student.parameters, 1, method, runs_teacher.parameters if runs_teacher else 0)
     head_share = teacher_head_flops(runs_teacher) / (6 * student.parameters) if runs_teacher else 0.0
     vocabulary, seq_length = student.vocab_size, sizes["seq_length"]
@@ -112,10 +116,8 @@ def make_plan(config: PlanRunConfig) -> Plan:
         budgets=tuple(_budgets(config, student, teacher)),
         layout=layout.describe(),
         stages=tuple(
-            together(
-                student_memory(student, layout, stage, models_in_loss=2 if runs_teacher else 1, **sizes),
-                teacher_memory(colocated, layout, stage, **sizes) if colocated else None,
-            )
+            stage_memory(student, colocated, layout, own, stage, models_in_loss=2 if runs_teacher else 1,
+                         stash_bytes=config.teacher.stash_megabytes << 20, **sizes)
             for stage in range(layout.pipeline)
         ),
         memory_limit=GPUS[config.plan.gpu].memory_bytes * config.plan.usable_memory,
@@ -151,19 +153,14 @@ def _method_with_formula(config: PlanRunConfig, teacher: ModelArchitecture | Non
     return "none" if config.teacher.placement == "cached" else method
 
 
-def _check(
-    layout: ParallelLayout, student: ModelArchitecture, teacher: ModelArchitecture | None, seq_length: int
-) -> None:
-    for role, model in (("student", student), ("teacher", teacher)):
-        if model is None:
-            continue
-        try:
-            layout.check_model(
-                num_layers=model.num_layers, num_attention_heads=model.num_attention_heads,
-                num_query_groups=model.num_query_groups, ffn_hidden_size=model.ffn_hidden_size, seq_length=seq_length,
-            )
-        except LayoutError as error:
-            raise LayoutError(f"the {role} under {layout.describe()}: {error}") from None
+def _check(layout: ParallelLayout, model: ModelArchitecture, role: str, seq_length: int) -> None:
+    try:
+        layout.check_model(
+            num_layers=model.num_layers, num_attention_heads=model.num_attention_heads,
+            num_query_groups=model.num_query_groups, ffn_hidden_size=model.ffn_hidden_size, seq_length=seq_length,
+        )
+    except LayoutError as error:
+        raise LayoutError(f"the {role} under {layout.describe()}: {error}") from None
 
 
 def _sizes(config: PlanRunConfig, layout: ParallelLayout) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_kd.planning.communication import step_traffic
 from megatron_kd.planning.config import PlanRunConfig
 from megatron_kd.planning.hardware import GIB, GPUS
-from megatron_kd.planning.memory import RankMemory, student_memory, teacher_memory, together
+from megatron_kd.planning.memory import RankMemory, stage_memory
 from megatron_kd.planning.pipeline import bubble_fraction
 
 TENSOR_SIZES, PIPELINE_SIZES, MICRO_BATCHES = (1, 2, 4, 8), (1, 2, 3, 4, 6, 8, 12), (1, 2, 4, 8, 16, 32)
@@ -69,10 +69,8 @@ def evaluate_layout(
     sizes = {"precision": config.training.precision, "micro_batch_size": micro_batch_size, "seq_length": seq_length,
              "micro_batches": micro_batches}
     memories = [
-        together(
-            student_memory(student, layout, stage, models_in_loss=2 if teacher else 1, **sizes),
-            teacher_memory(teacher, layout, stage, **sizes) if teacher and teacher_is_colocated else None,
-        )
+        stage_memory(student, teacher if teacher_is_colocated else None, layout, layout, stage,
+                     models_in_loss=2 if teacher else 1, **sizes)
         for stage in range(layout.pipeline)
     ]
     gpu = GPUS[config.plan.gpu]

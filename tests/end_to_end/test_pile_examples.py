@@ -72,11 +72,11 @@ def test_vanilla_kd_on_the_same_corpus(miniplm):
 
 
 def test_the_ratio_sweep_and_what_it_saves(miniplm):
-    step({**miniplm, "RATIOS": "0.3 0.7"}, "sweeps/ratio.sh")
-    runs = [f"{miniplm['RUNS']}/{name}" for name in ("miniplm_200m", "ratio_200m_0.3", "ratio_200m_0.7")]
+    step({**miniplm, "RATIOS": "0.3"}, "sweeps/ratio.sh")
+    runs = [f"{miniplm['RUNS']}/{name}" for name in ("miniplm_200m", "ratio_200m_0.3")]
     ended = subprocess.run([sys.executable, "-m", "megatron_kd.evaluation.compute_saving", *runs], cwd=REPOSITORY,
                            env=miniplm, capture_output=True, text=True)
-    assert ended.returncode == 0 and ended.stdout.count("held-out loss") == 2, ended.stderr
+    assert ended.returncode == 0 and ended.stdout.count("held-out loss") == 1, ended.stderr
 
 
 def test_submit_gives_every_step_to_slurm_after_what_it_needs(tmp_path):

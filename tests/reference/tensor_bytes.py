@@ -61,7 +61,7 @@ def measure_step(settings: list[str]) -> dict[str, float]:
         architecture = architecture_by_name(config.model.name).with_vocab_size(data.vocab_size)
         layout = plan_layout(config, architecture, data, runtime)
         groups = create_process_groups(layout)
-        teacher = build_teacher(config, data, layout, groups, runtime)
+        teacher = build_teacher(config, architecture, data, layout, groups, runtime)
         model = build_student(config, architecture, data, layout, groups, runtime)
         optimizer = build_optimizer(config.optimizer, model, groups, bf16=config.training.precision == "bf16")
         peaks = _one_step(config, data, groups, teacher, model, unwrap, optimizer)
@@ -70,13 +70,13 @@ def measure_step(settings: list[str]) -> dict[str, float]:
             "gradients": float(sum(b.grad_data.nbytes for chunk in model
                                    for b in [*chunk.buffers, *chunk.expert_parallel_buffers])),
             "optimizer": _optimizer_bytes(optimizer),
-            "teacher_weights": _bytes(p for chunk in (teacher._chunks if teacher else []) for p in chunk.parameters()),
+            "teacher_weights": _teacher_bytes(teacher),
             **peaks,
         }
 
 
 def _one_step(config: Any, data: Any, groups: Any, teacher: Any, model: Any, unwrap: Any, optimizer: Any) -> dict:
-    from megatron_kd.losses import fused_linear
+    from megatron_kd.teachers.control import Action, Decision
     from megatron_kd.training.objective import MicroBatchLoss, build_objective
     from megatron_kd.training.train_step import TrainStep
 
@@ -90,23 +90,24 @@ def _one_step(config: Any, data: Any, groups: Any, teacher: Any, model: Any, unw
         micro_batch_loss=MicroBatchLoss(build_objective(config.distillation), teacher, groups,
                                         settings.loss_reduction, unwrap),
     )
-    chunks, real = [0.0], fused_linear.allocate
-
-    def counted(*arguments: Any, **keywords: Any) -> torch.Tensor:
-        buffer = real(*arguments, **keywords)
-        chunks.append(buffer.nbytes)
-        return buffer
-
-    fused_linear.allocate = counted
+    if teacher is not None:
+        teacher.follow(Decision(Action.CONTINUE, 0, 0))
     ledger = Ledger({p.untyped_storage().data_ptr() for chunk in model for p in chunk.parameters()}
                     | {b.grad_data.untyped_storage().data_ptr() for chunk in model for b in chunk.buffers})
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: _Kept(t, ledger), lambda kept: kept.tensor):
-            step(batches, 1e-3)
-    finally:
-        fused_linear.allocate = real
-    calls = len(batches)
-    return {"saved": float(ledger.peak), "loss_chunks": sum(chunks) / calls}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: _Kept(t, ledger), lambda kept: kept.tensor):
+        step(batches, 1e-3)
+    kept = step.micro_batch_loss._workspace._kept.values()
+    return {"saved": float(ledger.peak), "loss_chunks": float(sum(buffer.nbytes for buffer in kept))}
+
+
+def _teacher_bytes(teacher: Any) -> float:
+    """Parameters on this rank, and its part of the output layer where that is a copy."""
+    if teacher is None:
+        return 0.0
+    own = [p for chunk in teacher._chunks for p in chunk.parameters()]
+    held = {p.untyped_storage().data_ptr() for p in own}
+    head = [] if teacher._head is None else [teacher._head.weight]
+    return _bytes([*own, *(w for w in head if w.untyped_storage().data_ptr() not in held)])
 
 
 def _bytes(tensors: Any) -> float:

@@ -7,7 +7,7 @@ from megatron_kd.data.chunk_dataset import write_chunk_dataset
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.models.architecture import architecture_by_name
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_kd.planning.memory import loss_chunk_bytes, rank_parameters, student_memory, teacher_memory
+from megatron_kd.planning.memory import loss_chunk_bytes, rank_parameters, student_memory, teacher_layout, teacher_memory
 from tests.distributed.ranks import shared_ranks
 from tests.distributed.training.runs import train_in_ranks
 from tests.reference.tensor_bytes import measure_step
@@ -17,13 +17,16 @@ VOCABULARY, SEQ_LENGTH = 3000, 128
 BATCH, MICRO_BATCH = 16, 2
 T, P, S, V = ("parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size",
               "parallel.sequence_parallel", "parallel.virtual_pipeline_model_parallel_size")
+AS_STUDENT = (None, None)
 CASES = {
-    "one rank": (1, {}),
-    "TP2": (2, {T: 2}),
-    "TP2 SP": (2, {T: 2, S: True}),
-    "PP2": (2, {P: 2}),
-    "PP2 VPP2": (2, {P: 2, V: 2}),
-    "DP2": (2, {}),
+    "one rank": (1, {}, AS_STUDENT),
+    "TP2": (2, {T: 2}, AS_STUDENT),
+    "TP2 SP": (2, {T: 2, S: True}, AS_STUDENT),
+    "PP2": (2, {P: 2}, AS_STUDENT),
+    "PP2 VPP2": (2, {P: 2, V: 2}, AS_STUDENT),
+    "DP2": (2, {}, AS_STUDENT),
+    "TP2, teacher PP2": (2, {T: 2}, (1, 2)),
+    "PP2, teacher TP2": (2, {P: 2}, (2, 1)),
 }
 
 
@@ -53,16 +56,19 @@ def assert_within(planned, measured, what):
     ("case", "precision"), [*((case, "bf16") for case in CASES), ("one rank", "fp32"), ("DP2", "fp32")]
 )
 def test_every_part_is_within_ten_per_cent(case, precision, rows, big_teacher, tmp_path):
-    world, keys = CASES[case]
+    world, keys, teacher_keys = CASES[case]
     with_teacher = precision == "bf16" and V not in keys
     settings = [f"data.path={rows.path}", f"output={tmp_path}", "model.name=qwen_toy_student",
                 f"training.global_batch_size={BATCH}", f"training.micro_batch_size={MICRO_BATCH}",
                 f"training.precision={precision}", *(f"{key}={str(value).lower()}" for key, value in keys.items())]
     if with_teacher:
+        settings += [f"teacher.{name}_model_parallel_size={size}" for name, size in
+                     zip(("tensor", "pipeline"), teacher_keys) if size]
         settings += ["distillation.method=vanilla_kd", "teacher.placement=colocated", f"teacher.path={big_teacher}"]
     measured = shared_ranks(world).run(measure_step, settings)
     parallel = ParallelConfig(**{key.split(".")[1]: value for key, value in keys.items()})
     layout = ParallelLayout.for_world(parallel, world)
+    own = teacher_layout(layout, *teacher_keys)
     student = architecture_by_name("qwen_toy_student").with_vocab_size(VOCABULARY)
     teacher = architecture_by_name("qwen_toy_teacher").with_vocab_size(VOCABULARY)
     sizes = {"precision": precision, "micro_batch_size": MICRO_BATCH, "seq_length": SEQ_LENGTH,
@@ -82,7 +88,7 @@ def test_every_part_is_within_ten_per_cent(case, precision, rows, big_teacher, t
             chunks = loss_chunk_bytes(student, layout, MICRO_BATCH * SEQ_LENGTH, precision, 1, "cpu")
             assert_within(chunks, found["loss_chunks"], f"{where}, loss")
         if with_teacher:
-            frozen = teacher_memory(teacher, layout, stage, **sizes)
+            frozen = teacher_memory(teacher, layout, own, rank, **sizes)
             assert_within(frozen.teacher_weights, found["teacher_weights"], f"{where}, teacher's weights")
 
 

@@ -118,9 +118,12 @@ def _locate_tensors(path: Path) -> dict[str, Path]:
     """Tensor name -> file."""
     if (path / INDEX_NAME).is_file():
         located = {}
-        for name, file in _read_json(path / INDEX_NAME).get("weight_map", {}).items():
-            if Path(file).name != file:
-                raise CheckpointError(f"{path / INDEX_NAME}: names '{file}', which is not a file of its folder")
+        weight_map = _read_json(path / INDEX_NAME).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{path / INDEX_NAME}: has no 'weight_map' of tensor names to files")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or "\0" in file or Path(file).name != file:
+                raise CheckpointError(f"{path / INDEX_NAME}: names {file!r}, which is not a file of its folder")
             located[name] = path / file
         missing = sorted({str(file) for file in located.values() if not file.is_file()})
         if missing:

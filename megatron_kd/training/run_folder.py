@@ -16,6 +16,7 @@ from megatron_kd.models.weights import CheckpointInfo, check_same_architecture
 from megatron_kd.parallel.agreement import on_main_rank
 from megatron_kd.parallel.layout import ParallelLayout
 from megatron_kd.parallel.runtime import Runtime
+from megatron_kd.training import accelerated
 from megatron_kd.training.checkpoint import Progress, newest_whole_checkpoint
 from megatron_kd.training.config import TrainConfig
 
@@ -94,3 +95,6 @@ def announce(
         f"{layout.describe()} on {runtime.device.type}, {spec} layers, {config.training.precision}, "
         f"{data.num_chunks:,} chunks{teacher}{start}\n"
     )
+    untried = accelerated.warning(accelerated.parts_in_use(spec, runtime.device))
+    if untried is not None:
+        sys.stderr.write(f"train: {untried}\n")

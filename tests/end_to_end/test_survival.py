@@ -11,7 +11,6 @@ import torch
 from megatron_kd.metrics.tracker import read_metrics
 from megatron_kd.training.checkpoint import load_full_state
 from megatron_kd.training.survival import EVENTS_NAME
-from tests.distributed.training.runs import make_dataset
 from tests.end_to_end.commands import SMALL, kill, run, start
 
 STEPS = 12
@@ -117,7 +116,8 @@ if __name__ == "__main__":
 
 def test_a_rank_that_hangs_is_named(dataset, tmp_path):
     folder = tmp_path / "run"
-    process = start("train", *settings(dataset, folder, "training.train_iters=100000", "survival.hang_minutes=0.1"), ranks=2)
+    keys = ["training.train_iters=100000", "survival.hang_minutes=0.1"]
+    process = start("train", *settings(dataset, folder, *keys), ranks=2)
     try:
         while not (folder / "metrics.jsonl").exists() or len(read_metrics(folder)) < 3:
             assert process.poll() is None, process.stderr.read()
@@ -135,12 +135,3 @@ def rank_of(pid):
     with open(f"/proc/{pid}/environ", "rb") as file:
         values = dict(entry.split(b"=", 1) for entry in file.read().split(b"\0") if b"=" in entry)
     return values.get(b"RANK", b"").decode()
-
-
-def test_other_data_are_refused_unless_told(dataset, tmp_path):
-    folder, other = tmp_path / "run", make_dataset(tmp_path / "other", seed=5)
-    assert run("train", *settings(dataset, folder, "training.train_iters=2")).status == 0
-    ended = run("train", *settings(other, folder))
-    assert ended.status == 2 and "dataset" in ended.lines[-1] and "training.allow_other_data=true" in ended.lines[-1]
-    ended = run("train", *settings(other, folder, "training.allow_other_data=true"))
-    assert ended.status == 0 and "resumed at step 2" in ended.stderr

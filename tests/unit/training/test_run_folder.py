@@ -69,6 +69,12 @@ def test_another_dataset_is_refused(dataset, run_folder, tmp_path):
         resumed(other, run_folder)
 
 
+def test_another_dataset_is_taken_where_told(dataset, run_folder, tmp_path):
+    other = make_dataset(tmp_path / "other", seed=4)
+    told = {"global_batch_size": 4, "micro_batch_size": 4, "allow_other_data": True}
+    assert resumed(other, run_folder, training=told).manifest["progress"]["step"] == 3
+
+
 def test_another_model_is_refused(dataset, run_folder):
     with distributed_runtime() as runtime:
         architecture = dataclasses.replace(TrainingParts(dataset, runtime).architecture, num_layers=1, rope_theta=5.0)

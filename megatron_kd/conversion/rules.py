@@ -1,6 +1,6 @@
 """The rule types that map one family's Hugging Face tensors to Megatron-Core's, in both directions.
 
-A family is a table of rules (``qwen2.py``). A rule names one mcore tensor and the HF tensors that hold the same
+The table of rules is in ``decoder.py``. A rule names one mcore tensor and the HF tensors that hold the same
 numbers; ``{layer}`` in a name stands for every layer. Shapes: h hidden, f ffn, d head width, a attention heads,
 g query groups, V the vocabulary without padding.
 

@@ -66,6 +66,7 @@ def test_from_text_to_a_sampled_dataset(corpus: Path) -> None:
                 f"training.train_iters={steps}", *small)  # fmt: skip
         succeed("score_corpus", f"data.path={corpus}/train", f"model.path={corpus}/run-{role}",
                 f"output={corpus}/scores-{role}")  # fmt: skip
+    check_hugging_face_scores(corpus)
     scores = [f"teacher_scores={corpus}/scores-teacher", f"reference_scores={corpus}/scores-reference"]
     succeed("sample_by_difference", f"data.path={corpus}/train", *scores, "ratio=0.5", f"output={corpus}/sampled")
     check_sample(corpus, dataset)
@@ -94,3 +95,11 @@ def check_sample(corpus: Path, dataset: ChunkDataset) -> None:
     assert np.nanmean(difference) > 0.1, "the teacher has learnt more than the reference model"
     text = (corpus / "sampled" / "selection.md").read_text()
     assert all(name in text for name in DOMAINS) and text.count("| top |") == 3
+
+
+def check_hugging_face_scores(corpus: Path) -> None:
+    """The exported teacher, scored from its Hugging Face folder, gives the checkpoint's scores."""
+    succeed("convert_to_hf", f"input={corpus}/run-teacher", f"output={corpus}/hf", "verify=false")
+    succeed("score_corpus", f"data.path={corpus}/train", f"model.path={corpus}/hf", f"output={corpus}/scores-hf")
+    theirs, ours = (np.load(corpus / f"scores-{name}" / "scores.npy") for name in ("hf", "teacher"))
+    np.testing.assert_allclose(theirs, ours, rtol=1e-5)

@@ -5,7 +5,7 @@ Everything is read in blocks, so memory does not grow with the corpus.
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -119,33 +119,38 @@ def _markdown(
     chosen = example_chunks(differences, dataset.num_chunks, examples)
     if any(chosen.values()):
         lines += ["| r | chunk | −log p | −log p_ref | r | kept | text |", "|---|---:|---:|---:|---:|---|---|"]
-        lines += [_example(dataset, differences, kept, place, index) for place in PLACES for index in chosen[place]]
+        decode = _decoder(dataset)
+        for place in PLACES:
+            for index in chosen[place]:
+                lines.append(_example(differences, kept, place, index, decode(dataset[index].tolist())))
         lines += ["", *(f"{role}: {path}" for role, path in differences.models.items())]
     return "\n".join(lines) + "\n"
 
 
-def _example(dataset: ChunkDataset, differences: Differences, kept: np.ndarray, place: str, index: int) -> str:
+def _example(differences: Differences, kept: np.ndarray, place: str, index: int, text: str) -> str:
     scores = [
         "" if block is None else f"{block(index, index + 1)[0]:.2f}"
         for block in (differences.teacher, differences.reference, differences.block)
     ]
     place_in_kept = int(np.searchsorted(kept, index))
     is_kept = place_in_kept < len(kept) and kept[place_in_kept] == index
-    text = _decoded(dataset, index)
     return f"| {place} | {index} | {' | '.join(scores)} | {'yes' if is_kept else 'no'} | {_cell(text)} |"
 
 
-def _decoded(dataset: ChunkDataset, index: int) -> str:
-    """The chunk's text, shortened; its first ids where the dataset carries no tokenizer."""
+def _decoder(dataset: ChunkDataset) -> Callable[[list[int]], str]:
+    """Ids to text, shortened; to the first ids where the dataset carries no tokenizer."""
     from megatron_kd.data.tokenization import load_tokenizer
 
-    ids = dataset[index].tolist()
     try:
         backend = load_tokenizer(dataset.tokenizer_path).backend
     except DataError:
-        return "ids " + " ".join(map(str, ids[:20]))
-    text = backend.decode(ids[:EXAMPLE_CHARACTERS], skip_special_tokens=False)
-    return text[:EXAMPLE_CHARACTERS] + ("…" if len(text) > EXAMPLE_CHARACTERS else "")
+        return lambda ids: "ids " + " ".join(map(str, ids[:20]))
+
+    def decode(ids: list[int]) -> str:
+        text = backend.decode(ids[:EXAMPLE_CHARACTERS], skip_special_tokens=False)
+        return text[:EXAMPLE_CHARACTERS] + ("…" if len(text) > EXAMPLE_CHARACTERS else "")
+
+    return decode
 
 
 def _cell(text: str) -> str:

@@ -186,7 +186,7 @@ def our_step(case: Case, folder: Path, stack: ExitStack) -> Callable[[], float]:
     model = build_student(config, case.architecture, dataset, layout, groups, runtime)
     step = TrainStep(
         model=model, optimizer=build_optimizer(config.optimizer, model, groups, bf16=case.precision == "bf16"),
-        groups=groups, teacher=None, reduction="token", clip_grad=1.0,
+        groups=groups, teacher=None, clip_grad=1.0,
         micro_batch_loss=MicroBatchLoss(build_objective(config.distillation), None, groups, "token", unwrap),
     )  # fmt: skip
     return lambda: step([batch], 1e-4).loss

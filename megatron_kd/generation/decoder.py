@@ -31,6 +31,7 @@ class Decoder:
         chunks: the model's chunks on this rank (not DDP-wrapped).
         groups: of its layout.
         batch_size, max_length: the most sequences, and the most tokens of each, that the cache holds.
+        vocab_size: ids that may be drawn; None means all of the model's. A tokenizer may have fewer.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class Decoder:
         groups: ProcessGroupCollection,
         batch_size: int,
         max_length: int,
+        vocab_size: int | None = None,
     ) -> None:
         self._chunks = list(chunks)
         self.groups = groups
         self._context = StaticInferenceContext(batch_size, max_length)
         self._context.materialize_only_last_token_logits = False
-        self.valid_vocab_size = chunks[-1].valid_vocab_size
+        valid = chunks[-1].valid_vocab_size
+        self.valid_vocab_size = valid if vocab_size is None else min(valid, vocab_size)
 
     @property
     def length(self) -> int:

@@ -8,19 +8,27 @@ quadratic term is left out. Every function takes N, so that a caller who counts 
     none        6 N_s              student forward and backward
     vanilla_kd  6 N_s + 2 N_t      and the teacher's forward
     minillm     8 N_s + 4 N_t      and the student's forward for sampling, the teacher's two
+    gkd         6 N_s + 2 N_t      and 2 N of whoever writes, in the steps on generated text
+    distillm    6 N_s + 2 N_t      and 2 N_s in the steps for which the student writes anew
+    seqkd       6 N_s              the teacher writes the corpus once: offline
+    pre-training loss beside generated text   6 N_s, and 2 N_t with a distillation term
+
+Writing costs 2N a token, prompt included: with a cache of keys and values every token passes once.
 
 What is done once before training (scoring a corpus, training the reference model) is *offline*: it is reported
 beside the training cost, not matched, because every student that is trained on the result shares it.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
-Method = Literal["none", "vanilla_kd", "minillm"]
+Method = Literal["none", "vanilla_kd", "minillm", "gkd", "distillm"]
 
 FORWARD_FLOPS_PER_PARAMETER = 2
 TRAINING_FLOPS_PER_PARAMETER = 6
 # (student, teacher) operations per parameter and token.
-METHOD_FLOPS: dict[str, tuple[int, int]] = {"none": (6, 0), "vanilla_kd": (6, 2), "minillm": (8, 4)}
+METHOD_FLOPS: dict[str, tuple[int, int]] = {"none": (6, 0), "vanilla_kd": (6, 2), "minillm": (8, 4), "gkd": (6, 2),
+                                             "distillm": (6, 2)}  # fmt: skip
 
 
 def forward_flops(parameters: int, tokens: int) -> int:
@@ -36,6 +44,42 @@ def training_flops(student_parameters: int, tokens: int, method: Method = "none"
     """
     student_factor, teacher_factor = _factors(method, teacher_parameters)
     return (student_factor * student_parameters + teacher_factor * teacher_parameters) * tokens
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """What a run has cost so far, from its steps and from how many sequences were generated for it.
+
+    Attributes:
+        positions: b · s of a step's global batch.
+        has_pretraining, pretraining_has_teacher: whether the dataset's batch is trained on beside generated text.
+    """
+
+    method: Method
+    student_parameters: int
+    teacher_parameters: int
+    positions: int
+    seq_length: int
+    has_pretraining: bool = False
+    pretraining_has_teacher: bool = False
+
+    @property
+    def flops_per_token(self) -> int:
+        """Of a position of a step, without what depends on the step: generation, but in MiniLLM, which always does."""
+        cost = training_flops(self.student_parameters, 1, self.method, self.teacher_parameters)
+        if self.has_pretraining:
+            cost += training_flops(self.student_parameters, 1)
+        if self.pretraining_has_teacher:
+            cost += forward_flops(self.teacher_parameters, 1)
+        return cost
+
+    def total(self, steps: int, student_texts: int, teacher_texts: int) -> int:
+        """Operations of ``steps``, in which so many sequences were written."""
+        cost = self.flops_per_token * self.positions * steps
+        if self.method != "minillm":
+            cost += forward_flops(self.student_parameters, self.seq_length * student_texts)
+            cost += forward_flops(self.teacher_parameters, self.seq_length * teacher_texts)
+        return cost
 
 
 def matched_steps(plain_steps: int, student_parameters: int, teacher_parameters: int, method: Method) -> int:

@@ -19,6 +19,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_kd.data.batch import Batch
+from megatron_kd.errors import LayoutError
+from megatron_kd.generation.decoder import Decoder
 from megatron_kd.losses import DenseKnowledge, OutputHead
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import is_last_stage
@@ -79,6 +81,19 @@ class ColocatedTeacher:
         self._next_round = 0
         while self._routing.student.pipeline > 1 and self._next_round < len(batches):
             self._run_wave()
+
+    def decoder(self, groups: ProcessGroupCollection, rows: int, length: int, vocab_size: int) -> Decoder:
+        """For text that the teacher writes on the student's ranks ``groups``.
+
+        Raises:
+            LayoutError: the teacher's layout is not the student's, so that its logits are on other ranks.
+        """
+        if self._groups is not groups:
+            raise LayoutError(
+                "text of the teacher needs the student's own layout: leave teacher.tensor_model_parallel_size and "
+                "teacher.pipeline_model_parallel_size unset"
+            )
+        return Decoder(self._chunks, groups, rows, length, vocab_size)
 
     def knowledge(self, batch: Batch) -> DenseKnowledge | None:
         """Hidden states [tokens, h_teacher] in sequence-major order, and the teacher's head; None before the last

@@ -17,7 +17,7 @@ import torch
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_kd.data.artefact_folder import LOCK_NAME
+from megatron_kd.data.artefact_folder import LOCK_NAME, write_file
 from megatron_kd.data.checksums import Checksums
 from megatron_kd.data.manifest import versions, write_manifest
 from megatron_kd.errors import CheckpointError
@@ -191,11 +191,18 @@ def _find_whole(checkpoints: Path) -> Path | None:
     return None
 
 
-def description(progress: Progress, architecture: ModelArchitecture, about: Mapping[str, Any]) -> Describe:
-    """What writes the manifest of a training checkpoint."""
+def description(
+    progress: Progress,
+    architecture: ModelArchitecture,
+    about: Mapping[str, Any],
+    files: Mapping[str, bytes] | None = None,
+) -> Describe:
+    """What writes the manifest of a training checkpoint, and further small ``files``, name -> contents, before it."""
 
     def describe(folder: Path, checksums: Checksums) -> str | None:
         try:
+            for name, contents in (files or {}).items():
+                write_file(folder / name, contents)
             write_checkpoint_manifest(
                 folder, checksums, architecture, {"progress": dataclasses.asdict(progress), **about}
             )

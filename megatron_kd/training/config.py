@@ -8,7 +8,7 @@ from megatron_kd.models.gpt import ModelConfig, Precision
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.planning.config import PlanConfig
 from megatron_kd.teachers.interface import TeacherConfig
-from megatron_kd.training.objective import DistillationConfig, LossReduction
+from megatron_kd.training.objective import METHODS_WITH_TEXT, DistillationConfig, LossReduction
 from megatron_kd.training.optimizer import OptimizerConfig
 from megatron_kd.training.survival import SurvivalConfig
 
@@ -94,6 +94,19 @@ class TrainConfig:
             yield from self._cached_faults()
         if self.distillation.method == "none" and self.teacher.placement != "none":
             yield f"'teacher.placement' is {self.teacher.placement}, but 'distillation.method' none uses no teacher"
+        if self.distillation.decodes_with_teacher and self.teacher.placement == "remote":
+            yield (
+                f"'distillation.method' {self.distillation.method} lets the teacher write token by token, which needs "
+                "'teacher.placement' colocated; or set minillm.teacher_mix=0, gkd.seq_kd=false"
+            )
+        if self.distillation.method == "distillm":
+            if self.data.eval_path is None:
+                yield "'distillation.method' distillm moves its threshold by the held-out loss: set 'data.eval_path'"
+            if self.distillation.distillm.replay_capacity < self.training.global_batch_size:
+                yield (
+                    f"'distillation.distillm.replay_capacity' {self.distillation.distillm.replay_capacity} is below "
+                    f"'training.global_batch_size' {self.training.global_batch_size}"
+                )
 
     def _cached_faults(self) -> Iterator[str]:
         if self.distillation.method not in ("none", "vanilla_kd"):
@@ -101,7 +114,7 @@ class TrainConfig:
                 f"'distillation.method' {self.distillation.method} generates text, of which a cache knows nothing: "
                 "'teacher.placement' must be colocated or remote"
             )
-        if self.distillation.divergence != "forward_kl":
+        if self.distillation.divergence not in (None, "forward_kl"):
             yield (
                 f"'distillation.divergence' {self.distillation.divergence} needs the teacher's whole distribution, "
                 "a cache holds a few ids of it: use forward_kl, or 'teacher.placement' colocated"

@@ -5,7 +5,7 @@ Losses are sums with their counts; the one division happens in ``finalize_model_
 (``sequence``: the paper's mean of per-sequence means) of the global batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Callable, Iterator, Literal
 
 import torch
@@ -13,56 +13,94 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_kd.data.batch import Batch
-from megatron_kd.losses import DistillationObjective, Workspace, divergence_from_config, linear_distillation_loss
+from megatron_kd.losses import (
+    LM_ONLY,
+    DistillationObjective,
+    Workspace,
+    divergence_from_config,
+    linear_distillation_loss,
+)
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.teachers.interface import Teacher
+from megatron_kd.training.methods.batches import AuxiliaryBatch
+from megatron_kd.training.methods.config import DistiLLMConfig, GKDConfig, MiniLLMConfig, TextConfig
 
 LossReduction = Literal["token", "sequence"]
-REPORTED_SUMS = ("loss", "lm", "kd", "teacher_entropy", "tokens", "sequences")
+REPORTED_SUMS = ("loss", "lm", "kd", "teacher_entropy", "tokens", "count")
+METHODS_WITH_TEXT = ("gkd", "distillm", "minillm")
 
 
 @dataclass(frozen=True)
 class DistillationConfig:
     """The ``distillation.*`` keys."""
 
-    method: Literal["none", "vanilla_kd"] = "none"
-    kd_ratio: float = 0.5
-    """loss = (1 - kd_ratio) · LM + kd_ratio · divergence."""
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"] = "forward_kl"
+    method: Literal["none", "vanilla_kd", "gkd", "distillm", "minillm"] = "none"
+    kd_ratio: float | None = None
+    """loss = (1 - kd_ratio) · LM + kd_ratio · divergence. None means 0.5 for Vanilla KD and 1 for GKD and DistiLLM; in
+    MiniLLM it is that of the pre-training loss, and None means 0: LM alone."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"] | None = None
+    """None means the method's: forward_kl for Vanilla KD, jsd for GKD, skew_reverse_kl for DistiLLM."""
     beta: float = 0.5
-    """Weight of the teacher in JSD's mixture."""
+    """Weight of the teacher in JSD's mixture. GKD takes 0 and 1 for forward_kl and reverse_kl."""
     skew_alpha: float = 0.1
     """Weight of the other distribution in the skewed divergences' mixture."""
     temperature: float = 1.0
     sparse_target: Literal["auto", "ghost", "renormalised", "sampled", "weighted"] = "auto"
     """The loss against knowledge of a few ids a token; auto is ghost for the largest, sampled or weighted for draws."""
+    pretraining_weight: float = 0.0
+    """Of the pre-training loss on the dataset's batches, beside the batches of generated text."""
+    text: TextConfig = field(default_factory=TextConfig)
+    gkd: GKDConfig = field(default_factory=GKDConfig)
+    distillm: DistiLLMConfig = field(default_factory=DistiLLMConfig)
+    minillm: MiniLLMConfig = field(default_factory=MiniLLMConfig)
 
     def validate(self) -> Iterator[str]:
         """Faults in the values, one message each."""
-        if not 0 <= self.kd_ratio <= 1:
+        if self.kd_ratio is not None and not 0 <= self.kd_ratio <= 1:
             yield f"'distillation.kd_ratio' must be between 0 and 1, not {self.kd_ratio}"
         if self.temperature <= 0:
             yield f"'distillation.temperature' must be above 0, not {self.temperature}"
-        if not 0 < self.beta < 1:
-            yield f"'distillation.beta' must be between 0 and 1 (both excluded), not {self.beta}"
+        if not 0 <= self.beta <= 1 or (self.beta in (0, 1) and self.method != "gkd"):
+            yield f"'distillation.beta' must be between 0 and 1 (both excluded except in gkd), not {self.beta}"
         if not 0 <= self.skew_alpha < 1:
             yield f"'distillation.skew_alpha' must be in [0, 1), not {self.skew_alpha}"
+        if self.pretraining_weight < 0:
+            yield f"'distillation.pretraining_weight' must not be negative, not {self.pretraining_weight}"
+        if self.pretraining_weight > 0 and self.method not in METHODS_WITH_TEXT:
+            yield "'distillation.pretraining_weight' is for methods that train on generated text"
+        if self.method == "minillm" and not self.text.sampling.is_plain:
+            yield "'distillation.text.sampling' must be plain in minillm, whose weights are of the models' own ratios"
+
+    @property
+    def decodes_with_teacher(self) -> bool:
+        """Whether the teacher generates token by token."""
+        return (self.method == "gkd" and self.gkd.seq_kd) or (self.method == "minillm" and self.minillm.teacher_mix > 0)
+
+
+_METHOD_DEFAULTS = {"vanilla_kd": (0.5, "forward_kl"), "gkd": (1.0, "jsd"), "distillm": (1.0, "skew_reverse_kl")}
 
 
 def build_objective(config: DistillationConfig) -> DistillationObjective:
-    """The weights and the divergence of a configuration."""
+    """The weights and the divergence of a configuration; of MiniLLM, those of its pre-training loss."""
     if config.method == "none":
         return DistillationObjective(lm_weight=1.0, kd_weight=0.0)
+    ratio, name = _METHOD_DEFAULTS.get(config.method, (0.0, "forward_kl"))
+    ratio, name = ratio if config.kd_ratio is None else config.kd_ratio, config.divergence or name
+    if name == "jsd" and config.beta in (0.0, 1.0):
+        name = "forward_kl" if config.beta == 0 else "reverse_kl"
     return DistillationObjective(
-        lm_weight=1.0 - config.kd_ratio,
-        kd_weight=config.kd_ratio,
+        lm_weight=1.0 - ratio,
+        kd_weight=ratio,
         temperature=config.temperature,
-        divergence=divergence_from_config(config.divergence, beta=config.beta, skew_alpha=config.skew_alpha),
+        divergence=divergence_from_config(name, beta=config.beta, skew_alpha=config.skew_alpha),
     )
 
 
 class MicroBatchLoss:
     """Megatron-Core's ``forward_step_func``: a micro-batch through the student, its loss with a teacher's knowledge."""
+
+    extra: tuple[str, ...] = ()
+    """Names of sums that are reported beside the usual ones."""
 
     def __init__(
         self,
@@ -71,8 +109,11 @@ class MicroBatchLoss:
         groups: ProcessGroupCollection,
         reduction: LossReduction,
         unwrap: Callable[[torch.nn.Module], HiddenStateGPTModel],
+        pretraining: DistillationObjective | None = None,
     ):
-        self._objective = objective
+        self._objective, self._pretraining = objective, pretraining or LM_ONLY
+        if pretraining is not None:
+            self.extra = (*self.extra, "pretraining")
         self._teacher = teacher
         self._groups = groups
         self._reduction = reduction
@@ -83,35 +124,61 @@ class MicroBatchLoss:
         """Forward one micro-batch through ``chunk``; the second value computes the loss on the last stage."""
         batch = next(batches)
         model = self._unwrap(chunk)
-        knowledge = self._teacher.knowledge(batch) if self._teacher is not None and model.post_process else None
+        asks = self._teacher is not None and model.post_process and self.needs_knowledge(batch)
+        knowledge = self._teacher.knowledge(batch) if asks else None
         hidden = chunk(batch.tokens, batch.position_ids, None)
 
         def loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            weights, count = token_weights(batch, self._reduction)
-            result = linear_distillation_loss(
-                output,
-                model.output_head(),
-                sequence_major(batch.labels),
-                weights,
-                self._objective,
-                knowledge,
-                tp_group=self._groups.tp,
-                sequence_parallel=model.config.sequence_parallel,
-                workspace=self._workspace,
-            )
-            sums = torch.stack(
-                [
-                    result.loss_sum.detach(),
-                    result.lm_sum,
-                    _or_zero(result.kd_sum, result.lm_sum),
-                    _or_zero(result.teacher_entropy_sum, result.lm_sum),
-                    result.token_count.float(),
-                    _sequences(batch).float(),
-                ]
-            )
-            return result.loss_sum, count.int(), {"sums": sums}
+            loss_sum, count, sums = self.loss_of(batch, model, output, knowledge)
+            zero = loss_sum.detach().new_zeros(())
+            sums = {**sums, "count": count}
+            row = torch.stack([_or_zero(sums.get(name), zero) for name in self.reported])
+            return loss_sum, count.int(), {"sums": row}
 
         return hidden, loss
+
+    @property
+    def reported(self) -> tuple[str, ...]:
+        """Names of all reported sums, in order."""
+        return (*REPORTED_SUMS, *self.extra)
+
+    @property
+    def pretraining_uses_teacher(self) -> bool:
+        """Whether the pre-training loss beside generated text has a distillation term."""
+        return self._pretraining.kd_weight > 0
+
+    def needs_knowledge(self, batch: Batch) -> bool:
+        """Whether the teacher is asked about a micro-batch: not where the pre-training loss beside is LM alone."""
+        return not isinstance(batch, AuxiliaryBatch) or self.pretraining_uses_teacher
+
+    def loss_of(
+        self, batch: Batch, model: HiddenStateGPTModel, hidden: Tensor, knowledge: Any
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """A micro-batch's differentiable loss sum, what it adds to the denominator, and the sums that are reported."""
+        weights, count = token_weights(batch, self._reduction)
+        is_auxiliary = isinstance(batch, AuxiliaryBatch)
+        result = linear_distillation_loss(
+            hidden,
+            model.output_head(),
+            sequence_major(batch.labels),
+            weights * batch.scale if is_auxiliary else weights,
+            self._pretraining if is_auxiliary else self._objective,
+            knowledge,
+            tp_group=self._groups.tp,
+            sequence_parallel=model.config.sequence_parallel,
+            workspace=self._workspace,
+        )
+        value = result.loss_sum.detach()
+        if is_auxiliary:
+            return result.loss_sum, torch.zeros_like(count), {"loss": value, "pretraining": value}
+        sums = {
+            "loss": value,
+            "lm": result.lm_sum,
+            "kd": result.kd_sum,
+            "teacher_entropy": result.teacher_entropy_sum,
+            "tokens": result.token_count,
+        }
+        return result.loss_sum, count, sums
 
 
 def sequence_major(values: Tensor) -> Tensor:
@@ -131,5 +198,5 @@ def _sequences(batch: Batch) -> Tensor:
     return (batch.loss_mask.sum(dim=1) > 0).sum()
 
 
-def _or_zero(value: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if value is None else value
+def _or_zero(value: Tensor | None, zero: Tensor) -> Tensor:
+    return zero if value is None else value.detach().to(zero)

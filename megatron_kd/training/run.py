@@ -15,11 +15,11 @@ from megatron_kd.training.build import (
     open_datasets,
     plan_layout,
     student_architecture,
-    unwrap,
 )
 from megatron_kd.training.checkpoint import Progress, load_checkpoint
 from megatron_kd.training.config import TrainConfig
-from megatron_kd.training.objective import MicroBatchLoss, build_objective
+from megatron_kd.training.methods.build import build_loss, build_source
+from megatron_kd.training.methods.saved_state import restore_source
 from megatron_kd.training.optimizer import build_optimizer
 from megatron_kd.training.run_folder import announce, checkpoint_to_resume, prepare_run_folder
 from megatron_kd.training.teacher_ranks import run_teacher_ranks
@@ -50,14 +50,15 @@ def run(config: TrainConfig) -> Path:
             optimizer=optimizer,
             groups=groups,
             teacher=teacher,
-            reduction=config.training.loss_reduction,
             clip_grad=config.optimizer.clip_grad,
-            micro_batch_loss=MicroBatchLoss(
-                build_objective(config.distillation), teacher, groups, config.training.loss_reduction, unwrap
-            ),
+            micro_batch_loss=build_loss(config, teacher, groups),
         )
+        source = build_source(config, data, groups, model, teacher, runtime.device)
+        if start:
+            restore_source(source, start)
         announce(config, architecture, layout, model, data, runtime, progress)
-        Trainer(config, runtime, folder, data, heldout, architecture, layout, groups, model, optimizer, step).run(
-            progress
+        trainer = Trainer(
+            config, runtime, folder, data, heldout, architecture, layout, groups, model, optimizer, step, source
         )
+        trainer.run(progress)
         return folder

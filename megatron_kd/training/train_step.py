@@ -1,7 +1,7 @@
 """One optimizer step: gradients of all micro-batches, their norm, a check that all is finite, the update."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Sequence
 
 import torch
@@ -13,7 +13,7 @@ from megatron_kd.errors import NonFiniteLossError
 from megatron_kd.parallel.groups import is_last_stage, sum_over_group
 from megatron_kd.parallel.schedule import run_schedule
 from megatron_kd.teachers.interface import Teacher
-from megatron_kd.training.objective import REPORTED_SUMS, LossReduction, MicroBatchLoss
+from megatron_kd.training.objective import MicroBatchLoss
 from megatron_kd.training.optimizer import clipped_step, set_learning_rate
 
 
@@ -27,6 +27,8 @@ class StepResult:
     teacher_entropy: float
     grad_norm: float
     tokens: int
+    extra: dict[str, float] = field(default_factory=dict)
+    """Means of what the method reports beside these."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,21 @@ class TrainStep:
     groups: ProcessGroupCollection
     micro_batch_loss: MicroBatchLoss
     teacher: Teacher | None
-    reduction: LossReduction
     clip_grad: float
 
-    def __call__(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
+    def __call__(self, batches: Sequence[Batch], learning_rate: float, *, scheduled: bool = True) -> StepResult:
         """Update the weights with this rank's micro-batches of one global batch.
+
+        Args:
+            scheduled: they are the next ones of the training data's schedule (see ``Teacher.begin_step``).
 
         Raises:
             NonFiniteLossError: the loss or the gradient's norm is not finite; the weights are as before.
         """
         self._zero_gradients()
         if self.teacher is not None:
-            self.teacher.begin_step(batches)
+            asked = [batch for batch in batches if self.micro_batch_loss.needs_knowledge(batch)]
+            self.teacher.begin_step(asked, scheduled=scheduled)
         rows, seq_length = batches[0].tokens.shape
         reports = run_schedule(
             self.model, self.groups, self.micro_batch_loss, batches, seq_length=seq_length, micro_batch_size=rows
@@ -67,14 +72,15 @@ class TrainStep:
     def _reduce(self, reports: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
         """Sums over the micro-batches of all data-parallel ranks, on every rank."""
         device = next(self.model[0].parameters()).device
-        sums = torch.zeros(len(REPORTED_SUMS), dtype=torch.float64, device=device)
+        names = self.micro_batch_loss.reported
+        sums = torch.zeros(len(names), dtype=torch.float64, device=device)
         if is_last_stage(self.groups) and self.groups.tp.rank() == 0:
             for report in reports:
                 sums += report["sums"]
-        return dict(zip(REPORTED_SUMS, sum_over_group(sums, self.groups.intra_dist_opt).tolist()))
+        return dict(zip(names, sum_over_group(sums, self.groups.intra_dist_opt).tolist()))
 
     def _finish(self, sums: dict[str, float]) -> StepResult:
-        count = max(1.0, sums["tokens"] if self.reduction == "token" else sums["sequences"])
+        count = max(1.0, sums["count"])
         self.optimizer.prepare_grads()
         gradient_norm = float(self.optimizer.get_grad_norm())
         result = StepResult(
@@ -84,6 +90,7 @@ class TrainStep:
             teacher_entropy=sums["teacher_entropy"] / count,
             grad_norm=gradient_norm,
             tokens=int(sums["tokens"]),
+            extra={name: sums[name] / count for name in self.micro_batch_loss.extra},
         )
         if not (math.isfinite(result.loss) and math.isfinite(gradient_norm)):
             raise NonFiniteLossError(f"loss {result.loss} with gradient norm {gradient_norm} is not finite")

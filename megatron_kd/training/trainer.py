@@ -22,8 +22,8 @@ from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.models.weights import open_checkpoint
 from megatron_kd.parallel.layout import ParallelLayout, as_mapping
 from megatron_kd.parallel.runtime import Runtime
-from megatron_kd.planning.flops import training_flops
-from megatron_kd.scoring.chunk_losses import heldout_loss
+from megatron_kd.planning.flops import RunCost
+from megatron_kd.scoring.chunk_losses import HeldoutLoss, heldout_loss
 from megatron_kd.teachers.control import Action, Decision
 from megatron_kd.training.build import unwrap
 from megatron_kd.training.checkpoint import (
@@ -36,6 +36,9 @@ from megatron_kd.training.checkpoint import (
 from megatron_kd.training.checkpoint_writer import CheckpointWriter, Retention
 from megatron_kd.training.config import TrainConfig
 from megatron_kd.training.hang import HangWatch
+from megatron_kd.training.methods.saved_state import restore_source, source_files
+from megatron_kd.training.methods.source import BatchSource, Place
+from megatron_kd.training.objective import METHODS_WITH_TEXT
 from megatron_kd.training.optimizer import learning_rate
 from megatron_kd.training.signals import SignalWatch
 from megatron_kd.training.survival import Survival
@@ -59,18 +62,27 @@ class Trainer:
         model: list[DistributedDataParallel],
         optimizer: ChainedOptimizer,
         step: TrainStep,
+        source: BatchSource,
     ):
         self.config, self.runtime, self.folder = config, runtime, folder
         self.data, self.heldout = data, heldout
         self.architecture, self.layout, self.groups = architecture, layout, groups
-        self.model, self.optimizer, self.step = model, optimizer, step
+        self.model, self.optimizer, self.step, self.source = model, optimizer, step, source
         self.schedule = build_schedule(config, data)
         self.memory = MemoryMeter(runtime.device)
         self.peak_flops = peak_flops(runtime.device, config.metrics.peak_tflops)
         runs = config.teacher.runs_a_model
         teacher = open_checkpoint(config.teacher.path).architecture.parameters if runs else 0
         method = config.distillation.method if runs else "none"  # what a cache took is counted where it was made
-        self.flops_per_token = training_flops(architecture.parameters, 1, method, teacher)
+        self.cost = RunCost(
+            method=method,
+            student_parameters=architecture.parameters,
+            teacher_parameters=teacher,
+            positions=config.training.global_batch_size * self._seq_length,
+            seq_length=self._seq_length,
+            has_pretraining=config.distillation.pretraining_weight > 0,
+            pretraining_has_teacher=step.micro_batch_loss.pretraining_uses_teacher,
+        )
 
     def run(self, progress: Progress) -> None:
         """Train from ``progress`` to the end.
@@ -96,6 +108,7 @@ class Trainer:
             self.tracker = self._open_tracker(progress)
             batches = stack.enter_context(closing(prefetch(lambda: self._batches(first_position), depth=2)))
             self._tell(Action.CONTINUE if progress.step < settings.train_iters else Action.STOP, progress)
+            self._evaluate_before_the_first_step(progress)
             while progress.step < settings.train_iters:
                 progress = self._advance(next(batches), progress)
 
@@ -130,8 +143,11 @@ class Trainer:
         started = time.perf_counter()
         rate = learning_rate(progress.step, self.config.optimizer, self.config.training.train_iters)
         chunks = self.schedule.chunks(progress.position).tolist()
+        place = Place(progress.step, self.config.training.train_iters, progress.position)
+        self._gather_parameters_for_text()
         try:
-            result = self.step([batch.to(self.runtime.device) for batch in batches], rate)
+            made = self.source.batches(place, [batch.to(self.runtime.device) for batch in batches])
+            result = self.step(made.batches, rate, scheduled=made.scheduled)
         except NonFiniteLossError as error:
             reason = f"{error}; chunks of the batch: {chunks}"
             incidents = self.survival.skip(progress.incidents, progress.step + 1, reason)
@@ -141,7 +157,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         incidents, rolls_back = self.survival.after_loss(progress.incidents, progress.step + 1, result.loss, chunks)
         progress = Progress(progress.step + 1, progress.tokens + result.tokens, progress.seconds + seconds, incidents)
-        self.tracker.step(self._row(progress, result, rate, seconds))
+        self.tracker.step(self._row(progress, result, rate, seconds) | made.facts)
         return progress, rolls_back
 
     def _rewind(self, progress: Progress) -> Progress:
@@ -152,6 +168,7 @@ class Trainer:
         info = newest_whole_checkpoint(self.folder / "checkpoints")
         self._saved_step = info.manifest["progress"]["step"]
         restored = load_checkpoint(info, self.model, self.optimizer, self.groups)
+        restore_source(self.source, info)
         incidents = dataclasses.replace(
             progress.incidents, skipped_batches=progress.position - restored.step, losses=restored.incidents.losses
         )
@@ -181,7 +198,7 @@ class Trainer:
     def _row(self, progress: Progress, result: StepResult, rate: float, seconds: float) -> dict[str, Any]:
         settings = self.config.training
         positions = settings.global_batch_size * self._seq_length
-        flops_per_second = self.flops_per_token * positions / seconds
+        flops_per_second = self.cost.flops_per_token * positions / seconds
         mfu = {"mfu": flops_per_second / (self.layout.world_size * self.peak_flops)} if self.peak_flops else {}
         return {
             "step": progress.step,
@@ -199,20 +216,14 @@ class Trainer:
             "memory_bytes": self.memory.read(),
             "train_flops": self._flops(progress),
             "seconds": progress.seconds,
+            **result.extra,
         }
 
     def _evaluate(self, progress: Progress) -> None:
         if self.heldout is None:
             return
-        self._gather_parameters()
-        chunks = [unwrap(chunk) for chunk in self.model]
-        totals = heldout_loss(
-            chunks,
-            self.groups,
-            self.heldout,
-            device=self.runtime.device,
-            micro_batch_size=self.config.training.micro_batch_size,
-        )
+        totals = self._heldout_totals()
+        self.source.after_evaluation(totals.loss)
         self._evaluated = {"eval_loss": totals.loss, "bits_per_byte": totals.bits_per_byte, "tokens": totals.tokens}
         self.tracker.evaluation(
             {
@@ -225,8 +236,27 @@ class Trainer:
             }
         )
 
-    def _flops(self, progress: Progress) -> float:
-        return self.flops_per_token * self.config.training.global_batch_size * self._seq_length * progress.step
+    def _flops(self, progress: Progress) -> int:
+        return self.cost.total(progress.step, self.source.counts.student, self.source.counts.teacher)
+
+    def _evaluate_before_the_first_step(self, progress: Progress) -> None:
+        if self.source.needs_heldout_loss and progress.step == 0:
+            self.source.after_evaluation(self._heldout_totals().loss)
+
+    def _heldout_totals(self) -> HeldoutLoss:
+        self._gather_parameters()
+        return heldout_loss(
+            [unwrap(chunk) for chunk in self.model],
+            self.groups,
+            self.heldout,
+            device=self.runtime.device,
+            micro_batch_size=self.config.training.micro_batch_size,
+        )
+
+    def _gather_parameters_for_text(self) -> None:
+        """Text is written by the model itself, outside DDP's forward pass."""
+        if self.config.distillation.method in METHODS_WITH_TEXT:
+            self._gather_parameters()
 
     def _gather_parameters(self) -> None:
         """Under overlapped gathering a rank has only its own part of the update until the next forward pass."""
@@ -243,7 +273,7 @@ class Trainer:
         self._gather_parameters()
         in_background &= self.config.training.async_save and self.layout.world_size == self.runtime.world_size
         state = training_state(self.model, self.optimizer, self.groups, is_loading=False)
-        about = description(progress, self.architecture, self._about(progress))
+        about = description(progress, self.architecture, self._about(progress), source_files(self.source))
         self.writer.begin(progress.step, state, about, in_background=in_background)
         if not in_background:
             self.writer.finish()

@@ -47,7 +47,6 @@ def step_with(parts, teacher):
         optimizer=parts.optimizer,
         groups=parts.groups,
         teacher=teacher,
-        reduction="token",
         clip_grad=1.0,
         micro_batch_loss=MicroBatchLoss(objective, teacher, parts.groups, "token", unwrap),
     )

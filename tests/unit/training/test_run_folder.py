@@ -95,4 +95,4 @@ def test_the_folder_holds_the_resolved_configuration(dataset, tmp_path):
     with distributed_runtime():
         folder = prepare_run_folder(train_config(dataset, tmp_path / "a" / "run"))
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]
-    assert "kd_ratio: 0.5" in (folder / "config.yaml").read_text()
+    assert "method: none" in (folder / "config.yaml").read_text()

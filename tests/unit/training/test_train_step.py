@@ -22,7 +22,6 @@ def make_step(parts, reduction="token"):
         groups=parts.groups,
         micro_batch_loss=loss,
         teacher=None,
-        reduction=reduction,
         clip_grad=1.0,
     )
 

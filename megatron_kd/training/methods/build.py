@@ -1,0 +1,121 @@
+"""From a configuration to a method's batch source and loss."""
+
+from typing import Sequence
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.errors import LayoutError
+from megatron_kd.generation import Decoder, MixedPolicy, ModelPolicy
+from megatron_kd.teachers.colocated import ColocatedTeacher
+from megatron_kd.teachers.interface import Teacher
+from megatron_kd.training.build import unwrap
+from megatron_kd.training.config import TrainConfig
+from megatron_kd.training.methods.distillm import DistiLLMSource
+from megatron_kd.training.methods.gkd import GKDSource
+from megatron_kd.training.methods.minillm import MiniLLMLoss, MiniLLMSource, main_count
+from megatron_kd.training.methods.source import BatchSource, DatasetSource, PretrainingBeside
+from megatron_kd.training.methods.writer import PolicyMaker, TextWriter
+from megatron_kd.training.objective import METHODS_WITH_TEXT, MicroBatchLoss, build_objective, token_weights
+
+
+def build_loss(config: TrainConfig, teacher: Teacher | None, groups: ProcessGroupCollection) -> MicroBatchLoss:
+    """The loss of a micro-batch under ``distillation.method``."""
+    settings, reduction = config.distillation, config.training.loss_reduction
+    objective = build_objective(settings)
+    if settings.method == "minillm":
+        pretraining = objective if settings.pretraining_weight > 0 else None
+        return MiniLLMLoss(settings.minillm, objective, teacher, groups, reduction, unwrap, pretraining)
+    pretraining = build_objective(type(settings)()) if settings.pretraining_weight > 0 else None
+    return MicroBatchLoss(objective, teacher, groups, reduction, unwrap, pretraining)
+
+
+def build_source(
+    config: TrainConfig,
+    data: ChunkDataset,
+    groups: ProcessGroupCollection,
+    model: Sequence[torch.nn.Module],
+    teacher: Teacher | None,
+    device: torch.device,
+) -> BatchSource:
+    """Where the batches of ``distillation.method`` come from.
+
+    Raises:
+        LayoutError: the method decodes with a teacher that is laid out otherwise than the student.
+    """
+    settings, size = config.distillation, config.training.global_batch_size
+    if settings.method not in METHODS_WITH_TEXT:
+        return DatasetSource()
+    writer = TextWriter(
+        settings.text,
+        data,
+        groups,
+        seq_length=config.data.seq_length or data.seq_length,
+        seed=config.training.seed,
+        device=device,
+    )
+    chunks = [unwrap(chunk) for chunk in model]
+    ids = data.vocab_size
+
+    def student(rows: int, length: int) -> Decoder:
+        return Decoder(chunks, groups, rows, length, vocab_size=ids)
+
+    source: BatchSource
+    if settings.method == "gkd":
+        speaker = _teacher_policy(teacher, groups, ids) if settings.gkd.seq_kd else None
+        source = GKDSource(
+            settings.gkd,
+            writer,
+            lambda rows, length: ModelPolicy(student(rows, length)),
+            speaker,
+            seed=config.training.seed,
+            global_batch_size=size,
+        )
+    elif settings.method == "distillm":
+        source = DistiLLMSource(
+            settings.distillm,
+            writer,
+            lambda rows, length: ModelPolicy(student(rows, length)),
+            groups,
+            seed=config.training.seed,
+            global_batch_size=size,
+        )
+    else:
+        policy = _rollout_policy(settings.minillm.teacher_mix, student, teacher, groups, ids)
+        source = MiniLLMSource(settings.minillm, writer, policy, teacher, groups, global_batch_size=size)
+    if settings.pretraining_weight == 0:
+        return source
+    reduction = config.training.loss_reduction
+
+    def auxiliary_count(batch):
+        return token_weights(batch, reduction)[1]
+
+    def count(batch):
+        return main_count(batch, settings.minillm) if settings.method == "minillm" else auxiliary_count(batch)
+
+    return PretrainingBeside(source, settings.pretraining_weight, groups, count, auxiliary_count)
+
+
+def _teacher_decoder(
+    teacher: Teacher | None, groups: ProcessGroupCollection, rows: int, length: int, ids: int
+) -> Decoder:
+    if not isinstance(teacher, ColocatedTeacher):
+        raise LayoutError("text of the teacher needs teacher.placement=colocated: its ranks must hold the student too")
+    return teacher.decoder(groups, rows, length, ids)
+
+
+def _teacher_policy(teacher: Teacher | None, groups: ProcessGroupCollection, ids: int) -> PolicyMaker:
+    _teacher_decoder(teacher, groups, 1, 1, ids)
+    return lambda rows, length: ModelPolicy(_teacher_decoder(teacher, groups, rows, length, ids))
+
+
+def _rollout_policy(
+    mix: float, student, teacher: Teacher | None, groups: ProcessGroupCollection, ids: int
+) -> PolicyMaker:
+    if mix == 0:
+        return lambda rows, length: ModelPolicy(student(rows, length), record=True)
+    _teacher_decoder(teacher, groups, 1, 1, ids)
+    return lambda rows, length: MixedPolicy(
+        student(rows, length), _teacher_decoder(teacher, groups, rows, length, ids), mix
+    )

@@ -1,0 +1,229 @@
+"""MiniLLM: rollouts from the student (mixed with the teacher), and their loss.
+
+    source      prompts of the dataset's batches -> responses, with log q, log p and log p̃ of every token as drawn
+                -> (``teacher_mix`` 0: log p by a scoring pass of the teacher) -> PolicyTerms
+    loss        fused reverse KL with the single-step weights, fused LM loss with the policy gradient's weights,
+                and for the dataset's batches beside them the pre-training loss
+
+A token costs two student forward passes (drawing, training) and two of the teacher (drawing or scoring, training).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Mapping, Sequence
+
+import numpy as np
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_kd.data.batch import Batch
+from megatron_kd.errors import ConfigError
+from megatron_kd.losses import (
+    DenseKnowledge,
+    DistillationObjective,
+    ReverseKL,
+    SparseKnowledge,
+    linear_distillation_loss,
+)
+from megatron_kd.models.gpt import HiddenStateGPTModel
+from megatron_kd.parallel.groups import is_last_stage, sum_over_group
+from megatron_kd.teachers.interface import Teacher
+from megatron_kd.training.methods import policy_gradient as pg
+from megatron_kd.training.methods.batches import GeneratedBatch
+from megatron_kd.training.methods.config import MiniLLMConfig
+from megatron_kd.training.methods.source import Place, StepBatches, TextCounts
+from megatron_kd.training.methods.writer import PolicyMaker, TextWriter
+from megatron_kd.training.objective import MicroBatchLoss, sequence_major
+
+
+@dataclass(frozen=True)
+class RolloutBatch(GeneratedBatch):
+    """A generated micro-batch with what its policy gradient is made of (last pipeline stage only).
+
+    ``rewards`` [b, s] are log p - log q of the drawn tokens.
+    """
+
+    terms: pg.PolicyTerms | None = None
+    rewards: Tensor | None = None
+
+
+class MiniLLMSource:
+    """Rolls out every step: the policy that is trained is the one that has just spoken."""
+
+    needs_heldout_loss = False
+
+    def __init__(
+        self,
+        config: MiniLLMConfig,
+        writer: TextWriter,
+        policy: PolicyMaker,
+        teacher: Teacher,
+        groups: ProcessGroupCollection,
+        *,
+        global_batch_size: int,
+    ) -> None:
+        self._config, self._writer, self._policy = config, writer, policy
+        self._teacher, self._groups = teacher, groups
+        self._global_batch_size = global_batch_size
+        self.counts = TextCounts()
+
+    def batches(self, place: Place, dataset: Sequence[Batch]) -> StepBatches:
+        """See :class:`~megatron_kd.training.methods.source.BatchSource`."""
+        self.counts.student += self._global_batch_size
+        self.counts.teacher += self._global_batch_size
+        made = self._writer.write(self._policy, dataset, place.position, "rollout")
+        if self._config.teacher_mix == 0:
+            made = self._scored(made)
+        if is_last_stage(self._groups):
+            made = self._with_terms(made)
+        return StepBatches(list(made), {"origin": "mixed" if self._config.teacher_mix else "student"})
+
+    def _scored(self, made: Sequence[GeneratedBatch]) -> list[GeneratedBatch]:
+        """With the teacher's log-probabilities, by a forward pass over the whole sequences."""
+        self._teacher.begin_step(made, scheduled=False)
+        scored = []
+        for batch in made:
+            knowledge = self._teacher.knowledge(batch)
+            known = dict(batch.log_probabilities)
+            if is_last_stage(self._groups):
+                known |= {"log_p": teacher_log_probabilities(batch, knowledge, self._groups)}
+                known |= {"log_mixed": known["log_q"]}
+            scored.append(dataclasses.replace(batch, log_probabilities=known))
+        return scored
+
+    def _with_terms(self, made: Sequence[GeneratedBatch]) -> list[RolloutBatch]:
+        known = [
+            (*(batch.log_probabilities[name] for name in ("log_p", "log_q", "log_mixed")), batch.loss_mask)
+            for batch in made
+        ]
+        if self._config.variant == "paper":
+            terms = [pg.paper_terms(*values, self._config) for values in known]
+        else:
+            terms = self._released_terms(known)
+        return [
+            RolloutBatch(
+                **{f.name: getattr(batch, f.name) for f in dataclasses.fields(GeneratedBatch)},
+                terms=term,
+                rewards=pg.rewards(log_p, log_q, mask),
+            )
+            for batch, term, (log_p, log_q, _, mask) in zip(made, terms, known)
+        ]
+
+    def _released_terms(self, known: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> list[pg.PolicyTerms]:
+        """Advantages whitened over the global batch, the places after a response's end among them."""
+        advantages = [pg.released_rewards_to_come(p, q, mask, self._config) for p, q, _, mask in known]
+        sums, places = torch.zeros(2, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for values, (*_, mask) in zip(advantages, known):
+            part, count = pg.moments(values, mask, len(mask) * self._writer.response_window)
+            sums, places = sums + part.cpu(), places + count
+        together = torch.cat([sums, places.unsqueeze(0)]).to(known[0][0].device)
+        together = sum_over_group(together, self._groups.dp)
+        mean, variance = pg.mean_and_variance(together[:2], together[2])
+        return [
+            pg.PolicyTerms(
+                ratio=pg.importance_ratio(q, drawn, mask, self._config.importance),
+                advantages=pg.whitened(values, mean, variance).to(values) * mask,
+                single_step_weights=mask,
+            )
+            for values, (_, q, drawn, mask) in zip(advantages, known)
+        ]
+
+    def after_evaluation(self, loss: float) -> None:
+        """Of no interest."""
+
+    def state(self) -> Mapping[str, np.ndarray]:
+        """The counts; rollouts follow from the weights and the position."""
+        return {"texts": np.array([self.counts.student, self.counts.teacher])}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """See :class:`~megatron_kd.training.methods.source.BatchSource`."""
+        self.counts = TextCounts(*map(int, state["texts"]))
+
+
+class MiniLLMLoss(MicroBatchLoss):
+    """The loss of a rollout micro-batch; other batches are the dataset's, with the pre-training objective.
+
+    Reports beside the usual sums: the policy term, the reward, how much of the policy term was clipped.
+    """
+
+    extra = ("policy", "reward", "clipped")
+
+    def __init__(self, config: MiniLLMConfig, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._config = config
+        self._single_step = DistillationObjective(lm_weight=0.0, kd_weight=1.0, divergence=ReverseKL())
+        self._policy = DistillationObjective(lm_weight=1.0, kd_weight=0.0)
+
+    def loss_of(
+        self, batch: Batch, model: HiddenStateGPTModel, hidden: Tensor, knowledge: Any
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """See :class:`~megatron_kd.training.objective.MicroBatchLoss`."""
+        if not isinstance(batch, RolloutBatch):
+            return super().loss_of(batch, model, hidden, knowledge)
+        terms, mask = batch.terms, batch.loss_mask
+        value, coefficient = pg.surrogate(terms.ratio, terms.advantages, self._config.clip)
+        policy = self._fused(batch, model, hidden, coefficient, self._policy, None)
+        exact = self._fused(batch, model, hidden, terms.single_step_weights, self._single_step, knowledge)
+        policy_value = -(value * mask).sum()
+        loss, total = policy.loss_sum, policy_value
+        if self._config.single_step:
+            loss, total = loss + exact.loss_sum, total + exact.kd_sum
+        sums = {
+            "loss": total,
+            "kd": exact.kd_sum,
+            "teacher_entropy": exact.teacher_entropy_sum,
+            "tokens": mask.sum(),
+            "policy": policy_value,
+            "reward": batch.rewards.sum(),
+            "clipped": ((coefficient == 0) & (terms.ratio * terms.advantages != 0)).sum(),
+        }
+        return loss, main_count(batch, self._config), sums
+
+    def _fused(
+        self,
+        batch: Batch,
+        model: HiddenStateGPTModel,
+        hidden: Tensor,
+        weights: Tensor,
+        objective: DistillationObjective,
+        knowledge: Any,
+    ):
+        return linear_distillation_loss(
+            hidden,
+            model.output_head(),
+            sequence_major(batch.labels),
+            sequence_major(weights * batch.loss_mask),
+            objective,
+            knowledge,
+            tp_group=self._groups.tp,
+            sequence_parallel=model.config.sequence_parallel,
+        )
+
+
+def main_count(batch: Batch, config: MiniLLMConfig) -> Tensor:
+    """What a micro-batch adds to the denominator: responses (``paper``) or their tokens (``released``)."""
+    responses = batch.loss_mask.sum(1) > 0
+    return responses.sum() if config.variant == "paper" else (batch.loss_mask > 0).sum()
+
+
+@torch.no_grad()
+def teacher_log_probabilities(
+    batch: Batch, knowledge: DenseKnowledge | SparseKnowledge, groups: ProcessGroupCollection
+) -> Tensor:
+    """log p of every label [b, s], 0 outside the mask, from the teacher's hidden states.
+
+    Raises:
+        ConfigError: the teacher sends ids and weights instead of hidden states.
+    """
+    if not isinstance(knowledge, DenseKnowledge):
+        raise ConfigError("distillation.method minillm needs the teacher's whole distribution: teacher.payload=hidden")
+    result = linear_distillation_loss(
+        knowledge.hidden,
+        knowledge.head,
+        sequence_major(batch.labels),
+        sequence_major(batch.loss_mask),
+        tp_group=groups.tp,
+    )
+    rows, length = batch.tokens.shape
+    return -result.token_lm_losses.view(length, rows).transpose(0, 1)

@@ -1,0 +1,139 @@
+"""Every method trains under every layout as on one rank, and goes on after a kill as if it had never stopped."""
+
+import shutil
+
+import pytest
+
+from megatron_kd.errors import ConfigError
+from megatron_kd.metrics.tracker import read_metrics
+from tests.distributed.ranks import RankError
+from tests.distributed.training.runs import largest_relative_difference, make_dataset, train_in_ranks
+
+TOLERANCE = 2e-4
+COMMON = [
+    "model.name=qwen_toy_student",
+    "training.train_iters=6",
+    "training.global_batch_size=8",
+    "training.micro_batch_size=2",
+    "optimizer.lr_warmup_iters=1",
+    "optimizer.lr=2e-3",
+    "teacher.placement=colocated",
+    "distillation.text.prompt_length=12",
+]
+METHODS = {
+    "gkd": ["distillation.method=gkd", "distillation.gkd.student_fraction=0.5", "distillation.gkd.seq_kd=true"],
+    "distillm": [
+        "distillation.method=distillm",
+        "distillation.distillm.initial_threshold=0.9",
+        "distillation.distillm.replay_capacity=16",
+        "distillation.pretraining_weight=0.5",
+        "training.eval_interval=2",
+    ],
+    "minillm": ["distillation.method=minillm", "distillation.pretraining_weight=1"],
+    "minillm released": [
+        "distillation.method=minillm",
+        "distillation.minillm.variant=released",
+        "distillation.minillm.teacher_mix=0",
+    ],
+}
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data") / "chunks")
+
+
+@pytest.fixture(scope="session")
+def teacher(dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    train_in_ranks("TP1 PP1", [f"data.path={dataset.path}", "model.name=qwen_toy_reference", "training.train_iters=15"],
+                   folder)  # fmt: skip
+    return folder
+
+
+def settings(method, dataset, teacher):
+    paths = [f"data.path={dataset.path}", f"data.eval_path={dataset.path}", f"teacher.path={teacher}"]
+    return [*paths, *COMMON, *METHODS[method]]
+
+
+def steps_of(rows):
+    return [row for row in rows if "loss" in row]
+
+
+@pytest.fixture(scope="session")
+def one_rank(dataset, teacher, tmp_path_factory):
+    """Steps and folder of each method's one-rank run, computed at first use."""
+    runs = {}
+
+    def run(method):
+        if method not in runs:
+            folder = tmp_path_factory.mktemp("one-rank") / "run"
+            runs[method] = steps_of(train_in_ranks("TP1 PP1", settings(method, dataset, teacher), folder)), folder
+        return runs[method]
+
+    return run
+
+
+def assert_same(ours, reference):
+    assert [row["origin"] for row in ours] == [row["origin"] for row in reference]
+    assert [row["tokens"] for row in ours] == [row["tokens"] for row in reference]
+    for key in ("kd_loss", "grad_norm"):
+        assert largest_relative_difference(ours, reference, key) < TOLERANCE, key
+    for a, b in zip(ours, reference):
+        assert a["loss"] == pytest.approx(b["loss"], rel=TOLERANCE, abs=TOLERANCE)
+        assert a["train_flops"] == b["train_flops"]
+
+
+@pytest.mark.parametrize("layout", ["TP2", "PP2", "DP2"])
+@pytest.mark.parametrize("method", METHODS)
+def test_layout_agrees_with_one_rank(layout, method, one_rank, dataset, teacher, tmp_path):
+    ours = train_in_ranks(layout, settings(method, dataset, teacher), tmp_path / "run")
+    assert_same(steps_of(ours), one_rank(method)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["TP2 SP", "PP2 VPP2", "DP2 overlapped", "TP2 PP2"])
+@pytest.mark.parametrize("method", METHODS)
+def test_other_layouts_agree_with_one_rank(layout, method, one_rank, dataset, teacher, tmp_path):
+    ours = train_in_ranks(layout, settings(method, dataset, teacher), tmp_path / "run")
+    assert_same(steps_of(ours), one_rank(method)[0])
+
+
+@pytest.mark.parametrize("method", ["distillm", "minillm"])
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(method, one_rank, dataset, teacher, tmp_path):
+    keys = [*settings(method, dataset, teacher), "training.save_interval=3", "training.keep_checkpoints=null"]
+    whole, _ = one_rank(method)
+    train_in_ranks("TP1 PP1", keys, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step_6")
+    (tmp_path / "run/checkpoints/latest").write_text("step_3\n")
+    again = steps_of(train_in_ranks("DP2" if method == "distillm" else "TP2", keys, tmp_path / "run"))
+    assert_same(again, whole)
+
+
+def test_the_methods_do_what_they_are_named_for(one_rank):
+    """The comparisons above would also hold for sources that always take the dataset."""
+    gkd, distillm, minillm = (one_rank(name)[0] for name in ("gkd", "distillm", "minillm"))
+    assert {row["origin"] for row in gkd} == {"student", "teacher"}
+    assert {"student", "replay"} <= {row["origin"] for row in distillm}
+    assert all(row["reward"] != 0 and row["pretraining"] > 0 for row in minillm)
+    assert read_metrics(one_rank("distillm")[1])[-1]["eval_loss"] > 0
+    costs = {name: one_rank(name)[0][-1]["train_flops"] for name in METHODS}
+    assert costs["gkd"] < costs["minillm released"] < costs["minillm"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["distillation.method=minillm", "teacher.placement=remote"], "token by token"),
+        (["distillation.method=distillm"], "data.eval_path"),
+        (["distillation.method=gkd", "teacher.placement=cached"], "cache knows nothing"),
+        (["distillation.method=gkd", "distillation.text.prompt_length=33"], "leaves no room"),
+        (["distillation.method=minillm", "distillation.text.sampling.top_k=5"], "must be plain"),
+    ],
+)
+def test_what_cannot_be_is_refused(keys, message, dataset, teacher, tmp_path):
+    given = [f"data.path={dataset.path}", f"teacher.path={teacher}", "teacher.placement=colocated", *keys]
+    with pytest.raises(RankError, match=message) as refused:
+        train_in_ranks("TP1 PP1", given, tmp_path / "run")
+    assert ConfigError.__name__ in str(refused.value)
+    assert not (tmp_path / "run").exists()

@@ -85,7 +85,7 @@ def _one_step(config: Any, data: Any, groups: Any, teacher: Any, model: Any, unw
     rows = order.micro_batches(0, groups.dp.rank(), groups.dp.size(), settings.micro_batch_size)
     batches = [make_batch(data, indices, config.data.seq_length or data.seq_length) for indices in rows]
     step = TrainStep(
-        model=model, optimizer=optimizer, groups=groups, teacher=teacher, reduction=settings.loss_reduction,
+        model=model, optimizer=optimizer, groups=groups, teacher=teacher,
         clip_grad=1.0,
         micro_batch_loss=MicroBatchLoss(build_objective(config.distillation), teacher, groups,
                                         settings.loss_reduction, unwrap),

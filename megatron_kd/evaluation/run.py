@@ -4,6 +4,7 @@
     python tools/evaluate.py model.path=HF_FOLDER harness.tasks=[paper] [output=FILE.json]
 """
 
+import dataclasses
 import json
 import sys
 from dataclasses import dataclass, field
@@ -36,6 +37,11 @@ class EvaluateConfig:
     harness: HarnessConfig = field(default_factory=HarnessConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     micro_batch_size: int = 8
+    calibration: bool = False
+    """Also the expected calibration error of the next-token predictions; a second pass."""
+    teacher: str | None = None
+    """A checkpoint: also the exposure bias against it, on text that both write (``exposure.*``)."""
+    exposure: ExposureConfig = field(default_factory=ExposureConfig)
     output: str | None = None
     """A JSON file for the figures; they are printed in any case."""
 
@@ -55,6 +61,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             figures |= heldout_figures(config, runtime)
         if config.harness.tasks and runtime.is_main:
             figures["harness"] = run_harness(config.harness, config.model.path, runtime.device.type)
+        figures |= _calibration_figures(config, loaded, dataset, runtime) if config.calibration else {}
+        figures |= _exposure_figures(config, loaded, dataset, runtime) if config.teacher else {}
         if runtime.is_main:
             text = json.dumps(figures, indent=2)
             if config.output is not None:
@@ -79,4 +87,34 @@ def heldout_figures(config: EvaluateConfig, runtime: Runtime) -> dict[str, Any]:
         "bits_per_byte": totals.bits_per_byte,
         "tokens": totals.tokens,
         "text_bytes": totals.text_bytes,
+    }
+
+
+def _calibration_figures(
+    config: EvaluateConfig, loaded: LoadedModel, dataset: ChunkDataset, runtime: Runtime
+) -> dict[str, float]:
+    found = calibration(
+        loaded.chunks, loaded.groups, dataset, device=runtime.device, micro_batch_size=config.micro_batch_size
+    )
+    return {"ece": found.error, "accuracy": found.accuracy, "confidence": found.confidence}
+
+
+def _exposure_figures(
+    config: EvaluateConfig, loaded: LoadedModel, dataset: ChunkDataset, runtime: Runtime
+) -> dict[str, float]:
+    given = dataclasses.replace(config.model, path=config.teacher)
+    teacher = load_for_inference(given, config.parallel, dataset, runtime)
+    found = exposure_bias(
+        loaded.chunks,
+        teacher.chunks,
+        loaded.groups,
+        dataset,
+        config.exposure,
+        device=runtime.device,
+        micro_batch_size=config.micro_batch_size,
+    )
+    return {
+        "kl_on_student_text": found.on_student_text,
+        "kl_on_teacher_text": found.on_teacher_text,
+        "excess_accumulated_error_percent": found.excess_accumulated_error,
     }

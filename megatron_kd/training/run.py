@@ -43,6 +43,7 @@ def run(config: TrainConfig) -> Path:
         teacher = build_teacher(config, architecture, data, layout, groups, runtime)
         model = build_student(config, architecture, data, layout, groups, runtime)
         optimizer = build_optimizer(config.optimizer, model, groups, bf16=config.training.precision == "bf16")
+        source = build_source(config, data, groups, model, teacher, runtime.device)
         folder = prepare_run_folder(config)
         progress = load_checkpoint(start, model, optimizer, groups) if start else Progress()
         step = TrainStep(
@@ -53,7 +54,6 @@ def run(config: TrainConfig) -> Path:
             clip_grad=config.optimizer.clip_grad,
             micro_batch_loss=build_loss(config, teacher, groups),
         )
-        source = build_source(config, data, groups, model, teacher, runtime.device)
         if start:
             restore_source(source, start)
         announce(config, architecture, layout, model, data, runtime, progress)

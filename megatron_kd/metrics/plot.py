@@ -16,8 +16,8 @@ from megatron_kd.metrics.tracker import METRICS_NAME, read_metrics
 X_KEYS = {"steps": "step", "tokens": "tokens", "flops": "train_flops"}
 X_LABELS = {"steps": "steps", "tokens": "tokens trained on", "flops": "training FLOPs, teacher's forward pass counted"}
 PANELS = (
-    ("loss", "loss (nats per token); dots: held out"),
-    ("lm_loss", "LM term (nats per token)"),
+    ("loss", "loss that is minimised (nats per token)"),
+    ("lm_loss", "LM term (nats per token); dots: held out"),
     ("kd_loss", "distillation term (nats per token)"),
     ("tokens_per_second", "tokens per second"),
     ("learning_rate", "learning rate"),
@@ -100,7 +100,7 @@ def figure_of(runs: dict[str, list[dict[str, Any]]], x: str, smooth: int) -> Any
     for axes, (key, title) in zip(grid, panels):
         for index, (name, rows) in enumerate(runs.items()):
             _draw(axes, key, name, rows, x, smooth, index)
-        if key == "loss":
+        if key in ("loss", "lm_loss"):
             _cut_off_the_start(axes, [series(rows, x, key)[1] for rows in runs.values()])
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(X_LABELS[x], fontsize=9)
@@ -124,7 +124,7 @@ def _draw(axes: Any, key: str, name: str, rows: list[dict[str, Any]], x: str, sm
         axes.plot(places, values, color=colour, alpha=0.15, linewidth=0.8)
         values = moving_mean(values, min(smooth, max(1, len(values) // 5)))
     axes.plot(places, values, color=colour, linestyle=line, linewidth=1.4, label=Path(name).name)
-    if key == "loss":
+    if key == "lm_loss":
         places, values = series(rows, x, "eval_loss")
         axes.plot(places, values, color=colour, marker="o", markersize=4, linestyle="none")
 

@@ -6,7 +6,7 @@ A record holds n positions, m of which carry knowledge (those that count in the 
     counts     m fields, ids of each position             (not for top_k: the same everywhere)
     tail mass  m uint16, logarithmic
     ids        E fields of id_bits
-    top_k, top_p: probabilities in falling order: the first 8 of a position as uint16, logarithmic; the others in 10
+    top_k, top_p: probabilities in falling order: the first 8 of a position as uint16, logarithmic; the others in 11
                   bits, logarithmic and relative to the 8th
     sampled:      how often each id was drawn, E fields; importance weights, E uint16, logarithmic (weighted draws only)
 
@@ -29,7 +29,7 @@ HEAD_IDS = 8
 LARGEST_VOCABULARY = 1 << 20
 _SMALLEST = -32 * math.log(2.0)
 HEAD_CODE = LogCode(16, _SMALLEST)
-REST_CODE = LogCode(10, -16.0)
+REST_CODE = LogCode(11, -16.0)
 TAIL_CODE = LogCode(16, _SMALLEST)
 IMPORTANCE_CODE = LogCode(16, _SMALLEST, -_SMALLEST)
 

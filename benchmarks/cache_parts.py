@@ -1,0 +1,103 @@
+"""What the cache benchmark is made of: synthetic teachers at Qwen's vocabulary, datasets and caches in a folder."""
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_kd.data.chunk_dataset import ChunkDataset, write_chunk_dataset
+from megatron_kd.data.tokenizer_info import plain_tokenizer_info
+from megatron_kd.losses import OutputHead
+from megatron_kd.teachers.cache.codec import Codec, Entries
+from megatron_kd.teachers.cache.selection import Selection
+from megatron_kd.teachers.cache.shard import PROGRESS_FOLDER, ShardWriter
+
+VOCABULARY = 151_936
+TEACHERS = 64
+DRAWS = 50
+UNIQUE_IDS = 12.1
+
+
+def zipf_exponent(unique_ids: float, draws: int) -> float:
+    """s of p ~ rank ** -s such that ``draws`` draws give ``unique_ids`` distinct ids in the mean."""
+    ranks, low, high = np.arange(1, VOCABULARY + 1, dtype=np.float64), 0.5, 4.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        p = ranks**-middle
+        p /= p.sum()
+        expected = -np.expm1(draws * np.log1p(-p)).sum()
+        low, high = (middle, high) if expected > unique_ids else (low, middle)
+    return low
+
+
+def synthetic_teachers(exponents: np.ndarray, seed: int = 0) -> OutputHead:
+    """A head whose hidden state i is the i-th unit vector: teacher i is Zipf with exponent i over shuffled ids."""
+    chance = np.random.default_rng(seed)
+    logits = np.empty((VOCABULARY, len(exponents)), dtype=np.float32)
+    falling = np.log(np.arange(1, VOCABULARY + 1))
+    for column, exponent in enumerate(exponents):
+        logits[chance.permutation(VOCABULARY), column] = -exponent * falling
+    return OutputHead(torch.from_numpy(logits), valid_vocab_size=VOCABULARY)
+
+
+def entries_of(codec: Codec, head: OutputHead, tokens: int) -> Entries:
+    """What the codec keeps of ``tokens`` tokens, the teachers of ``head`` in turn."""
+    teachers = head.weight.shape[1]
+    hidden = torch.eye(teachers)[torch.arange(tokens) % teachers]
+    return Selection(codec, head, None)(hidden, np.arange(tokens) // 1024, np.arange(tokens) % 1024)
+
+
+def write_shard(codec: Codec, entries: Entries, chunks: int, folder: str) -> tuple[float, int]:
+    """Encode and write the same chunk many times as the tool does; seconds and bytes."""
+    path = Path(folder)
+    (path / PROGRESS_FOLDER).mkdir(parents=True, exist_ok=True)
+    present = np.ones(len(entries.counts), dtype=bool)
+    writer = ShardWriter(path, 0, None, commit_seconds=20.0)
+    started, size = time.perf_counter(), 0
+    for _ in range(chunks):
+        record = codec.encode(present, entries)
+        index = np.zeros(1, dtype=writer_index())
+        index["positions"] = index["tokens"] = len(present)
+        index["ids"] = len(entries.ids)
+        writer.add([record], index)
+        size += len(record)
+    writer.commit(complete=True)
+    writer.close()
+    return time.perf_counter() - started, size
+
+
+def writer_index() -> np.dtype:
+    """The dtype of an index entry."""
+    from megatron_kd.teachers.cache.shard import INDEX_DTYPE
+
+    return INDEX_DTYPE
+
+
+def in_processes(function: Callable[..., Any], arguments: list[tuple]) -> list[Any]:
+    """Run at once, one process each; all start together."""
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(len(arguments))
+    queue = context.Queue()
+    workers = [context.Process(target=_work, args=(function, item, barrier, queue)) for item in arguments]
+    for worker in workers:
+        worker.start()
+    results = [queue.get(timeout=300) for _ in workers]
+    for worker in workers:
+        worker.join(timeout=60)
+    return results
+
+
+def _work(function: Callable[..., Any], arguments: tuple, barrier: Any, queue: Any) -> None:
+    torch.set_num_threads(1)
+    barrier.wait()
+    queue.put(function(*arguments))
+
+
+def random_dataset(folder: Path, chunks: int, seq_length: int, vocab_size: int) -> ChunkDataset:
+    """Full chunks of random ids; 0 (end of a document) does not occur."""
+    ids = np.random.default_rng(0).integers(1, vocab_size, size=(chunks, seq_length + 1))
+    return write_chunk_dataset(folder, ids, plain_tokenizer_info(vocab_size, 0), seq_length)

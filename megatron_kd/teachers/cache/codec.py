@@ -11,7 +11,7 @@ A record holds n positions, m of which carry knowledge (those that count in the 
     sampled:      how often each id was drawn, E fields; importance weights, E uint16, logarithmic (weighted draws only)
 
 Sections follow one another and begin on a whole byte. Fields: ``bit_fields.py``; logarithmic codes: ``log_code.py``. A
-decoded position's probabilities are scaled so that they and the tail mass make 1, as the teacher's do.
+decoded position's probabilities and tail mass are scaled, together, so that they make 1, as the teacher's do.
 """
 
 import math
@@ -172,7 +172,7 @@ class Codec:
             weights = self._decode_draws(reader, num_entries)
         else:
             weights = self._decode_probabilities(reader, counts, num_entries)
-            _scale(weights, counts, self.fixed_count, 1.0 - tail)
+            _scale(weights, tail, counts, self.fixed_count)
         if reader.left:
             raise DataError(f"a record has {reader.left} bytes more than its {num_entries} ids need")
         return DecodedChunk(rows, counts, ids, weights, tail)
@@ -231,16 +231,18 @@ def _anchors(head: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return head[np.cumsum(np.minimum(counts, HEAD_IDS)) - 1]
 
 
-def _scale(weights: np.ndarray, counts: np.ndarray, fixed: int | None, totals: np.ndarray) -> None:
-    """Make the weights of each position add up to ``totals`` [m], in place."""
+def _scale(weights: np.ndarray, tail: np.ndarray, counts: np.ndarray, fixed: int | None) -> None:
+    """Make the weights [E] and the tail [m] of each position add up to 1, in place."""
     if not len(counts):
         return
     if fixed is not None:
         rows = weights.reshape(-1, fixed)
-        rows *= (totals / np.einsum("mk->m", rows))[:, None]
-        return
-    sums = np.add.reduceat(weights, np.cumsum(counts) - counts)
-    weights *= np.repeat(totals / sums, counts)
+        factors = 1.0 / (np.einsum("mk->m", rows) + tail)
+        rows *= factors[:, None]
+    else:
+        factors = 1.0 / (np.add.reduceat(weights, np.cumsum(counts) - counts) + tail)
+        weights *= np.repeat(factors, counts)
+    tail *= factors
 
 
 class _Sections:

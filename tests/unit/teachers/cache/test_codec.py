@@ -61,7 +61,8 @@ def test_round_trip(codec, positions, seed):
     assert np.array_equal(decoded.rows, np.flatnonzero(present)) and np.array_equal(decoded.counts, entries.counts)
     assert np.array_equal(decoded.ids, entries.ids)
     above = entries.tail > 1e-9
-    np.testing.assert_allclose(decoded.tail[above], entries.tail[above], rtol=TAIL_CODE.step)
+    np.testing.assert_allclose(decoded.tail[above], entries.tail[above], rtol=0.02)
+    assert np.abs(decoded.tail - entries.tail).max(initial=0) < TAIL_CODE.step + REST_CODE.step / 8
     if codec.name == "sampled":
         expected = entries.draws / codec.max_ids * (entries.importance if codec.is_weighted else 1.0)
         np.testing.assert_allclose(decoded.weights, expected, rtol=4e-4 if codec.is_weighted else 1e-6)
@@ -71,7 +72,7 @@ def test_round_trip(codec, positions, seed):
     np.testing.assert_allclose(sums, 1.0, atol=2e-6)
     exact = 1e-9 < entries.probabilities
     head = exact & (ranks(entries.counts) < 8)
-    np.testing.assert_allclose(decoded.weights[head], entries.probabilities[head], rtol=0.02)
+    np.testing.assert_allclose(decoded.weights[head], entries.probabilities[head], rtol=0.01)
     assert np.abs(decoded.weights - entries.probabilities).max(initial=0) < REST_CODE.step / 8
     assert len(entries.ids) == 0 or HEAD_CODE.step < 4e-4
 

@@ -13,8 +13,10 @@ from typing import Any, Iterator
 
 from megatron_kd.data.artefact_folder import write_file
 from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.evaluation.calibration import calibration
+from megatron_kd.evaluation.exposure_bias import ExposureConfig, exposure_bias
 from megatron_kd.evaluation.harness import HarnessConfig, run_harness
-from megatron_kd.models.loading import ScoredModelConfig, load_for_inference
+from megatron_kd.models.loading import LoadedModel, ScoredModelConfig, load_for_inference
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.parallel.runtime import Runtime, distributed_runtime
 from megatron_kd.scoring.chunk_losses import heldout_loss
@@ -51,6 +53,8 @@ class EvaluateConfig:
             yield f"'micro_batch_size' must be at least 1, not {self.micro_batch_size}"
         if self.data.path is None and not self.harness.tasks:
             yield "'data.path' (a held-out dataset) or 'harness.tasks' is required"
+        if self.data.path is None and (self.calibration or self.teacher):
+            yield "'calibration' and 'teacher' are about held-out text: 'data.path' is required"
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -61,8 +65,6 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             figures |= heldout_figures(config, runtime)
         if config.harness.tasks and runtime.is_main:
             figures["harness"] = run_harness(config.harness, config.model.path, runtime.device.type)
-        figures |= _calibration_figures(config, loaded, dataset, runtime) if config.calibration else {}
-        figures |= _exposure_figures(config, loaded, dataset, runtime) if config.teacher else {}
         if runtime.is_main:
             text = json.dumps(figures, indent=2)
             if config.output is not None:
@@ -73,13 +75,13 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def heldout_figures(config: EvaluateConfig, runtime: Runtime) -> dict[str, Any]:
-    """Loss and bits per byte of ``data.path``; collective over the world."""
+    """Loss, bits per byte and what else is asked for of ``data.path``; collective over the world."""
     dataset = ChunkDataset.open(config.data.path)
     loaded = load_for_inference(config.model, config.parallel, dataset, runtime)
     totals = heldout_loss(
         loaded.chunks, loaded.groups, dataset, device=runtime.device, micro_batch_size=config.micro_batch_size
     )
-    return {
+    figures = {
         "model": str(loaded.info.path),
         "dataset": config.data.path,
         "dataset_fingerprint": dataset.fingerprint,
@@ -88,6 +90,11 @@ def heldout_figures(config: EvaluateConfig, runtime: Runtime) -> dict[str, Any]:
         "tokens": totals.tokens,
         "text_bytes": totals.text_bytes,
     }
+    if config.calibration:
+        figures |= _calibration_figures(config, loaded, dataset, runtime)
+    if config.teacher is not None:
+        figures |= _exposure_figures(config, loaded, dataset, runtime)
+    return figures
 
 
 def _calibration_figures(

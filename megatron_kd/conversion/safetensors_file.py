@@ -1,6 +1,6 @@
 """Safetensors written one tensor at a time: the library's own writer wants all of them in memory.
 
-    8 bytes: n, little-endian   n bytes: JSON {name: {dtype, shape, data_offsets}}   the tensors' bytes, one after another
+    8 bytes: n, little-endian   n bytes: JSON {name: {dtype, shape, data_offsets}}   the tensors' bytes in turn
 
 Files larger than a limit are cut into ``model-00001-of-0000N.safetensors`` with an index, as transformers does.
 """
@@ -47,7 +47,7 @@ def parse_size(text: str) -> int:
 
 
 def plan_files(specs: Mapping[str, TensorSpec], limit: int) -> dict[str, list[str]]:
-    """File name -> names of its tensors, in the order of ``specs``; a file is above ``limit`` only by its one tensor."""
+    """File name -> names of its tensors, in the order of ``specs``; only a single tensor makes a file larger."""
     groups: list[list[str]] = [[]]
     size = 0
     for name, spec in specs.items():

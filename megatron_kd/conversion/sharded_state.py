@@ -1,7 +1,8 @@
 """A checkpoint as a stream of whole mcore tensors, without a model in memory.
 
 A model on torch's meta device says which sharded keys, shapes and offsets its tensors have; only the tensors that are
-asked for get memory (Megatron-Core's own load wants every layer of a key at once). This keeps every naming rule in Megatron-Core, whichever version is installed.
+asked for get memory (Megatron-Core's own load wants every layer of a key at once). This keeps every naming rule in
+Megatron-Core, whichever version is installed.
 """
 
 import io
@@ -44,7 +45,8 @@ def meta_state(architecture: ModelArchitecture, precision: Precision) -> dict[st
 
 def tensors_of(state: dict[str, Any]) -> dict[str, Tensor]:
     """Name -> meta tensor with the whole parameter's shape and dtype."""
-    return {name: entry.data for name, entry in state.items() if isinstance(entry, (ShardedTensor, ShardedTensorFactory))}
+    kinds = (ShardedTensor, ShardedTensorFactory)
+    return {name: entry.data for name, entry in state.items() if isinstance(entry, kinds)}
 
 
 def stream_tensors(path: Path, architecture: ModelArchitecture, precision: Precision) -> Iterator[tuple[str, Tensor]]:
@@ -100,8 +102,9 @@ class StoredTensors:
         return planner.bytes
 
     def read(self, entry: ShardedTensor | ShardedTensorFactory) -> Tensor:
-        """The tensor of an entry of a sharded state, whole or this rank's part; rows of padding that the checkpoint lacks
-        are zero.
+        """The tensor of an entry of a sharded state, whole or this rank's part.
+
+        Rows of padding that the checkpoint lacks are zero.
 
         Raises:
             CheckpointError: the file is damaged, or holds another shape.

@@ -1,8 +1,8 @@
 """What a decoder is, apart from how it is sharded: sizes, head, norms, and the parameter count.
 
 ``ARCHITECTURES`` lists the sizes by name: the MiniPLM paper's (``qwen_104m`` … ``qwen_1.8b``) and toy sizes for a
-CPU. All but two toy sizes are Qwen2-type decoders (Hugging Face ``Qwen2ForCausalLM``): RoPE, RMSNorm, SwiGLU, bias on Q,
-K and V only. Models of other sizes and families come from Hugging Face folders (``model.name`` ``as_init_from``).
+CPU. All but two toy sizes are Qwen2-type decoders (Hugging Face ``Qwen2ForCausalLM``): RoPE, RMSNorm, SwiGLU, bias on
+Q, K and V only. Models of other sizes and families come from Hugging Face folders (``model.name`` ``as_init_from``).
 Evidence for the sizes: MiniPLM (arXiv 2410.17215), table of model configurations, and the released checkpoints.
 """
 

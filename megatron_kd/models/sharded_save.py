@@ -6,8 +6,8 @@
     finish()   collective: ``.metadata``, or why it failed
 
 Megatron-Core's own writer loads everything that a rank writes into memory and, in 0.16, hands it to forked processes
-(one that is killed leaves the run waiting for ever). Here torch's writer asks for one tensor at a time, and a tensor may
-be made when it is asked for (conversion from Hugging Face).
+(one that is killed leaves the run waiting for ever). Here torch's writer asks for one tensor at a time, and a tensor
+may be made when it is asked for (conversion from Hugging Face).
 """
 
 import dataclasses

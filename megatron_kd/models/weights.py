@@ -123,7 +123,7 @@ def load_weights(chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollecti
 def load_sharded_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
     """``dist_checkpointing.load`` with its complaints as one clear error. Collective over the world.
 
-    Transformer Engine's ``_extra_state`` is asked for only where the checkpoint has it: the specs differ in who has one.
+    Transformer Engine's ``_extra_state`` is asked for only where the checkpoint has it: the specs differ.
     """
     objects = StoredTensors(path).object_keys()
     state = without_missing_extra_state(state, objects)

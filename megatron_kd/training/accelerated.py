@@ -28,4 +28,5 @@ def warning(parts: list[str]) -> str | None:
     untried = [part for part in parts if part not in RECORDED]
     if not untried:
         return None
-    return f"in use without a recorded GPU run of this project yet: {', '.join(untried)}: compare with a run without them"
+    names = ", ".join(untried)
+    return f"in use without a recorded GPU run of this project yet: {names}: compare with a run without them"

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from megatron_kd.metrics.tracker import read_metrics
 from megatron_kd.training.checkpoint import load_full_state
 from megatron_kd.training.survival import EVENTS_NAME
-from tests.end_to_end.commands import SMALL, kill, run, start
+from tests.end_to_end.commands import REPOSITORY, SMALL, environment, kill, run, start
 
 STEPS = 12
 POISONED = """
@@ -135,3 +137,37 @@ def rank_of(pid):
     with open(f"/proc/{pid}/environ", "rb") as file:
         values = dict(entry.split(b"=", 1) for entry in file.read().split(b"\0") if b"=" in entry)
     return values.get(b"RANK", b"").decode()
+
+
+DIES_ONCE = """
+import os, signal
+from megatron_kd.quiet import silence_known_noise
+silence_known_noise()
+from megatron_kd.training import train_step
+real, calls = train_step.TrainStep.__call__, []
+def step(self, *arguments):
+    calls.append(1)
+    if len(calls) == 6 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, *arguments)
+train_step.TrainStep.__call__ = step
+from megatron_kd.cli import main
+if __name__ == "__main__":
+    main("train")
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_starts_again_from_the_newest_checkpoint(dataset, tmp_path):
+    program, folder, whole = tmp_path / "program.py", tmp_path / "run", tmp_path / "whole"
+    program.write_text(DIES_ONCE)
+    arguments = settings(dataset, folder, "training.save_interval=2")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    ended = subprocess.run(
+        [sys.executable, *launcher, str(program), *arguments],
+        cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert ended.returncode == 0 and "resumed at step 4" in ended.stderr, ended.stderr
+    assert run("train", *settings(dataset, whole), ranks=2).status == 0
+    (_, ours, _), (_, expected, _) = load_full_state(folder), load_full_state(whole)
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())

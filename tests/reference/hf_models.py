@@ -1,4 +1,4 @@
-"""Random models of every family, made by transformers itself, of odd sizes: the folders that conversion is tested on."""
+"""Random models of every family, made by transformers itself, of odd sizes, for the tests of conversion."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Folders of every family to checkpoints and back: logits equal transformers', every bit comes back; what is refused."""
+"""Folders of every family to checkpoints and back: equal logits, every bit comes back; what is refused."""
 
 import json
 

@@ -64,8 +64,15 @@ def train_config(dataset: ChunkDataset, output: Path | str = "unused", **keys: A
 class TrainingParts:
     """What a checkpoint is made of: architecture, layout, groups, DDP-wrapped model, optimizer."""
 
-    def __init__(self, dataset: ChunkDataset, runtime: Runtime, seed: int = 10, precision: str = "fp32") -> None:
-        self.config = train_config(
+    def __init__(
+        self,
+        dataset: ChunkDataset,
+        runtime: Runtime,
+        seed: int = 10,
+        precision: str = "fp32",
+        config: TrainConfig | None = None,
+    ) -> None:
+        self.config = config or train_config(
             dataset, training={"seed": seed, "global_batch_size": 4, "micro_batch_size": 4, "precision": precision}
         )
         self.architecture = architecture_by_name(self.config.model.name).with_vocab_size(dataset.vocab_size)

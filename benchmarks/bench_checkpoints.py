@@ -1,7 +1,7 @@
 """How fast and how large conversion is beside a plain copy, and how long a save holds training up.
 
-    python benchmarks/bench_checkpoints.py                  a generated folder of 1.8B parameters, bf16
-    python benchmarks/bench_checkpoints.py --quick          some seconds
+    python benchmarks/bench_checkpoints.py --output benchmarks/results/checkpoints.json    1.8B parameters in bf16
+    python benchmarks/bench_checkpoints.py --quick                                         a small folder
 
 Conversion: seconds and peak memory of ``convert_from_hf`` and ``convert_to_hf`` (verify=false), each in a process of its
 own, beside copying the same folder file by file with a flush to the disk. Memory is what the process holds beyond a
@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.provenance import REPOSITORY, provenance  # noqa: E402
 from megatron_kd.quiet import silence_known_noise  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results" / "checkpoints.json"
 RUN_VERB = "import sys; from megatron_kd.cli import main; main(sys.argv[1], sys.argv[2:])"
 IMPORT_ONLY = "import sys; import megatron_kd.conversion.import_hf, megatron_kd.conversion.export_hf"
 
@@ -188,6 +187,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--scale", type=float, default=1.0, help="of 1.8B parameters")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="record the report here")
     parser.add_argument("--folder", type=Path, help="where to work; needs five times the folder's 3.7 GB")
     options = parser.parse_args()
     scale, rounds = (0.02, 1) if options.quick else (options.scale, options.rounds)
@@ -196,9 +196,8 @@ def main() -> None:
         save = bench_save(Path(name), rounds, "qwen_toy_student" if options.quick else "qwen_104m")
     report = {"provenance": provenance(), "conversion": conversion, "save": save}
     sys.stdout.write(json.dumps(report, indent=1) + "\n")
-    if not options.quick:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+    if options.output is not None:
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """``make quickstart``: from raw text to distilled students, every step a tool of its own.
 
-    python examples/quickstart/run.py [--output FOLDER] [--processes N]
+    python examples/quickstart/run.py [--output FOLDER] [--processes N] [--all-methods]
 
 Steps that are done are skipped; an interrupted run continues. See megatron_kd/quickstart/plan.py for the steps,
 examples/quickstart/*.yaml for their settings, and runs/quickstart/logs for what they said.
@@ -34,11 +34,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path.cwd(), help="folder that gets runs/quickstart (default: .)")
     parser.add_argument("--processes", type=int, default=min(MAX_PROCESSES, len(os.sched_getaffinity(0))))
+    parser.add_argument("--all-methods", action="store_true", help="also SeqKD, GKD, MiniLLM and DistiLLM: minutes more")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     os.chdir(options.output)
     try:
-        return quickstart(max(1, options.processes))
+        return quickstart(max(1, options.processes), options.all_methods)
     except StepFailed as failure:
         sys.stderr.write(f"\nquickstart: {failure}\n")
         return failure.status or 1
@@ -50,19 +51,20 @@ def main() -> int:
         return 130
 
 
-def quickstart(processes: int) -> int:
+def quickstart(processes: int, all_methods: bool) -> int:
     """Every step, then the report."""
     started = time.monotonic()
     sys.stdout.write(f"Quickstart: {processes} steps at a time, results in {plan.ROOT.absolute()}\n")
     display = ProgressDisplay(width=shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
-    runner = StepRunner(plan.quickstart_steps(REPOSITORY), state=plan.ROOT / "state", logs=plan.ROOT / "logs",
-                        processes=processes, environment=ENVIRONMENT, on_progress=display)
+    steps = plan.quickstart_steps(REPOSITORY, all_methods)
+    runner = StepRunner(steps, state=plan.ROOT / "state", logs=plan.ROOT / "logs", processes=processes,
+                        environment=ENVIRONMENT, on_progress=display)
     schedule = runner.run()
     display.finish()
-    return report(schedule, time.monotonic() - started)
+    return report(schedule, time.monotonic() - started, all_methods)
 
 
-def report(schedule: Schedule, seconds: float) -> int:
+def report(schedule: Schedule, seconds: float, all_methods: bool) -> int:
     """Write the report, print the table and the checks."""
     from megatron_kd.quiet import silence_known_noise
 
@@ -70,7 +72,7 @@ def report(schedule: Schedule, seconds: float) -> int:
     from megatron_kd.evaluation.report import result_table, write_report
     from megatron_kd.quickstart.results import collect_report
 
-    result = collect_report(seconds, len(schedule.skipped))
+    result = collect_report(seconds, len(schedule.skipped), all_methods)
     write_report(plan.ROOT, result)
     sys.stdout.write(f"\n{result_table(result)}\n\n")
     checks = result.checks()

@@ -27,13 +27,17 @@ SECOND_SEED = 11
 
 @dataclass(frozen=True)
 class Student:
-    """A student: its step's and configuration file's name, the method's name, and what it needs beside data."""
+    """A student: its step's and configuration file's name, the method's name, and what it needs beside data.
+
+    ``overrides`` are laid over the file.
+    """
 
     step: str
     method: str
     config: str
     needs: tuple[str, ...]
     seconds: float
+    overrides: tuple[str, ...] = ()
 
 
 STUDENTS = (
@@ -42,6 +46,16 @@ STUDENTS = (
     Student("miniplm", "MiniPLM", "student_miniplm.yaml", ("sample",), 65),
     Student("miniplm_vanilla_kd", "MiniPLM + Vanilla KD", "student_miniplm_vanilla_kd.yaml", ("sample", "teacher"), 55),
 )
+# Methods that generate text, behind --all-methods: they take longer than the quickstart has. From random weights like
+# the others, where their own examples start from given ones.
+_FROM_SCRATCH = ("model.init_from=null", "optimizer.lr=8e-3")
+STUDENTS_WITH_TEXT = (
+    Student("seqkd", "SeqKD", "../seqkd_quickstart/student.yaml", ("generate_seqkd",), 65),
+    Student("gkd", "GKD", "../gkd_quickstart/student.yaml", ("teacher",), 150),
+    Student("minillm", "MiniLLM", "../minillm_quickstart/student.yaml", ("teacher",), 200, _FROM_SCRATCH),
+    Student("distillm", "DistiLLM", "../distillm_quickstart/student.yaml", ("teacher",), 90, _FROM_SCRATCH),
+)
+GENERATED_DATA = ROOT / "data/seqkd"
 SECOND_SEED_RUN = Student("pretrain_seed2", "Pre-Train w/o KD", "student_pretrain.yaml", ("tokenize",), 65)
 
 
@@ -55,12 +69,19 @@ def hf_folder(step: str) -> Path:
     return ROOT / "hf" / step
 
 
-def quickstart_steps(repository: Path) -> list[Step]:
+def chosen_students(all_methods: bool) -> tuple[Student, ...]:
+    """The students of a run, with or without those that generate text."""
+    return STUDENTS + STUDENTS_WITH_TEXT if all_methods else STUDENTS
+
+
+def quickstart_steps(repository: Path, all_methods: bool = False) -> list[Step]:
     """Every step, each after what it needs.
 
     Args:
         repository: the checkout, with ``tools/`` and ``examples/quickstart``.
+        all_methods: also those that generate text.
     """
+    students = chosen_students(all_methods)
     configs = repository / "examples/quickstart"
     return [
         *_data_steps(repository, configs),
@@ -75,11 +96,14 @@ def quickstart_steps(repository: Path) -> list[Step]:
               (ROOT / "scores/reference",), 20),
         _verb(repository, configs, "sample", "sample_by_difference", "sample_by_difference.yaml",
               ("score_teacher", "score_reference"), (SAMPLED_DATA,), 2),
-        *(_training(repository, configs, student.step, student.config, student.needs, student.seconds)
-          for student in STUDENTS if student.step != "pretrain"),
+        *([_verb(repository, configs, "generate_seqkd", "generate_corpus", "../seqkd_quickstart/generate_corpus.yaml",
+                 ("teacher",), (GENERATED_DATA,), 120)] if all_methods else []),
+        *(_training(repository, configs, student.step, student.config, student.needs, student.seconds,
+                    *student.overrides)
+          for student in students if student.step != "pretrain"),
         *(_verb(repository, configs, f"export_{student.step}", "convert_to_hf", None, (student.step,),
                 (hf_folder(student.step),), 12, f"input={run_folder(student.step)}",
-                f"output={hf_folder(student.step)}") for student in STUDENTS),
+                f"output={hf_folder(student.step)}") for student in students),
     ]
 
 

@@ -86,3 +86,16 @@ def test_train_iters_come_from_the_base(tmp_path: Path) -> None:
     (tmp_path / "none.yaml").write_text("output: x\n")
     with pytest.raises(ValueError, match="none.yaml.*train_iters"):
         plan.read_train_iters(tmp_path / "none.yaml")
+
+
+def test_all_methods_add_the_students_that_generate_text():
+    default, every = plan.quickstart_steps(REPOSITORY), plan.quickstart_steps(REPOSITORY, all_methods=True)
+    added = {step.name for step in every} - {step.name for step in default}
+    names = {student.step for student in plan.STUDENTS_WITH_TEXT}
+    assert added == names | {f"export_{name}" for name in names} | {"generate_seqkd"}
+    methods = set()
+    for student in plan.STUDENTS_WITH_TEXT:
+        config = load_config(TrainConfig, CONFIGS / student.config, student.overrides)
+        assert config.model.init_from is None and config.optimizer.lr == 8e-3
+        methods.add(config.distillation.method)
+    assert methods == {"none", "gkd", "minillm", "distillm"}

@@ -77,14 +77,15 @@ def step_sides(folder: Path, codec_name: str) -> Iterator[tuple[Callable, Callab
     from tests.reference.caches import write_cache
 
     dataset = random_dataset(folder / "data", 32, STUDENT_LENGTH, STUDENT_VOCABULARY)
-    codec = Codec("top_k", 64, STUDENT_VOCABULARY) if codec_name == "top_k" else Codec("sampled", 50, STUDENT_VOCABULARY)
+    codec = Codec(codec_name, 64 if codec_name == "top_k" else 50, STUDENT_VOCABULARY)  # type: ignore[arg-type]
     cache = write_cache(dataset, folder / "cache", codec)
     tree = {
         "data": {"path": str(dataset.path)}, "output": "unused", "model": {"name": STUDENT},
         "training": {"global_batch_size": STUDENT_ROWS, "micro_batch_size": STUDENT_ROWS},
     }  # fmt: skip
     config = from_mapping(TrainConfig, tree, "benchmark")
-    distilling = {**tree, "teacher": {"placement": "cached", "cache_path": "-"}, "distillation": {"method": "vanilla_kd"}}
+    teacher = {"placement": "cached", "cache_path": "-"}
+    distilling = {**tree, "teacher": teacher, "distillation": {"method": "vanilla_kd"}}
     architecture = architecture_by_name(STUDENT).with_vocab_size(STUDENT_VOCABULARY)
     with distributed_runtime() as runtime:
         layout = ParallelLayout.for_world(ParallelConfig(), 1)

@@ -30,7 +30,9 @@ class CachedTeacher:
         is_needed: whether this rank computes the loss (the student's last pipeline stage).
     """
 
-    def __init__(self, cache: LogitCache, dataset: ChunkDataset, kind: SparseTargetKind, is_needed: bool = True) -> None:
+    def __init__(
+        self, cache: LogitCache, dataset: ChunkDataset, kind: SparseTargetKind, is_needed: bool = True
+    ) -> None:
         cache.check_covers(dataset)
         self._cache, self._dataset, self._kind, self._is_needed = cache, dataset, kind, is_needed
         self._thread = ThreadPoolExecutor(1, "cache reader")
@@ -109,7 +111,7 @@ class CachedTeacher:
         found = token_hash(batch.tokens[row], batch.labels[row], positions) if inside else None
         if found != expected or bool(batch.loss_mask[row, positions:].any()):
             raise DataError(
-                f"chunk {chunk} of {self._dataset.path} has other ids than the chunk that {self._cache.path} holds for it "
+                f"chunk {chunk} of {self._dataset.path} has other ids than what {self._cache.path} holds for it "
                 f"(hash {'of a longer chunk' if found is None else f'{found:016x}'} where {expected:016x} was cached): "
                 "the dataset was changed, cache the teacher again"
             )

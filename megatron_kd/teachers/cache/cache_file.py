@@ -74,8 +74,8 @@ class LogitCache:
         made_from = self.manifest["dataset"]
         if dataset.root_fingerprint != self.root_fingerprint:
             raise DataError(
-                f"{self.path}: was cached from chunks of the dataset {self.root_fingerprint} ({made_from['path']}), but "
-                f"{dataset.path} has chunks of {dataset.root_fingerprint}; cache the teacher on that dataset"
+                f"{self.path}: was cached from chunks of the dataset {self.root_fingerprint} ({made_from['path']}), "
+                f"but {dataset.path} has chunks of {dataset.root_fingerprint}; cache the teacher on that dataset"
             )
         if dataset.tokenizer_hash != made_from["tokenizer_hash"]:
             raise DataError(
@@ -130,7 +130,8 @@ class LogitCache:
             name = self.manifest["shards"][number]["name"]
             bin_path = self.path / f"{name}.bin"
             index = np.memmap(self.path / f"{name}.idx", dtype=INDEX_DTYPE, mode="r")
-            records = np.memmap(bin_path, dtype=np.uint8, mode="r") if bin_path.stat().st_size else np.zeros(0, np.uint8)
+            is_empty = bin_path.stat().st_size == 0
+            records = np.zeros(0, np.uint8) if is_empty else np.memmap(bin_path, dtype=np.uint8, mode="r")
             blocks = LazyBlocks(bin_path, np.asarray(records), self._checksums[bin_path.name])
             self._shards[number] = np.asarray(index), np.asarray(records), blocks
         return self._shards[number]

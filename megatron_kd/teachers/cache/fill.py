@@ -3,7 +3,8 @@
     chunks → teacher's forward pass → (last pipeline stage) ids of the codec → thread: records → shard files
 
 Micro-batch m of a shard holds its chunks [m·b, (m + 1)·b) whatever the layout and wherever a killed run goes on, so the
-same bytes come out. Encoding and writing run beside the next forward pass, at most ``MOST_WAITING`` micro-batches behind.
+same bytes come out. Encoding and writing run beside the next forward pass, at most ``MOST_WAITING`` micro-batches
+behind.
 """
 
 from collections import deque

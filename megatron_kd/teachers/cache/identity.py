@@ -38,9 +38,13 @@ class View:
             DataError: names every value that differs.
         """
         own, other = self.to_mapping(), needed.to_mapping()
-        differences = [f"{name} {own[name]} where this run has {other[name]}" for name in own if own[name] != other[name]]
+        differences = [
+            f"{name} {own[name]} where this run has {other[name]}" for name in own if own[name] != other[name]
+        ]
         if differences:
-            raise DataError(f"{where}: was cached with {', '.join(differences)}; cache the teacher again or change the run")
+            raise DataError(
+                f"{where}: was cached with {', '.join(differences)}; cache the teacher again or change the run"
+            )
 
 
 def token_hash(inputs: Tensor, labels: Tensor, positions: int) -> int:

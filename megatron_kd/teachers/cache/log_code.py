@@ -10,8 +10,8 @@ import numpy as np
 class LogCode:
     """Codes of ``bits`` bits for 0 and for the numbers from ``exp(lowest)`` to ``exp(highest)``.
 
-    Code 0 is zero, code c is ``exp(lowest + (c - 1) * step)``; what lies outside is moved to the nearer end. The relative
-    error is at most ``step / 2``.
+    Code 0 is zero, code c is ``exp(lowest + (c - 1) * step)``; what lies outside is moved to the nearer end. The
+    relative error is at most ``step / 2``.
     """
 
     bits: int

@@ -2,8 +2,8 @@
 
     hidden [T, h] -> chunks of C tokens: logits [C, R] -> exponentials in place -> the codec's ids -> numpy
 
-R is this rank's part of the teacher's vocabulary. Collectives over the tensor-parallel group, per chunk: the maximum and
-the sum of the exponentials, what finds the ids (``largest.py``, ``drawing.py``), and the probability outside of them.
+R is this rank's part of the teacher's vocabulary. Collectives over the tensor-parallel group, per chunk: the maximum
+and the sum of the exponentials, what finds the ids (``largest.py``, ``drawing.py``), and the probability outside of them.
 Every rank of the group gets the same entries.
 """
 

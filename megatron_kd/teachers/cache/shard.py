@@ -1,8 +1,8 @@
 """One pair of files of a cache, written so that a writer killed at any moment goes on where it last committed.
 
 ``knowledge-00000.bin`` holds records one after another, ``knowledge-00000.idx`` 28 bytes about each (``INDEX_DTYPE``).
-While the cache is written, ``progress/knowledge-00000.json`` states how much of both is committed, with the checksums of
-those bytes: it is replaced, whole, after the bytes have reached the disk. What lies behind a commit is cut off.
+While the cache is written, ``progress/knowledge-00000.json`` states how much of both is committed, with the checksums
+of those bytes: it is replaced, whole, after the bytes have reached the disk. What lies behind a commit is cut off.
 """
 
 import json

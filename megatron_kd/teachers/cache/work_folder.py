@@ -78,7 +78,9 @@ class WorkFolder:
         found = {number: Commit.read(self.path, number) for number in range(num_shards)}
         return {number: commit for number, commit in found.items() if commit is not None}
 
-    def finish(self, dataset: ChunkDataset, num_shards: int, facts: Mapping[str, Any], producer: Mapping[str, Any]) -> None:
+    def finish(
+        self, dataset: ChunkDataset, num_shards: int, facts: Mapping[str, Any], producer: Mapping[str, Any]
+    ) -> None:
         """Write the manifest over finished shards and rename the folder.
 
         Args:

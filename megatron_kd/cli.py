@@ -145,7 +145,8 @@ def _with_positional(verb: Verb, arguments: Sequence[str]) -> list[str]:
 
 def _spell_out_flags(arguments: Sequence[str], schema: type) -> list[str]:
     """``--verify`` for ``verify=true``, where the verb has such a key."""
-    flags = {f"--{field.name.replace('_', '-')}": field.name for field in fields(schema) if field.type in (bool, "bool")}
+    names = [field.name for field in fields(schema) if field.type in (bool, "bool")]
+    flags = {f"--{name.replace('_', '-')}": name for name in names}
     return [f"{flags[argument]}=true" if argument in flags else argument for argument in arguments]
 
 

@@ -32,7 +32,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=5
 ReturnToService=2
 SlurmdParameters=config_overrides
-KillWait=20
+KillWait=60
 NodeName={host} CPUs=8 RealMemory={memory} State=UNKNOWN
 PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
 """
@@ -110,8 +110,13 @@ class SlurmCluster:
         self._output(*arguments)
 
     def start_now(self, job: int) -> None:
-        """A requeued job waits two minutes by default."""
-        self._output("scontrol", "update", f"JobId={job}", "StartTime=now")
+        """A requeued job waits two minutes by default; until it has ended everywhere Slurm does not change it."""
+
+        def changed() -> bool:
+            command = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
+            return subprocess.run(command, env=self.environment, capture_output=True).returncode == 0
+
+        self.wait(changed, 90, "the requeued job cannot be started")
 
     def wait(self, condition, seconds: float, what: str) -> None:
         """Until ``condition()``; AssertionError with the daemons' last lines after ``seconds``."""

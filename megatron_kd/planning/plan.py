@@ -233,5 +233,5 @@ def _costs(
         ]
         cached = forward_flops(teacher.parameters, config.training.train_iters * config.training.global_batch_size
                                * (config.data.seq_length or plan.seq_length))
-        costs.append(cost("offline: teacher fills a cache of the training tokens", cached))
+        costs.append(cost("offline: teacher over the training tokens (a cache, or SeqKD's text)", cached))
     return costs

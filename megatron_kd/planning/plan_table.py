@@ -14,6 +14,8 @@ PARTS = {
     "teacher_weights": "teacher's weights",
     "teacher_activations": "teacher's activations and hidden states",
 }
+WRITING_METHODS = ("gkd", "distillm")
+"""Their share of steps on generated text depends on settings and on the run."""
 UNITS = ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
@@ -59,7 +61,11 @@ def _budgets(plan: Plan) -> list[str]:
         printed = [f"{b.paper.formula:,}", f"{b.paper.printed:,}", f"{b.paper.deviation:+.1%}"] if b.paper else [""] * 3
         rows.append([b.method, f"{b.flops_per_token:.4g}", f"{b.steps:,}", *printed])
     columns = ["equal training FLOPs", "FLOPs/token", "steps", "paper's formula", "paper prints", "deviation"]
-    return table(columns, rows)
+    lines = table(columns, rows)
+    if any(b.method in WRITING_METHODS for b in plan.budgets):
+        names = ", ".join(b.method for b in plan.budgets if b.method in WRITING_METHODS)
+        lines.append(f"{names}: without the text that is written while training, 2 N a token of whoever writes it")
+    return lines
 
 
 def _memory(plan: Plan) -> list[str]:

@@ -2,7 +2,6 @@ import errno
 import gzip
 import json
 import os
-import random
 import resource
 import shutil
 import signal
@@ -383,39 +382,6 @@ def test_a_disk_that_fills_at_any_write_leaves_nothing(
         failed += 1
     assert failed >= 5
     ChunkDataset.open(tmp_path / "out").verify()
-
-
-def test_killed_at_random_moments_and_run_again_gives_the_same_bytes(
-    tmp_path: Path, tokenizer_folder: Path, texts: list[str]
-) -> None:
-    corpus = write_jsonl(tmp_path / "corpus.jsonl", texts * 30)
-    started = time.monotonic()
-    assert tool(tmp_path, corpus, tokenizer_folder, ["workers=1"]).returncode == 0
-    seconds = time.monotonic() - started
-    expected = files_of(tmp_path / "out")
-    shutil.rmtree(tmp_path / "out")
-    seed = random.SystemRandom().randrange(10**6)
-    print("seed", seed)
-    generator = random.Random(seed)
-    unfinished = 0
-    for attempt in range(10):
-        process = start_tool(tmp_path, corpus, tokenizer_folder, ["workers=1"])
-        if attempt % 2 == 0:  # from the moment that it writes; the first time at once
-            while not list(tmp_path.glob("out.tmp-*")) and process.poll() is None:
-                time.sleep(0.002)
-            time.sleep(attempt * generator.uniform(0, 0.05) * seconds)
-        else:
-            time.sleep(generator.uniform(0.1, 1.1) * seconds)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if (tmp_path / "out").exists():
-            assert files_of(tmp_path / "out") == expected
-            shutil.rmtree(tmp_path / "out")
-        else:
-            unfinished += 1
-    assert unfinished
-    assert tool(tmp_path, corpus, tokenizer_folder, ["workers=1"]).returncode == 0
-    assert files_of(tmp_path / "out") == expected
 
 
 def start_tool(

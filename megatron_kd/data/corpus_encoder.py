@@ -21,7 +21,17 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_kd.data.document_format import Block, DocumentFormat, is_divisible, parse, read_blocks
+from megatron_kd.data.document_format import (
+    Block,
+    DocumentFormat,
+    LoadedBlock,
+    RangeBlock,
+    RowBlock,
+    is_divisible,
+    load,
+    parse,
+    read_blocks,
+)
 from megatron_kd.data.documents import BadLine, Documents
 from megatron_kd.data.encoded_parts import EncodedBlock, PartFolder, PartWriter, Unit, read_part
 from megatron_kd.data.encoder import DocumentEncoder
@@ -172,22 +182,24 @@ def _whole_parts(parts: PartFolder, unit: Unit) -> list[Path]:
 
 
 def _size_of(block: Block) -> int:
-    data = getattr(block, "data", None)
-    if data is not None:
-        return len(data)
+    if isinstance(block, RangeBlock):
+        return block.stop - block.start
+    if not isinstance(block, RowBlock):
+        return len(block.data)
     return sum(len(value) for column in block.columns.values() for value in column if isinstance(value, str))
 
 
 def _encode_here(
     events: Iterator[_Event], job: EncodingJob, workers: int
 ) -> Iterator[tuple[_Event, EncodedBlock | None]]:
-    def parsed() -> Iterator[tuple[_Event, Documents | None]]:
+    def parsed() -> Iterator[tuple[_Event, LoadedBlock | None, Documents | None]]:
         for event in events:
-            yield event, parse(event.block, job.form) if isinstance(event, _Work) else None
+            block = load(event.block) if isinstance(event, _Work) else None
+            yield event, block, None if block is None else parse(block, job.form)
 
-    for event, documents in prefetch(parsed, depth=2):
-        is_work = isinstance(event, _Work) and documents is not None
-        yield event, _encode_documents(documents, event, job) if is_work else None
+    for event, block, documents in prefetch(parsed, depth=2):
+        is_work = isinstance(event, _Work) and block is not None and documents is not None
+        yield event, _encode_documents(documents, block, event.unit.start, job) if is_work else None
 
 
 def _encode_in_processes(
@@ -214,11 +226,11 @@ def _encode_in_processes(
 
 
 def _encode_block(work: _Work, job: EncodingJob) -> EncodedBlock:
-    return _encode_documents(parse(work.block, job.form), work, job)
+    block = load(work.block)
+    return _encode_documents(parse(block, job.form), block, work.unit.start, job)
 
 
-def _encode_documents(documents: Documents, work: _Work, job: EncodingJob) -> EncodedBlock:
-    block = work.block
+def _encode_documents(documents: Documents, block: LoadedBlock, unit_start: int, job: EncodingJob) -> EncodedBlock:
     encoder, eos_id = _encoder_of(job)
     encoder.spot_check(documents.texts)
     ids, lengths = encoder.encode(documents.texts)
@@ -231,7 +243,7 @@ def _encode_documents(documents: Documents, work: _Work, job: EncodingJob) -> En
     bad = [BadLine(line.path, line.line - block.first_line + 1, line.reason) for line in documents.bad]
     return EncodedBlock(
         documents.path,
-        work.unit.start,
+        unit_start,
         block.num_lines,
         ids.astype(job.dtype),
         lengths,

@@ -53,7 +53,26 @@ class RowBlock:
     num_lines: int
 
 
-Block = LineBlock | TextBlock | RowBlock
+@dataclass(frozen=True)
+class RangeBlock:
+    """The lines of a plain JSONL file that begin at byte ``start`` or later and before ``stop``; not read yet."""
+
+    path: str
+    start: int
+    stop: int
+
+    def load(self) -> LineBlock:
+        """Read them.
+
+        Raises:
+            DataError: a line is longer than ``MAX_LINE_BYTES``.
+        """
+        pieces = [block.data for block in jsonl.read_blocks(self.path, MAX_LINE_BYTES, self.start, self.stop)]
+        return LineBlock(self.path, 1, b"".join(pieces), self.stop - self.start, self.start == 0)
+
+
+Block = LineBlock | TextBlock | RowBlock | RangeBlock
+LoadedBlock = LineBlock | TextBlock | RowBlock
 
 
 def kind_of(path: str, form: DocumentFormat) -> Kind:
@@ -88,20 +107,28 @@ def read_blocks(
         path: the file.
         form: what it holds.
         block_bytes: of decompressed data.
-        start, stop: of a divisible file, the lines that begin in this range of bytes only.
+        start, stop: of a divisible file, the lines that begin in this range of bytes only; they are left to
+            :func:`load`.
 
     Raises:
         DataError: the file is damaged, or a document too long to hold.
     """
     kind = kind_of(path, form)
+    if kind == "jsonl" and stop is not None:
+        return (RangeBlock(path, first, min(first + block_bytes, stop)) for first in range(start, stop, block_bytes))
     if kind == "jsonl":
-        return jsonl.read_blocks(path, block_bytes, start, stop)
+        return jsonl.read_blocks(path, block_bytes)
     if kind == "parquet":
         return _parquet_blocks(path, form, block_bytes)
     return _text_blocks(path, form.document_separator, block_bytes)
 
 
-def parse(block: Block, form: DocumentFormat) -> Documents:
+def load(block: Block) -> LoadedBlock:
+    """The block with its data; what a worker does first."""
+    return block.load() if isinstance(block, RangeBlock) else block
+
+
+def parse(block: LoadedBlock, form: DocumentFormat) -> Documents:
     """The documents of a block; those of white space alone are none, and no fault."""
     if isinstance(block, LineBlock):
         return jsonl.parse_block(block, form.text_field, form.domain_field, form.response_field)

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import orjson
+
 from megatron_kd.data.byte_pieces import PIECE_BYTES, read_line_range, read_pieces
 from megatron_kd.errors import DataError
 
@@ -149,7 +151,7 @@ def parse_block(
         if not line or line.isspace():
             continue
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = _load(line)
             text = _text_of(row, text_keys, text_field)
             domain = _domain_of(row, domain_keys, domain_field) if domain_keys else ""
             response = _text_of(row, response_field.split("."), response_field) if response_field else ""
@@ -189,6 +191,14 @@ def read_documents(
                 yield text, path, line
     if not found:
         raise DataError(f"{', '.join(patterns)}: the corpus holds no document")
+
+
+def _load(line: bytes) -> Any:
+    """A JSON value; what the fast parser refuses is for the other to accept, or to say what is wrong with it."""
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return json.loads(line.decode("utf-8"))
 
 
 def _text_of(row: Any, keys: list[str], text_field: str) -> str:

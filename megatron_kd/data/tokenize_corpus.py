@@ -28,7 +28,7 @@ from megatron_kd.data.byte_pieces import lines_before
 from megatron_kd.data.chunk_dataset import DEFAULT_CHUNKS_PER_SHARD, KIND, ChunkDataset
 from megatron_kd.data.corpus_encoder import EncodingJob, encode_corpus, read_parts, units_of
 from megatron_kd.data.corpus_outputs import ROLES, Chunking, CorpusOutputs, OutputSettings, SplitBy
-from megatron_kd.data.document_format import DocumentFormat, Kind, parse, read_blocks
+from megatron_kd.data.document_format import DocumentFormat, Kind, load, parse, read_blocks
 from megatron_kd.data.documents import BadLine, expand_inputs
 from megatron_kd.data.encoded_parts import EncodedBlock, PartFolder, Unit
 from megatron_kd.data.encoder import SAMPLE_BYTES, Engine, EngineCheck, choose_engine
@@ -319,7 +319,7 @@ def _sample(config: TokenizeCorpusConfig, paths: list[str]) -> list[str]:
     for path in chosen:
         room = SAMPLE_BYTES // len(chosen)
         block = next(read_blocks(path, config.form, block_bytes=2 * room), None)
-        for text in parse(block, config.form).texts if block else []:
+        for text in parse(load(block), config.form).texts if block else []:
             texts.append(text)
             room -= len(text)
             if room <= 0:

@@ -2,8 +2,9 @@
 
 ``install()`` replaces, in this process, the few things that Megatron-Core reaches for: ``torch.cuda.current_device``,
 streams and synchronisation, ``device="cuda"`` in tensor factories, ``.cuda()`` methods, CUDA random-number state, and
-``tensor.type()`` names that its optimizer and gradient clipping compare with ``torch.cuda.*``. It refuses to run where
-CUDA is available. Nothing else in the package depends on it; on a GPU machine it is never called.
+``tensor.type()`` names that its optimizer and gradient clipping compare with ``torch.cuda.*``. Collectives over a single
+rank, which Megatron-Core calls too, become no-ops. It refuses to run where CUDA is available. Nothing else in the
+package depends on it; on a GPU machine it is never called.
 """
 
 import contextlib
@@ -14,7 +15,9 @@ import sys
 from typing import Any, Callable
 
 import torch
+import torch.distributed as dist
 import torch.utils._device
+from torch import Tensor
 
 _FACTORIES = (
     "tensor",
@@ -62,6 +65,7 @@ def install() -> None:
     _replace_factories()
     _replace_methods()
     _replace_random_state()
+    _skip_collectives_of_one_rank()
     _keep_freed_memory()
     _installed = True
 
@@ -144,6 +148,53 @@ def _replace_random_state() -> None:
 
     megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+
+class _Done:
+    """The handle of an asynchronous collective that had nothing to do."""
+
+    def wait(self, *_: Any) -> bool:
+        return True
+
+
+def _skip_collectives_of_one_rank() -> None:
+    """Over one rank every collective is at most a copy, which gloo makes in threads of its own.
+
+    Those threads open OpenMP teams, and with more teams than processors OpenMP's threads sleep between operations
+    instead of spinning: each small operation of the main thread would then pay for waking them.
+    """
+    from megatron.core.distributed import param_and_grad_buffer
+
+    dist.all_reduce = _in_place(dist.all_reduce)
+    dist.broadcast = _in_place(dist.broadcast)
+    dist.reduce_scatter_tensor = param_and_grad_buffer.dist_reduce_scatter_func = _with_output(
+        dist.reduce_scatter_tensor
+    )
+    dist.all_gather_into_tensor = param_and_grad_buffer.dist_all_gather_func = _with_output(dist.all_gather_into_tensor)
+
+
+def _in_place(collective: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(collective)
+    def call(tensor: Tensor, *arguments: Any, group: dist.ProcessGroup | None = None, **options: Any) -> Any:
+        if arguments or group is None or group.size() > 1:  # the op or the source by position: left as it is
+            return collective(tensor, *arguments, group=group, **options)
+        return _Done() if options.get("async_op") else None
+
+    return call
+
+
+def _with_output(collective: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(collective)
+    def call(
+        output: Tensor, source: Tensor, *arguments: Any, group: dist.ProcessGroup | None = None, **options: Any
+    ) -> Any:
+        if arguments or group is None or group.size() > 1:
+            return collective(output, source, *arguments, group=group, **options)
+        if output.data_ptr() != source.data_ptr():
+            output.copy_(source.view_as(output))
+        return _Done() if options.get("async_op") else None
+
+    return call
 
 
 def _keep_freed_memory() -> None:

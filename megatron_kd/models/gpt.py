@@ -129,6 +129,7 @@ def transformer_config(
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=on_cuda and _has_fused_weight_gradient(),
         bias_activation_fusion=on_cuda,
+        use_te_activation_func=not on_cuda,  # models/swiglu.py through the layer spec
         apply_rope_fusion=not on_cuda,
         masked_softmax_fusion=False,
         persist_layer_norm=False,

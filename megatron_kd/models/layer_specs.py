@@ -3,6 +3,7 @@
 Both specs keep the same sharded key names, so a checkpoint written with one loads with the other.
 """
 
+import functools
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_kd.errors import ConfigError
 from megatron_kd.models.attention import SDPACoreAttention
 from megatron_kd.models.normalization import RMSNorm
+from megatron_kd.models.swiglu import SwiGLU
 
 LayerSpecName = Literal["auto", "te", "local"]
 
@@ -61,5 +64,11 @@ def decoder_layer_spec(
     attention.core_attention = SDPACoreAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    _mlp_submodules(parts.mlp).activation_func = SwiGLU  # built where config.use_te_activation_func is set
     assert attention.linear_qkv is LocalSpecProvider().column_parallel_linear()
     return TransformerBlockSubmodules(layer_specs=[layer] * num_local_layers, layer_norm=RMSNorm)
+
+
+def _mlp_submodules(mlp: ModuleSpec | functools.partial) -> MLPSubmodules:
+    """Of a spec (megatron-core 0.16) or of a partial function (0.19)."""
+    return mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]

@@ -6,20 +6,23 @@ which is how this one is put in its place.
 """
 
 import torch
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
-class SwiGLU(MegatronModule):
+class SwiGLU(torch.nn.Module):
     """silu(gate) · up of ``[gate, up]``, the two halves of the last dimension (arXiv 2002.05202, eq. 6)."""
 
     def __init__(self, config: TransformerConfig):
-        super().__init__(config=config)
+        super().__init__()
 
     def forward(self, gate_and_up: Tensor) -> Tensor:
         """[..., 2 · ffn] -> [..., ffn]."""
         return _SwiGLUFunction.apply(gate_and_up)
+
+    def sharded_state_dict(self, *_: object, **__: object) -> dict[str, object]:
+        """Nothing: there are no weights. Megatron-Core's MLP asks each of its parts."""
+        return {}
 
 
 class _SwiGLUFunction(torch.autograd.Function):

@@ -37,6 +37,24 @@ with torch.cuda.stream(torch.cuda.Stream()):
     torch.cuda.current_stream().wait_stream(torch.cuda.current_stream())
 state = torch.cuda.get_rng_state(); a = torch.rand(3); torch.cuda.set_rng_state(state)
 assert torch.equal(a, torch.rand(3))
+import os
+import torch.distributed as dist
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+group, threads = dist.group.WORLD, len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
+values = torch.arange(200_000.0); kept = values.clone()
+dist.all_reduce(values, group=group); dist.broadcast(values, src=0, group=group)
+assert dist.all_reduce(values, group=group, async_op=True).wait() and torch.equal(values, kept)
+for collective in (dist.all_gather_into_tensor, dist.reduce_scatter_tensor):
+    output = torch.zeros_like(values)
+    assert collective(output, values, group=group, async_op=True).wait() and torch.equal(output, kept)
+    collective(values, values, group=group)
+    assert torch.equal(values, kept)
+from torch.distributed import _coalescing_manager
+output = torch.zeros_like(values)
+with _coalescing_manager(group, async_ops=True) as handle:
+    dist.reduce_scatter_tensor(output, values, group=group, async_op=True)
+handle.wait(); assert torch.equal(output, kept)
+assert not threads or len(os.listdir("/proc/self/task")) <= threads + 1, "gloo's threads made teams of their own"
 """
 
 

@@ -21,7 +21,7 @@ ROOT = Path("runs/quickstart")
 TEXT, TOKENIZER = ROOT / "data/corpus.jsonl", ROOT / "data/tokenizer"
 TRAIN_DATA, HELDOUT_DATA, REFERENCE_DATA = (ROOT / f"data/{split}" for split in ("train", "heldout", "reference"))
 SAMPLED_DATA = ROOT / "data/sampled"
-VOCAB_SIZE = 1024
+VOCAB_SIZE = 512
 SECOND_SEED = 11
 
 

@@ -25,7 +25,7 @@ def blocked_causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: f
 
 
 class _BlockedCausalAttention(torch.autograd.Function):
-    """Source of the backward pass: dS = P ∘ (dP − rowsum(dO ∘ O)), as in FlashAttention (arXiv 2205.14135, §B.2)."""
+    """The backward pass with the kept probabilities P: dP = dO Vᵀ, dS = P ∘ (dP − rowsum(P ∘ dP))."""
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -39,27 +39,27 @@ class _BlockedCausalAttention(torch.autograd.Function):
             end = min(start + BLOCK_ROWS, length)
             scores = torch.bmm(rows_q[:, start:end], rows_k[:, :end].transpose(1, 2))
             scores[:, :, start:end].add_(above[: end - start, : end - start])
-            probabilities = torch.softmax(scores, dim=-1)
+            probabilities = torch.softmax(scores, dim=-1, out=scores)
             rows_o[:, start:end] = torch.bmm(probabilities, rows_v[:, :end])
             kept.append(probabilities)
         ctx.scale = scale
-        ctx.save_for_backward(scaled, key, value, output, *kept)
+        ctx.save_for_backward(scaled, key, value, *kept)
         return output
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        scaled, key, value, output, *kept = ctx.saved_tensors
+        scaled, key, value, *kept = ctx.saved_tensors
         length, heads, width = scaled.shape
         rows_q, rows_k, rows_v, rows_g = (x.transpose(0, 1) for x in (scaled, key, value, gradient))
-        row_sums = (gradient * output).sum(-1).t().unsqueeze(-1)
         grad_q, grad_k, grad_v = (scaled.new_empty(heads, length, width) for _ in range(3))
         last = len(kept) - 1
+        softmax_backward = torch.ops.aten._softmax_backward_data.out
         # Products are added with add_: baddbmm_ into a slice makes one small product a head, each with its own threads.
         for block in range(last, -1, -1):  # the last block reaches every key, so it writes and the others add
             start, end = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, length)
             probabilities, rows = kept[block], rows_g[:, start:end]
             grad_scores = torch.bmm(rows, rows_v[:, :end].transpose(1, 2))
-            grad_scores.sub_(row_sums[:, start:end]).mul_(probabilities)
+            softmax_backward(grad_scores, probabilities, -1, grad_scores.dtype, grad_input=grad_scores)
             grad_q[:, start:end] = torch.bmm(grad_scores, rows_k[:, :end])
             if block == last:
                 torch.bmm(probabilities.transpose(1, 2), rows, out=grad_v)

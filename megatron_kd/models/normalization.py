@@ -40,11 +40,12 @@ class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         hidden, weight, inverse_rms = ctx.saved_tensors
-        normalized = hidden.float() * inverse_rms
-        upstream = gradient.float()
-        product = normalized * upstream
-        weight_gradient = product.flatten(0, -2).sum(0)
-        # d hidden = r · (g·w − x̂ · mean(g·w·x̂)), with r the inverse RMS and x̂ the normalized row
-        mean = torch.mv(product.flatten(0, -2), weight.float()).view(inverse_rms.shape).div_(hidden.shape[-1])
-        hidden_gradient = (upstream * weight).addcmul_(normalized, mean, value=-1.0).mul_(inverse_rms)
+        rows, upstream, scale, width = hidden.float(), gradient.float(), weight.float(), hidden.shape[-1]
+        # LayerNorm's kernel at mean 0 gives r · (g·w − mean(g·w) − x̂ · mean(g·w·x̂)), with r the inverse RMS and x̂ the
+        # normalized row; RMSNorm lacks the term mean(g·w), which is added back.
+        hidden_gradient, weight_gradient, _ = torch.ops.aten.native_layer_norm_backward(
+            upstream, rows, [width], torch.zeros_like(inverse_rms), inverse_rms, scale, None, [True, True, False]
+        )
+        mean = torch.mv(upstream.flatten(0, -2), scale).view(inverse_rms.shape).div_(width)
+        hidden_gradient.addcmul_(inverse_rms, mean)
         return hidden_gradient.to(hidden.dtype), weight_gradient.to(weight.dtype), None

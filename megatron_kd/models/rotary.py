@@ -4,6 +4,8 @@ Megatron-Core's own unfused version takes a dozen passes and copies. It calls a 
 ``fused_apply_rotary_pos_emb`` if the configuration says ``apply_rope_fusion``; on a CPU that name is given this one.
 """
 
+import functools
+
 import torch
 from megatron.core.models.common.embeddings import rope_utils
 from torch import Tensor
@@ -27,7 +29,14 @@ def apply_rotary(values: Tensor, angles: Tensor, interleaved: bool = False) -> T
         raise NotImplementedError(
             f"rotation of interleaved pairs or of {angles.shape[-1]} of {values.shape[-1]} channels"
         )
-    return _Rotation.apply(values, angles.cos().to(values.dtype), angles.sin().to(values.dtype))
+    return _Rotation.apply(values, *_cosine_and_sine(angles, values.dtype))
+
+
+@functools.lru_cache(maxsize=4)
+def _cosine_and_sine(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of the whole width and of half of it. All layers give the same ``angles`` object, which is what the cache asks
+    for: a tensor is equal to a key only if it is that key."""
+    return angles.cos().to(dtype), angles.sin().to(dtype).chunk(2, dim=-1)[0]
 
 
 class _Rotation(torch.autograd.Function):
@@ -46,9 +55,8 @@ class _Rotation(torch.autograd.Function):
 
 def _rotate(values: Tensor, cosine: Tensor, sine: Tensor, direction: float) -> Tensor:
     first, second = values.chunk(2, dim=-1)
-    first_sine, second_sine = sine.chunk(2, dim=-1)
     rotated = values * cosine
     rotated_first, rotated_second = rotated.chunk(2, dim=-1)
-    rotated_first.addcmul_(second, first_sine, value=-direction)
-    rotated_second.addcmul_(first, second_sine, value=direction)
+    rotated_first.addcmul_(second, sine, value=-direction)
+    rotated_second.addcmul_(first, sine, value=direction)
     return rotated

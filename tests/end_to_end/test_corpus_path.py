@@ -35,7 +35,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = python_sources()
     with open(folder / "pile.jsonl", "w", encoding="utf-8") as file:
         for number, source in enumerate(sources):
-            for start in range(0, min(len(source), 8 * DOCUMENT_CHARACTERS), DOCUMENT_CHARACTERS):
+            for start in range(0, min(len(source), 3 * DOCUMENT_CHARACTERS), DOCUMENT_CHARACTERS):
                 row = {"text": source[start : start + DOCUMENT_CHARACTERS],
                        "meta": {"pile_set_name": DOMAINS[number % len(DOMAINS)]}}  # fmt: skip
                 file.write(json.dumps(row) + "\n")

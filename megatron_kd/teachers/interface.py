@@ -27,8 +27,6 @@ class TeacherConfig:
     path: str | None = None
     cache_path: str | None = None
     """What ``cache_teacher_logits`` wrote about ``data.path``, or about a dataset that it was selected from."""
-    eval_cache_path: str | None = None
-    """The same about ``data.eval_path``: then the distillation loss is evaluated too."""
     tensor_model_parallel_size: int | None = None
     """None means as the student's; 1 for a remote teacher."""
     pipeline_model_parallel_size: int | None = None

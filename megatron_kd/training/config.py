@@ -119,5 +119,3 @@ class TrainConfig:
                 f"'distillation.divergence' {self.distillation.divergence} needs the teacher's whole distribution, "
                 "a cache holds a few ids of it: use forward_kl, or 'teacher.placement' colocated"
             )
-        if self.teacher.eval_cache_path is not None and self.data.eval_path is None:
-            yield "'teacher.eval_cache_path' is about 'data.eval_path', which is not given"

@@ -26,7 +26,7 @@ def sequence_seeds(seed: int, stream: str, numbers: np.ndarray) -> np.ndarray:
 
 def uniforms(seeds: np.ndarray, positions: np.ndarray | int) -> Tensor:
     """Float64 numbers in [0, 1) for (seed, position) pairs, on the CPU."""
-    counters = np.asarray(positions).astype(np.uint64) * np.uint64(GOLDEN)
+    counters = np.atleast_1d(np.asarray(positions)).astype(np.uint64) * np.uint64(GOLDEN)
     bits = mix64(np.asarray(seeds, dtype=np.uint64) ^ mix64(counters))
     return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * _DOUBLE_STEP)
 

@@ -28,7 +28,7 @@ class Runtime:
     rank: int
     world_size: int
     split: SplitWorld | None = None
-    """Where the world is split into a student's and a teacher's: ``rank`` and ``world_size`` then are in one of them."""
+    """Where the world is split into student's and teacher's ranks: ``rank`` and ``world_size`` are in one of them."""
 
     @property
     def is_main(self) -> bool:

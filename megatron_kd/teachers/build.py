@@ -14,13 +14,17 @@ from megatron_kd.parallel.groups import create_process_groups, is_last_stage
 from megatron_kd.parallel.layout import ParallelLayout
 from megatron_kd.parallel.runtime import seed_everything
 from megatron_kd.parallel.worlds import SplitWorld
+from megatron_kd.teachers.cache.codec import Codec
+from megatron_kd.teachers.cache.selection import Selection
+from megatron_kd.teachers.cached import choose_kind
 from megatron_kd.teachers.colocated import ColocatedTeacher
 from megatron_kd.teachers.exchange import Bridge, GroupCarrier, reshard_head
 from megatron_kd.teachers.interface import TeacherConfig
 from megatron_kd.teachers.orders import OrderLog
-from megatron_kd.teachers.payload import HiddenStates
+from megatron_kd.teachers.payload import HiddenStates, Payload
 from megatron_kd.teachers.remote import RemoteTeacher
 from megatron_kd.teachers.routing import Routing
+from megatron_kd.teachers.sparse_payload import SparseEntries
 from megatron_kd.teachers.teacher_ranks import ScheduledBatches, TeacherRanks
 
 
@@ -140,14 +144,20 @@ def build_remote(
     precision: Precision,
     seq_length: int,
     train_iters: int,
+    sparse_target: str,
     device: torch.device,
 ) -> RemoteTeacher:
     """The student's end of a teacher on ranks of its own; the arguments are those of :func:`build_colocated`."""
     own = plan_teacher_layout(config, info, layout, split.num_teachers, seq_length)
     routing, bridge, orders = _remote_parts(layout, own, split)
     like = torch.empty(0, dtype=_dtype(precision), device=device)
-    payload = HiddenStates(info.architecture.hidden_size, like.dtype)
-    head = _remote_head(None, info, student, routing, bridge, like)
+    head: OutputHead | None = None
+    payload: Payload = HiddenStates(info.architecture.hidden_size, like.dtype)
+    if config.payload == "hidden":
+        head = _remote_head(None, info, student, routing, bridge, like)
+    else:
+        codec = payload_codec(config, info)
+        payload = SparseEntries(codec, choose_kind(codec, sparse_target, f"teacher.payload {config.payload}"))
     return RemoteTeacher(
         bridge,
         orders,
@@ -171,9 +181,15 @@ def build_teacher_ranks(
     precision: Precision,
     layer_spec: LayerSpecName,
     seq_length: int,
+    temperature: float,
     device: torch.device,
 ) -> TeacherRanks:
-    """The teacher's end: on its ranks, with its weights. ``layout`` is the student's."""
+    """The teacher's end: on its ranks, with its weights. Collective over them.
+
+    Args:
+        layout: the student's.
+        temperature: of the distributions that sparse payloads are made of.
+    """
     own = plan_teacher_layout(config, info, layout, split.num_teachers, seq_length)
     groups = create_process_groups(own)
     seed_everything(0, groups)
@@ -182,11 +198,23 @@ def build_teacher_ranks(
     )
     routing, bridge, orders = _remote_parts(layout, own, split)
     like = next(chunks[0].parameters())
-    payload = HiddenStates(info.architecture.hidden_size, like.dtype)
-    _remote_head(chunks[-1].output_head() if is_last_stage(groups) else None, info, student, routing, bridge, like)
+    own_head = chunks[-1].output_head() if is_last_stage(groups) else None
+    payload: Payload = HiddenStates(info.architecture.hidden_size, like.dtype)
+    if config.payload == "hidden":
+        _remote_head(own_head, info, student, routing, bridge, like)
+    else:
+        codec = payload_codec(config, info)
+        selection = None if own_head is None else Selection(codec, own_head, groups.tp, temperature)
+        payload = SparseEntries(codec, choose_kind(codec, "auto", "the payload"), selection)
     return TeacherRanks(
         chunks, groups, routing, bridge, orders, batches, payload, prefetch_depth=config.prefetch_depth, device=device
     )
+
+
+def payload_codec(config: TeacherConfig, info: CheckpointInfo) -> Codec:
+    """What a sparse payload chooses, as the cache of the same settings would."""
+    size = config.num_draws if config.payload == "sampled" else config.top_k
+    return Codec(config.payload, size, info.architecture.vocab_size)
 
 
 def _remote_parts(student: ParallelLayout, own: ParallelLayout, split: SplitWorld) -> tuple[Routing, Bridge, OrderLog]:

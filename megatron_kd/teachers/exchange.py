@@ -44,7 +44,8 @@ class GroupCarrier:
         operations = []
         for transfer in transfers:
             if transfer.source == self.rank:
-                operations.append(dist.P2POp(dist.isend, transfer.tensor.contiguous(), transfer.destination, self._group))
+                sent = transfer.tensor.contiguous()
+                operations.append(dist.P2POp(dist.isend, sent, transfer.destination, self._group))
             elif transfer.destination == self.rank:
                 operations.append(dist.P2POp(dist.irecv, transfer.tensor, transfer.source, self._group))
         if operations:

@@ -27,6 +27,10 @@ class TeacherConfig:
     path: str | None = None
     cache_path: str | None = None
     """What ``cache_teacher_logits`` wrote about ``data.path``, or about a dataset that it was selected from."""
+    eval_cache_path: str | None = None
+    """The same about ``data.eval_path``: then the distillation loss is evaluated too."""
+    evaluate: bool = True
+    """Evaluate the distillation loss on ``data.eval_path`` too."""
     tensor_model_parallel_size: int | None = None
     """None means as the student's; 1 for a remote teacher."""
     pipeline_model_parallel_size: int | None = None
@@ -39,8 +43,8 @@ class TeacherConfig:
     prefetch_depth: int = 2
     """Remote: micro-batches of a teacher's data-parallel rank that it may hold finished and not yet taken."""
     payload: Payload = "hidden"
-    """Remote: what is sent. ``hidden`` states; or ``top_k`` / ``sampled`` ids and weights, the teacher's ranks computing
-    its output layer."""
+    """Remote: what is sent. ``hidden`` states; or ``top_k`` / ``sampled`` ids and weights, for which the teacher's ranks
+    compute its output layer."""
     top_k: int = 64
     """Ids a token of the payload ``top_k``."""
     num_draws: int = 50
@@ -65,7 +69,7 @@ class TeacherConfig:
             if value is not None and value < 1:
                 yield f"'teacher.{name}' must be at least 1, not {value}"
         if self.payload != "hidden" and self.placement in ("none", "colocated"):
-            yield f"'teacher.payload' {self.payload} is for a remote teacher: a {self.placement} one gives hidden states"
+            yield f"'teacher.payload' {self.payload} is for a remote teacher, not a {self.placement} one"
 
     @property
     def runs_a_model(self) -> bool:

@@ -1,7 +1,7 @@
 """What a remote teacher sends for a micro-batch: hidden states, or ids and weights. One tensor each, of a fixed shape.
 
     hidden            [s, b, h_teacher] in the teacher's dtype
-    top_k, sampled    [s · b, 2 K + 1] int32: K ids, K weights and the tail mass (fp32, bit for bit)
+    top_k, sampled    [s · b, 2 K + 1] int32: K ids, K weights and the tail mass as fp32 (sparse_payload.py)
 
 Before it goes a header: (step, micro-batch, hash of the token ids), int64.
 """
@@ -61,8 +61,11 @@ class Payload(Protocol):
         """Where it is received."""
 
     def encode(self, hidden: Tensor, chunks: Tensor) -> Tensor:
-        """What is sent of hidden states [s, b, h] of the chunks [b]. Collective over the teacher's tensor-parallel
-        group."""
+        """What is sent of hidden states [s, b, h]. Collective over the teacher's tensor-parallel group.
+
+        Args:
+            chunks: int64 [b], the identity of the rows' chunks, which decides what is drawn.
+        """
 
     def decode(self, received: Tensor, head: OutputHead | None) -> DenseKnowledge | SparseKnowledge:
         """The knowledge; ``head`` is the teacher's, for this rank's interval of ids, where it is needed."""

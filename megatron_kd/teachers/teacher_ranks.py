@@ -32,6 +32,9 @@ class ScheduledBatches(Protocol):
     def read(self, position: int, item: Item) -> Batch:
         """One micro-batch of a global batch."""
 
+    def identities(self, batch: Batch) -> Tensor:
+        """int64 [b], the ids that its chunks have in their root dataset."""
+
 
 class TeacherRanks:
     """One rank of a remote teacher.
@@ -103,14 +106,14 @@ class TeacherRanks:
         )
 
     def _inputs(self, order: Order, item: Item) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Token ids, position ids, chunk indices and hash of a micro-batch."""
+        """Token ids, position ids, chunk identities and hash of a micro-batch."""
         if order.inputs is not None:
             place = (item.data_rank, item.micro_batch)
             tokens, positions = order.inputs[place].to(self._device)
             return tokens, positions, order.chunks[place], int(order.hashes[place])
         batch = self._batches.read(order.position, item)
         moved = batch.to(self._device)
-        return moved.tokens, moved.position_ids, batch.chunk_indices, batch.token_hash()
+        return moved.tokens, moved.position_ids, self._batches.identities(batch), batch.token_hash()
 
     def _start(self, order: Order, item: Item, inputs: tuple[Tensor, Tensor, Tensor, int]) -> tuple[Tensor, Tensor]:
         self.started.append((order.number, item, time.monotonic()))

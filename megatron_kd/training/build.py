@@ -132,6 +132,11 @@ def connect_schedule(model: DistributedDataParallel, groups: ProcessGroupCollect
         settings.no_sync_func = model.no_sync
 
 
+def running_teacher(config: TrainConfig) -> ModelArchitecture | None:
+    """The architecture of a teacher whose forward passes are part of the run."""
+    return open_checkpoint(config.teacher.path).architecture if config.teacher.runs_a_model else None
+
+
 def build_teacher(
     config: TrainConfig,
     architecture: ModelArchitecture,
@@ -159,6 +164,7 @@ def build_teacher(
             precision=config.training.precision,
             seq_length=seq_length,
             train_iters=config.training.train_iters,
+            sparse_target=config.distillation.sparse_target,
             device=runtime.device,
         )
     return build_colocated(
@@ -172,6 +178,18 @@ def build_teacher(
         seq_length=seq_length,
         device=runtime.device,
     )
+
+
+def heldout_teacher(
+    config: TrainConfig, heldout: ChunkDataset | None, teacher: Teacher | None, groups: ProcessGroupCollection
+) -> Teacher | None:
+    """What the held-out distillation loss asks: the teacher itself, or the cache about the held-out dataset."""
+    if heldout is None or teacher is None or not config.teacher.evaluate:
+        return None
+    if config.teacher.placement != "cached":
+        return teacher
+    path = config.teacher.eval_cache_path
+    return None if path is None else open_cached_teacher(config, path, heldout, groups)
 
 
 def open_cached_teacher(

@@ -8,7 +8,7 @@ from megatron_kd.models.gpt import ModelConfig, Precision
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.planning.config import PlanConfig
 from megatron_kd.teachers.interface import TeacherConfig
-from megatron_kd.training.objective import METHODS_WITH_TEXT, DistillationConfig, LossReduction
+from megatron_kd.training.objective import DistillationConfig, LossReduction
 from megatron_kd.training.optimizer import OptimizerConfig
 from megatron_kd.training.survival import SurvivalConfig
 
@@ -92,6 +92,13 @@ class TrainConfig:
             yield f"'distillation.method' {self.distillation.method} needs 'teacher.placement' (colocated) and its path"
         if self.teacher.placement == "cached":
             yield from self._cached_faults()
+        own = "forward_kl" if self.distillation.method in ("none", "vanilla_kd") else f"of {self.distillation.method}"
+        divergence = self.distillation.divergence or own
+        if self.teacher.payload != "hidden" and divergence != "forward_kl":
+            yield (
+                f"'distillation.divergence' {divergence} needs the teacher's whole distribution, 'teacher.payload' "
+                f"{self.teacher.payload} sends a few ids of it: use forward_kl, or payload hidden"
+            )
         if self.distillation.method == "none" and self.teacher.placement != "none":
             yield f"'teacher.placement' is {self.teacher.placement}, but 'distillation.method' none uses no teacher"
         if self.distillation.decodes_with_teacher and self.teacher.placement == "remote":

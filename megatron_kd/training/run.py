@@ -14,6 +14,7 @@ from megatron_kd.training.build import (
     build_teacher,
     open_datasets,
     plan_layout,
+    running_teacher,
     student_architecture,
 )
 from megatron_kd.training.checkpoint import Progress, load_checkpoint
@@ -21,6 +22,7 @@ from megatron_kd.training.config import TrainConfig
 from megatron_kd.training.methods.build import build_loss, build_source
 from megatron_kd.training.methods.saved_state import restore_source
 from megatron_kd.training.optimizer import build_optimizer
+from megatron_kd.training.preflight import check_memory
 from megatron_kd.training.run_folder import announce, checkpoint_to_resume, prepare_run_folder
 from megatron_kd.training.teacher_ranks import run_teacher_ranks
 from megatron_kd.training.train_step import TrainStep
@@ -38,6 +40,8 @@ def run(config: TrainConfig) -> Path:
         data, heldout = open_datasets(config)
         architecture = student_architecture(config, data)
         layout = plan_layout(config, architecture, data, runtime)
+        seq_length = config.data.seq_length or data.seq_length
+        check_memory(config, architecture, layout, running_teacher(config), seq_length, runtime.device)
         start = checkpoint_to_resume(config, architecture, data)
         groups = create_process_groups(layout)
         teacher = build_teacher(config, architecture, data, layout, groups, runtime)

@@ -1,5 +1,12 @@
 """What ``train`` does on the ranks of a remote teacher: the same data and schedule as the student's, no training."""
 
+import signal
+import threading
+from contextlib import contextmanager
+from typing import Iterator
+
+import torch
+
 from megatron_kd.data.batch import Batch, make_batch
 from megatron_kd.data.blend import order_of
 from megatron_kd.data.chunk_dataset import ChunkDataset
@@ -12,6 +19,7 @@ from megatron_kd.teachers.build import build_teacher_ranks
 from megatron_kd.teachers.routing import Item
 from megatron_kd.training.build import open_datasets, student_architecture
 from megatron_kd.training.config import TrainConfig
+from megatron_kd.training.signals import WATCHED
 
 
 class StudentsBatches:
@@ -30,6 +38,10 @@ class StudentsBatches:
         rows = self._schedule.micro_batches(position, item.data_rank, self._ranks, self._rows)
         return make_batch(self._data, rows[item.micro_batch], self._seq_length, self._mask_prompt)
 
+    def identities(self, batch: Batch) -> torch.Tensor:
+        """Ids of a batch's chunks in the root of the dataset."""
+        return torch.from_numpy(self._data.root_ids(batch.chunk_indices.numpy()).astype("int64"))
+
 
 def build_schedule(config: TrainConfig, data: ChunkDataset) -> BatchSchedule:
     """Which chunks each global batch holds."""
@@ -39,6 +51,25 @@ def build_schedule(config: TrainConfig, data: ChunkDataset) -> BatchSchedule:
 
 def run_teacher_ranks(config: TrainConfig, runtime: Runtime) -> None:
     """Serve the student until it has finished."""
+    with signals_left_to_the_student():
+        _serve(config, runtime)
+
+
+@contextmanager
+def signals_left_to_the_student() -> Iterator[None]:
+    """A scheduler's signals reach all ranks: the student's save and tell the teacher's to stop."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in WATCHED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _serve(config: TrainConfig, runtime: Runtime) -> None:
     data, _ = open_datasets(config)
     info = open_checkpoint(config.teacher.path)
     check_same_tokenizer(info, data)
@@ -53,5 +84,6 @@ def run_teacher_ranks(config: TrainConfig, runtime: Runtime) -> None:
         precision=config.training.precision,
         layer_spec=config.model.layer_spec,
         seq_length=config.data.seq_length or data.seq_length,
+        temperature=config.distillation.temperature,
         device=runtime.device,
     ).run()

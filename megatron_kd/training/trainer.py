@@ -25,7 +25,7 @@ from megatron_kd.parallel.runtime import Runtime
 from megatron_kd.planning.flops import RunCost
 from megatron_kd.scoring.chunk_losses import HeldoutLoss, heldout_loss
 from megatron_kd.teachers.control import Action, Decision
-from megatron_kd.training.build import unwrap
+from megatron_kd.training.build import heldout_teacher, unwrap
 from megatron_kd.training.checkpoint import (
     Progress,
     description,
@@ -38,12 +38,13 @@ from megatron_kd.training.config import TrainConfig
 from megatron_kd.training.hang import HangWatch
 from megatron_kd.training.methods.saved_state import restore_source, source_files
 from megatron_kd.training.methods.source import BatchSource, Place
-from megatron_kd.training.objective import METHODS_WITH_TEXT
+from megatron_kd.training.objective import METHODS_WITH_TEXT, build_objective
 from megatron_kd.training.optimizer import learning_rate
 from megatron_kd.training.signals import SignalWatch
 from megatron_kd.training.survival import Survival
 from megatron_kd.training.teacher_ranks import build_schedule
 from megatron_kd.training.train_step import StepResult, TrainStep
+from megatron_kd.training.validation import heldout_distillation
 
 
 class Trainer:
@@ -69,6 +70,7 @@ class Trainer:
         self.architecture, self.layout, self.groups = architecture, layout, groups
         self.model, self.optimizer, self.step, self.source = model, optimizer, step, source
         self.schedule = build_schedule(config, data)
+        self.heldout_teacher = heldout_teacher(config, heldout, step.teacher, groups)
         self.memory = MemoryMeter(runtime.device)
         self.peak_flops = peak_flops(runtime.device, config.metrics.peak_tflops)
         runs = config.teacher.runs_a_model
@@ -232,9 +234,28 @@ class Trainer:
                 "eval_loss": totals.loss,
                 "bits_per_byte": totals.bits_per_byte,
                 "eval_tokens": totals.tokens,
+                **self._evaluate_distillation(),
                 "train_flops": self._flops(progress),
             }
         )
+
+    def _evaluate_distillation(self) -> dict[str, float]:
+        if self.heldout_teacher is None:
+            return {}
+        found = heldout_distillation(
+            [unwrap(chunk) for chunk in self.model],
+            self.groups,
+            self.heldout_teacher,
+            build_objective(self.config.distillation),
+            self.heldout,
+            device=self.runtime.device,
+            micro_batch_size=self.config.training.micro_batch_size,
+        )
+        return {
+            "eval_kd_loss": found.kd_loss,
+            "eval_teacher_entropy": found.teacher_entropy,
+            "eval_tail_mass": found.tail_mass,
+        }
 
     def _flops(self, progress: Progress) -> int:
         return self.cost.total(progress.step, self.source.counts.student, self.source.counts.teacher)

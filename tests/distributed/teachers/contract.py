@@ -110,7 +110,8 @@ def two_steps(world: int, settings: list[str], output: Path, **options: Any) -> 
     students = [answer for answer in answers if "before" in answer]
     before, after = (whole_weights([{"parts": answer[when]} for answer in students]) for when in ("before", "after"))
     return {
-        "losses": read_metrics(output),
+        "losses": [row for row in read_metrics(output) if "loss" in row],
+        "evaluations": [row for row in read_metrics(output) if "eval_loss" in row],
         "gradients": {name: before[name] - after[name] for name in before},
         "answers": answers,
     }

@@ -4,8 +4,12 @@ Student and teacher are filled up with data parallelism to four ranks each way (
 ``make test`` runs the cells of PAIRWISE, ``make test-slow`` all.
 """
 
+import dataclasses
+from unittest.mock import patch
+
 import pytest
 
+from tests.distributed.ranks import shared_ranks
 from tests.distributed.teachers.contract import assert_same, two_steps
 
 STUDENTS = {
@@ -70,7 +74,7 @@ REMOTE_PAIRWISE = {
 
 def remote_cells():
     """Two ranks of the teacher behind two of the student; four behind four for the student that needs four."""
-    for student, (_, sizes) in STUDENTS.items():
+    for student in STUDENTS:
         ranks = 4 if student == "TP2 PP2" else 2
         for teacher in TEACHERS:
             if student == "DP2":
@@ -132,3 +136,53 @@ def test_divergences_mixing_and_temperature(keys, common, tmp_path):
     common = [*common, "teacher.placement=colocated", *keys]
     expected = two_steps(1, common, tmp_path / "one")
     assert_same(two_steps(4, [*common, *keys_of("TP2 PP2", "TP2")], tmp_path / "four"), expected)
+
+
+def train_wide_here(settings):
+    """Train a model with more ids than the tokenizer has, as published checkpoints have."""
+    from megatron_kd.models.architecture import ModelArchitecture
+    from tests.distributed.training.runs import train_here
+
+    with patch.object(ModelArchitecture, "with_vocab_size", lambda self, _: dataclasses.replace(self, vocab_size=436)):
+        train_here(settings)
+
+
+@pytest.fixture(scope="module")
+def wide_teacher(dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wide") / "run"
+    keys = ["model.name=qwen_toy_reference", "training.train_iters=5", "training.global_batch_size=8"]
+    shared_ranks(1).run(train_wide_here, [f"data.path={dataset.path}", f"output={folder}", *keys], timeout=300)
+    return folder
+
+
+@pytest.mark.parametrize("placement", ["colocated", pytest.param("remote", marks=pytest.mark.slow)])
+def test_vocabularies_that_differ_in_unused_ids(placement, dataset, wide_teacher, tmp_path):
+    """436 ids of the teacher in 512 rows, 300 of the student in 384: the common ones are compared."""
+    common = [f"data.path={dataset.path}", f"teacher.path={wide_teacher}"]
+    expected = two_steps(1, [*common, "teacher.placement=colocated"], tmp_path / "one")
+    if placement == "colocated":
+        keys = ["teacher.placement=colocated", *keys_of("TP2 PP2", "PP2")]
+    else:
+        keys = remote_keys("TP2", "PP2", 2)
+    assert_same(two_steps(4, [*common, *keys], tmp_path / "four"), expected)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["teacher.placement=colocated", *keys_of("TP2 PP2", "PP2")],
+        remote_keys("TP1 PP1", "TP2", 2),
+        pytest.param(remote_keys("PP2", "TP1 PP1", 2), marks=pytest.mark.slow),
+    ],
+)
+def test_validation(keys, common, dataset, tmp_path):
+    """Held-out distillation loss, with 96 chunks that do not divide by ranks and micro-batches, in between steps."""
+    common = [*common, f"data.eval_path={dataset.path}", "training.eval_interval=1", "training.micro_batch_size=4"]
+    (first, last), (ours_first, ours_last) = (
+        two_steps(world, [*common, *more], tmp_path / str(world))["evaluations"]
+        for world, more in ((1, ["teacher.placement=colocated"]), (4, keys))
+    )
+    assert first["eval_kd_loss"] > 0 and first["eval_kd_loss"] != last["eval_kd_loss"]
+    for row, expected in ((ours_first, first), (ours_last, last)):
+        for key in ("eval_loss", "eval_kd_loss", "eval_teacher_entropy"):
+            assert row[key] == pytest.approx(expected[key], rel=1e-4), key

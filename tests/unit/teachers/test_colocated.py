@@ -118,7 +118,7 @@ def test_no_teacher_tensor_in_the_students_checkpoint(dataset, tmp_path):
         ({"placement": "colocated"}, "'teacher.path' .* is required"),
         ({"placement": "remote", "path": "x"}, "'teacher.num_ranks' .* is required"),
         ({"placement": "colocated", "path": "x", "payload": "top_k"}, "is for a remote teacher"),
-        ({"placement": "remote", "path": "x", "num_ranks": 2, "prefetch_depth": 0}, "prefetch_depth' must be at least 1"),
+        ({"placement": "remote", "path": "x", "num_ranks": 2, "prefetch_depth": 0}, "prefetch_depth' must be"),
         ({"placement": "moon"}, "must be one of none, colocated, remote, cached"),
     ],
 )

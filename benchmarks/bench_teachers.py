@@ -1,0 +1,281 @@
+"""What a teacher adds to a step, by placement, beside what its parts cost alone in the same run.
+
+    python -m benchmarks.bench_teachers [--quick] [--output FILE]
+
+One thread a process. Student and teacher are ``qwen_21m`` (V = 32,000) on random ids. Two worlds:
+
+* one rank: student-only step, teacher forward with its head alone, co-located step, step with a cache;
+* one student rank and one teacher rank on processors of their own (the machine needs two): student-only step and the
+  teacher-head product while the teacher idles, then steps with payloads hidden, top_k and sampled.
+
+Every round measures every side; ratios are taken within a round, then their median.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy
+import torch
+
+from benchmarks.provenance import provenance
+
+MODEL, VOCABULARY, SEQ_LENGTH, ROWS, MICRO_BATCHES = "qwen_21m", 32_000, 128, 4, 2
+PAYLOADS = ("hidden", "top_k", "sampled")
+
+
+def main() -> None:
+    """Parse, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two rounds instead of ten")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    options = parser.parse_args()
+    rounds = 2 if options.quick else 10
+    with tempfile.TemporaryDirectory() as folder:
+        prepare = Path(folder)
+        in_processes(1, make_inputs, prepare)
+        (one,) = in_processes(1, one_rank, prepare, rounds)
+        results = [*one]
+        for payload in PAYLOADS:
+            results += in_processes(2, remote, prepare, payload, rounds)[0]
+    for row in results:
+        sys.stdout.write(describe(row))
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        record = {"benchmark": "teachers", "provenance": provenance(), "rounds": rounds, "model": MODEL,
+                  "tokens_a_step": SEQ_LENGTH * ROWS * MICRO_BATCHES, "results": results}  # fmt: skip
+        options.output.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def describe(row: dict[str, Any]) -> str:
+    """A line of the table."""
+    parts = " + ".join(f"{name} {1000 * seconds:.0f}" for name, seconds in row["alone"].items())
+    waits = f", waits {100 * row['waited']:.1f}% of it" if "waited" in row else ""
+    return (
+        f"{row['side']:<16} {1000 * row['seconds']:>7.0f} ms a step: {row['ratio']['median']:.2f} x ({parts} ms)"
+        f"{waits}   [{row['ratio']['min']:.2f} to {row['ratio']['max']:.2f}]\n"
+    )
+
+
+def in_processes(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """``function(*arguments)`` in fresh processes with torchrun's variables; results by rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(world) as pool:  # one task a process: each waits for the others
+        waiting = [
+            pool.apply_async(_call, (rank, world, port, function, arguments)) for rank in range(world)
+        ]
+        return [result.get() for result in waiting]
+
+
+def _call(rank: int, world: int, port: int, function: Callable[..., Any], arguments: tuple) -> Any:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))  # fmt: skip
+    torch.set_num_threads(1)
+    from megatron_kd.quiet import silence_known_noise
+
+    silence_known_noise()
+    return function(*arguments)
+
+
+def settings(folder: Path, **teacher: Any) -> Any:
+    """The configuration of a run with a teacher."""
+    from megatron_kd.config import from_mapping
+    from megatron_kd.training.config import TrainConfig
+
+    method = {"distillation": {"method": "vanilla_kd"}, "teacher": teacher} if teacher else {}
+    return from_mapping(TrainConfig, {
+        "data": {"path": str(folder / "data")}, "output": str(folder / "teacher"), "model": {"name": MODEL},
+        "training": {"global_batch_size": ROWS * MICRO_BATCHES, "micro_batch_size": ROWS, "train_iters": 1_000_000},
+        **method,
+    }, "benchmark")  # fmt: skip
+
+
+def make_inputs(folder: Path) -> None:
+    """A dataset of random ids, a teacher after one step, and its cache."""
+    import dataclasses
+
+    from megatron_kd.config import from_mapping
+    from megatron_kd.data.chunk_dataset import write_chunk_dataset
+    from megatron_kd.data.tokenizer_info import plain_tokenizer_info
+    from megatron_kd.teachers.cache import run as cache
+    from megatron_kd.training.run import run
+
+    ids = numpy.random.default_rng(0).integers(1, VOCABULARY, size=(256, SEQ_LENGTH + 1))
+    write_chunk_dataset(folder / "data", ids, plain_tokenizer_info(VOCABULARY, 0), SEQ_LENGTH)
+    config = settings(folder)
+    run(dataclasses.replace(config, training=dataclasses.replace(config.training, train_iters=1)))
+    cache.run(from_mapping(cache.CacheTeacherLogitsConfig, {
+        "data": {"path": str(folder / "data")}, "teacher": {"path": str(folder / "teacher")},
+        "output": str(folder / "cache"), "codec": "sampled",
+    }, "benchmark"))  # fmt: skip
+
+
+class Parts:
+    """Student, optimizer and batches on this rank; steps with and without a teacher."""
+
+    def __init__(self, config: Any, runtime: Any):
+        from megatron_kd.parallel.groups import create_process_groups
+        from megatron_kd.training.build import build_student, open_datasets, plan_layout, student_architecture
+        from megatron_kd.training.optimizer import build_optimizer
+        from megatron_kd.training.teacher_ranks import StudentsBatches
+
+        self.config, self.runtime = config, runtime
+        self.data, _ = open_datasets(config)
+        self.architecture = student_architecture(config, self.data)
+        self.layout = plan_layout(config, self.architecture, self.data, runtime)
+        self.groups = create_process_groups(self.layout)
+        self.model = build_student(config, self.architecture, self.data, self.layout, self.groups, runtime)
+        self.optimizer = build_optimizer(config.optimizer, self.model, self.groups, bf16=False)
+        self.schedule = StudentsBatches(config, self.data, self.layout)
+
+    def teacher(self, config: Any) -> Any:
+        """The teacher that a configuration asks for."""
+        from megatron_kd.training.build import build_teacher
+
+        return build_teacher(config, self.architecture, self.data, self.layout, self.groups, self.runtime)
+
+    def step(self, config: Any, teacher: Any) -> Callable[[int], float]:
+        """Seconds of a step on the global batch at a position."""
+        from megatron_kd.training.build import unwrap
+        from megatron_kd.training.objective import MicroBatchLoss, build_objective
+        from megatron_kd.training.train_step import TrainStep
+
+        step = TrainStep(
+            model=self.model, optimizer=self.optimizer, groups=self.groups, teacher=teacher, reduction="token",
+            clip_grad=1.0, micro_batch_loss=MicroBatchLoss(
+                build_objective(config.distillation), teacher, self.groups, "token", unwrap),
+        )  # fmt: skip
+
+        def timed(position: int) -> float:
+            batches = self.batches(position)
+            return seconds(lambda: step(batches, 1e-5))
+
+        return timed
+
+    def batches(self, position: int) -> list[Any]:
+        """The micro-batches at a position."""
+        from megatron_kd.teachers.routing import Item
+
+        return [self.schedule.read(position, Item(m, 0)) for m in range(MICRO_BATCHES)]
+
+
+def seconds(action: Callable[[], Any]) -> float:
+    """Wall time of a call."""
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+@torch.no_grad()
+def head_product(head: Any, tokens: int) -> None:
+    """The teacher's output layer over some tokens, in chunks as the loss does it."""
+    hidden = torch.ones(tokens, head.weight.shape[1])
+    for part in hidden.split(1024):
+        part @ head.weight.t()
+
+
+def one_rank(folder: Path, rounds: int) -> list[dict[str, Any]]:
+    """Co-located and cached, in one process."""
+    from megatron_kd.parallel.runtime import distributed_runtime
+
+    colocated = settings(folder, placement="colocated", path=str(folder / "teacher"))
+    cached = settings(folder, placement="cached", cache_path=str(folder / "cache"))
+    with distributed_runtime() as runtime:
+        parts = Parts(settings(folder), runtime)
+        teacher = parts.teacher(colocated)
+        sides = {
+            "student": parts.step(parts.config, None),
+            "colocated": parts.step(colocated, teacher),
+            "cached": parts.step(cached, parts.teacher(cached)),
+        }
+
+        def forward(position: int) -> float:
+            batches = parts.batches(position)
+            teacher.begin_step(batches)
+
+            def passes() -> None:
+                for batch in batches:
+                    known = teacher.knowledge(batch)
+                    head_product(known.head, known.hidden.shape[0])
+
+            return seconds(passes)
+
+        sides["teacher"] = forward
+        times = measure(sides, rounds)
+    return [
+        row("colocated", times, "colocated", ["student", "teacher"]),
+        row("cached", times, "cached", ["student"]),
+    ]
+
+
+def remote(folder: Path, payload: str, rounds: int) -> list[dict[str, Any]]:
+    """A remote payload: on the student's rank the figures, on the teacher's nothing."""
+    from megatron_kd.parallel.runtime import distributed_runtime
+    from megatron_kd.teachers.control import Action, Decision
+    from megatron_kd.training.teacher_ranks import run_teacher_ranks
+
+    config = settings(folder, placement="remote", path=str(folder / "teacher"), num_ranks=1, payload=payload,
+                      prefetch_depth=4)  # fmt: skip
+    with distributed_runtime(teacher_ranks=1) as runtime:
+        if runtime.is_teacher:
+            run_teacher_ranks(config, runtime)
+            return []
+        parts = Parts(config, runtime)
+        teacher = parts.teacher(config)
+        distil, plain = parts.step(config, teacher), parts.step(settings(folder), None)
+        steps, waited, times = 5, [], {"student": [], "head": [], "remote": []}
+        position = 0
+        head, tokens = parts.model[0].module.output_head(), SEQ_LENGTH * ROWS * MICRO_BATCHES
+        for _ in range(rounds + 1):
+            times["student"].append(statistics.mean(plain(i) for i in range(steps)))
+            times["head"].append(statistics.mean(seconds(lambda: head_product(head, tokens)) for _ in range(steps)))
+            distil(position)  # the first of a round finds the teacher cold
+            before, started = teacher.waited_seconds, time.perf_counter()
+            times["remote"].append(statistics.mean(distil(position + 1 + i) for i in range(steps)))
+            waited.append((teacher.waited_seconds - before) / (time.perf_counter() - started))
+            position += 1 + steps
+            teacher.follow(Decision(Action.CONTINUE, position, position))
+            time.sleep(1.0)  # the teacher comes to rest at its prefetch depth
+        teacher.follow(Decision(Action.STOP, position, position))
+    times = {name: values[1:] for name, values in times.items()}
+    alone = ["student", "head"] if payload == "hidden" else ["student"]
+    return [{**row(f"remote {payload}", times, "remote", alone), "waited": statistics.median(waited[1:])}]
+
+
+def measure(sides: dict[str, Callable[[int], float]], rounds: int, steps: int = 5) -> dict[str, list[float]]:
+    """Mean seconds of every side in every round, the sides in turn; a round before them warms up."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name in sides if number % 2 == 0 else reversed(sides):
+            taken = statistics.mean(sides[name](number * steps + i) for i in range(steps))
+            if number:
+                times[name].append(taken)
+    return times
+
+
+def row(side: str, times: dict[str, list[float]], with_teacher: str, alone: list[str]) -> dict[str, Any]:
+    """One placement's step beside the sum of its parts alone."""
+    ratios = [
+        whole / sum(parts) for whole, *parts in zip(times[with_teacher], *(times[name] for name in alone))
+    ]
+    return {
+        "side": side,
+        "seconds": statistics.median(times[with_teacher]),
+        "alone": {name: statistics.median(times[name]) for name in alone},
+        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+    }
+
+
+if __name__ == "__main__":
+    main()

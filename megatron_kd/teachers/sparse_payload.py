@@ -1,0 +1,59 @@
+"""The payloads ``top_k`` and ``sampled``: the teacher's ranks compute their output layer, ids and weights travel.
+
+What is chosen is what ``cache_teacher_logits`` would choose for the same chunks, draws included: they depend on the
+identity of a chunk and the place in it, so any layout and order give the same knowledge.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_kd.losses import PADDING_ID, OutputHead, SparseKnowledge, SparseTargetKind
+from megatron_kd.teachers.cache.codec import Codec, Entries, ranks
+from megatron_kd.teachers.cache.selection import Selection
+
+
+class SparseEntries:
+    """One of the two, on either end.
+
+    Args:
+        codec: what is chosen.
+        kind: the loss that the student makes of it.
+        selection: on the teacher's last stage: chooses; None elsewhere.
+    """
+
+    def __init__(self, codec: Codec, kind: SparseTargetKind, selection: Selection | None = None):
+        self._codec, self._kind, self._selection = codec, kind, selection
+        self._width = min(codec.max_ids, codec.vocab_size)
+
+    def buffer(self, rows: int, seq_length: int, device: torch.device) -> Tensor:
+        """[s · b, 2 K + 1] int32."""
+        return torch.empty(rows * seq_length, 2 * self._width + 1, dtype=torch.int32, device=device)
+
+    def encode(self, hidden: Tensor, chunks: Tensor) -> Tensor:
+        """See :class:`~megatron_kd.teachers.payload.Payload`."""
+        seq_length, rows = hidden.shape[:2]
+        owners, places = np.tile(chunks.numpy(), seq_length), np.repeat(np.arange(seq_length), rows)
+        entries = self._selection(hidden.flatten(0, 1), owners, places)
+        return torch.from_numpy(self._packed(entries, len(owners))).to(hidden.device)
+
+    def _packed(self, entries: Entries, tokens: int) -> np.ndarray:
+        packed = np.zeros((tokens, 2 * self._width + 1), dtype=np.int32)
+        ids, weights = packed[:, : self._width], packed[:, self._width : -1]
+        ids[:] = PADDING_ID
+        owners, columns = np.repeat(np.arange(tokens), entries.counts), ranks(entries.counts)
+        ids[owners, columns] = entries.ids.astype(np.int32)
+        values = entries.probabilities if entries.draws is None else entries.draws / np.float32(self._codec.max_ids)
+        weights[owners, columns] = values.astype(np.float32).view(np.int32)
+        packed[:, -1] = entries.tail.astype(np.float32).view(np.int32)
+        return packed
+
+    def decode(self, received: Tensor, head: OutputHead | None) -> SparseKnowledge:
+        """See :class:`~megatron_kd.teachers.payload.Payload`; no head is needed."""
+        weights = received[:, self._width :].contiguous().view(torch.float32)
+        return SparseKnowledge(
+            ids=received[:, : self._width].long(),
+            weights=weights[:, :-1].contiguous(),
+            tail_mass=weights[:, -1].contiguous(),
+            kind=self._kind,
+        )

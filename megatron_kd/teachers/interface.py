@@ -43,7 +43,7 @@ class TeacherConfig:
     prefetch_depth: int = 2
     """Remote: micro-batches of a teacher's data-parallel rank that it may hold finished and not yet taken."""
     payload: Payload = "hidden"
-    """Remote: what is sent. ``hidden`` states; or ``top_k`` / ``sampled`` ids and weights, for which the teacher's ranks
+    """Remote: what is sent. ``hidden`` states; or ``top_k`` or ``sampled`` ids and weights, so that the teacher's ranks
     compute its output layer."""
     top_k: int = 64
     """Ids a token of the payload ``top_k``."""

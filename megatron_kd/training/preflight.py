@@ -14,7 +14,14 @@ import torch
 from megatron_kd.errors import ConfigError
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.parallel.layout import ParallelLayout
-from megatron_kd.planning.memory import ELEMENT_BYTES, RankMemory, padded_rows, rank_parameters, student_memory
+from megatron_kd.planning.memory import (
+    ELEMENT_BYTES,
+    RankMemory,
+    padded_rows,
+    student_memory,
+    teacher_memory,
+    together,
+)
 from megatron_kd.training.config import TrainConfig
 
 USABLE = 0.95  # of a device: the rest is the context and what the allocator cannot use
@@ -38,8 +45,9 @@ def check_memory(
         ConfigError: a stage needs more than a device has; the message holds every part in MB.
     """
     limit = device_bytes(device) * USABLE
-    for stage in range(layout.pipeline):
-        need = rank_memory(config, architecture, layout, stage, teacher, seq_length, device.type)
+    for rank in range(layout.world_size):
+        stage = layout.coordinates(rank).pipeline
+        need = rank_memory(config, architecture, layout, rank, teacher, seq_length, device.type)
         if need.total > limit:
             parts = ", ".join(
                 f"{field.name.replace('_', ' ')} {getattr(need, field.name) / 1e6:,.0f}"
@@ -47,7 +55,7 @@ def check_memory(
                 if getattr(need, field.name)
             )
             raise ConfigError(
-                f"a rank of pipeline stage {stage} needs {need.total / 1e6:,.0f} MB ({parts}), its device has "
+                f"rank {rank} (pipeline stage {stage}) needs {need.total / 1e6:,.0f} MB ({parts}), its device has "
                 f"{limit / 1e6:,.0f}: use more tensor or pipeline parallelism, a smaller training.micro_batch_size, or "
                 "another teacher.placement"
             )
@@ -57,52 +65,42 @@ def rank_memory(
     config: TrainConfig,
     architecture: ModelArchitecture,
     layout: ParallelLayout,
-    stage: int,
+    rank: int,
     teacher: ModelArchitecture | None,
     seq_length: int,
     device: str,
 ) -> RankMemory:
-    """Bytes on a rank of the student's pipeline ``stage``, by part."""
-    settings = config.training
-    micro_batches = layout.micro_batches(settings.global_batch_size, settings.micro_batch_size)
+    """Bytes on one of the student's ranks, by part."""
+    settings, stage = config.training, layout.coordinates(rank).pipeline
+    sizes = {
+        "precision": settings.precision,
+        "micro_batch_size": settings.micro_batch_size,
+        "seq_length": seq_length,
+        "micro_batches": layout.micro_batches(settings.global_batch_size, settings.micro_batch_size),
+    }
     dense = teacher is not None and config.teacher.payload == "hidden"
+    models, on_cuda = 2 if dense else 1, device == "cuda"
     student = student_memory(
-        architecture,
-        layout,
-        stage,
-        precision=settings.precision,
-        micro_batch_size=settings.micro_batch_size,
-        seq_length=seq_length,
-        micro_batches=micro_batches,
-        models_in_loss=2 if dense else 1,
-        fused=device == "cuda",
-        device=device,
+        architecture, layout, stage, models_in_loss=models, fused=on_cuda, device=device, **sizes
     )
     if teacher is None:
         return student
-    width, is_last = ELEMENT_BYTES[settings.precision], stage == layout.pipeline - 1
-    item = settings.micro_batch_size * seq_length * teacher.hidden_size * width
-    head = padded_rows(architecture.vocab_size, layout.tensor) // layout.tensor * teacher.hidden_size * width
-    if config.teacher.placement == "remote":
-        received = config.teacher.prefetch_depth * item if dense else 0
-        return dataclasses.replace(
-            student, teacher_weights=head * (is_last and dense), teacher_activations=received * is_last
-        )
-    own = ParallelLayout(
-        tensor=config.teacher.tensor_model_parallel_size or layout.tensor,
-        pipeline=config.teacher.pipeline_model_parallel_size or layout.pipeline,
-        context=1,
-        data=1,
-    )
-    same = (own.tensor, own.pipeline) == (layout.tensor, layout.pipeline)
-    weights = max(rank_parameters(teacher, own, own_stage) for own_stage in range(own.pipeline)) * width
-    waiting = min(config.teacher.stash_megabytes << 20, item * (micro_batches if layout.pipeline > 1 else 1))
-    working = settings.micro_batch_size * seq_length * (2 * teacher.hidden_size + 3 * teacher.ffn_hidden_size) * width
+    if config.teacher.placement == "colocated":
+        tensor = config.teacher.tensor_model_parallel_size or layout.tensor
+        pipeline = config.teacher.pipeline_model_parallel_size or layout.pipeline
+        own = ParallelLayout(tensor, pipeline, 1, max(1, layout.world_size // (tensor * pipeline)))
+        stash = config.teacher.stash_megabytes << 20
+        return together(student, teacher_memory(teacher, layout, own, rank, stash_bytes=stash, **sizes))
+    if not dense or stage < layout.pipeline - 1:
+        return student
+    width = ELEMENT_BYTES[settings.precision]
+    rows = padded_rows(architecture.vocab_size, layout.tensor) // layout.tensor
     return dataclasses.replace(
         student,
-        teacher_weights=weights + (0 if same else head * is_last),
-        teacher_activations=working + waiting * is_last,
-    )
+        teacher_weights=rows * teacher.hidden_size * width,
+        teacher_activations=config.teacher.prefetch_depth
+        * settings.micro_batch_size * seq_length * teacher.hidden_size * width,
+    )  # fmt: skip
 
 
 def device_bytes(device: torch.device) -> float:

@@ -84,7 +84,7 @@ def two_steps_here(settings: list[str], stash_bytes: int | None = None) -> dict[
         "before": seen["before"],
         "after": parts(),
         "passes": getattr(teacher, "passes", None),
-        "replica": place(teacher._groups),
+        "replica": place(teacher._groups) if hasattr(teacher, "_groups") else None,
         "trainable_teacher_parameters": trainable(teacher),
         "stash": None if not hasattr(teacher, "stash") else vars(teacher.stash),
     }

@@ -19,6 +19,10 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int | None = None
     context_parallel_size: int = 1
     sequence_parallel: bool = False
+    num_layers_in_first_pipeline_stage: int | None = None
+    """None means an even share of what the other of the two leaves."""
+    num_layers_in_last_pipeline_stage: int | None = None
+    """Fewer than an even share make room for output layer, loss and teacher's head (``plan_run`` says how many)."""
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
 
@@ -32,6 +36,13 @@ class ParallelConfig:
                 yield (
                     "'parallel.virtual_pipeline_model_parallel_size' must be at least 2, on a pipeline of at least 2 "
                     f"stages, not {self.virtual_pipeline_model_parallel_size} on {self.pipeline_model_parallel_size}"
+                )
+        for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
+            count = getattr(self, name)
+            if count is not None and (count < 1 or self.pipeline_model_parallel_size < 2):
+                yield (
+                    f"'parallel.{name}' must be at least 1, on a pipeline of at least 2 stages, not {count} on "
+                    f"{self.pipeline_model_parallel_size}"
                 )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             yield "'parallel.sequence_parallel' needs 'parallel.tensor_model_parallel_size' above 1"
@@ -49,6 +60,9 @@ class ParallelLayout:
     data: int
     virtual_pipeline: int | None = None
     sequence_parallel: bool = False
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
+    """Layers of the pipeline's ends; None means an even share."""
 
     @classmethod
     def for_world(cls, config: ParallelConfig, world_size: int) -> "ParallelLayout":
@@ -72,6 +86,8 @@ class ParallelLayout:
             data=world_size // model_ranks,
             virtual_pipeline=config.virtual_pipeline_model_parallel_size,
             sequence_parallel=config.sequence_parallel,
+            first_stage_layers=config.num_layers_in_first_pipeline_stage,
+            last_stage_layers=config.num_layers_in_last_pipeline_stage,
         )
 
     @property
@@ -108,8 +124,12 @@ class ParallelLayout:
             (num_attention_heads, self.tensor, "attention heads", "tensor_model_parallel_size"),
             (num_query_groups, self.tensor, "query groups (key-value heads)", "tensor_model_parallel_size"),
             (ffn_hidden_size, self.tensor, "feed-forward width", "tensor_model_parallel_size"),
-            (num_layers, chunks, "layers", "pipeline_model_parallel_size (times virtual stages)"),
         ]
+        ends = [count for count in (self.first_stage_layers, self.last_stage_layers) if count is not None]
+        if not ends:
+            needs.append((num_layers, chunks, "layers", "pipeline_model_parallel_size (times virtual stages)"))
+        else:
+            needs += self._uneven_needs(num_layers, ends)
         if self.sequence_parallel:
             needs.append((seq_length, self.tensor, "sequence length", "tensor_model_parallel_size (sequence parallel)"))
         if self.context > 1:
@@ -117,6 +137,29 @@ class ParallelLayout:
         faults = [f"{what} {have} do not divide by {key} {by}" for have, by, what, key in needs if have % by]
         if faults:
             raise LayoutError("; ".join(faults))
+
+    def stage_layers(self, num_layers: int) -> list[int]:
+        """Layers of every pipeline stage of a model that :meth:`check_model` has passed."""
+        ends = [count for count in (self.first_stage_layers, self.last_stage_layers) if count is not None]
+        between = self.pipeline - len(ends)
+        share = (num_layers - sum(ends)) // between if between else 0
+        layers = [share] * self.pipeline
+        layers[0] = self.first_stage_layers or share
+        layers[-1] = self.last_stage_layers or layers[-1]
+        return layers
+
+    def _uneven_needs(self, num_layers: int, ends: list[int]) -> list[tuple[int, int, str, str]]:
+        """What an uneven pipeline asks to divide; see :meth:`check_model`."""
+        virtual, between = self.virtual_pipeline or 1, self.pipeline - len(ends)
+        rest = num_layers - sum(ends)
+        if rest < between or (between == 0 and rest):
+            raise LayoutError(
+                f"the pipeline's ends take {sum(ends)} of {num_layers} layers, {rest} are left for {between} stages"
+            )
+        needs = [(count, virtual, "layers of an end of the pipeline", "virtual stages") for count in ends]
+        if between:
+            needs.append((rest, between * virtual, "layers between the given ends", "their stages (times virtual)"))
+        return needs
 
     def micro_batches(self, global_batch_size: int, micro_batch_size: int) -> int:
         """Micro-batches per step on each data-parallel rank.

@@ -81,7 +81,8 @@ def rank_memory(
     dense = teacher is not None and config.teacher.payload == "hidden"
     models, on_cuda = 2 if dense else 1, device == "cuda"
     student = student_memory(
-        architecture, layout, stage, models_in_loss=models, fused=on_cuda, device=device, **sizes
+        architecture, layout, stage, layers=layout.stage_layers(architecture.num_layers),
+        models_in_loss=models, fused=on_cuda, device=device, **sizes
     )
     if teacher is None:
         return student

@@ -138,6 +138,12 @@ def test_divergences_mixing_and_temperature(keys, common, tmp_path):
     assert_same(two_steps(4, [*common, *keys_of("TP2 PP2", "TP2")], tmp_path / "four"), expected)
 
 
+def test_uneven_pipelines_of_a_student(common, reference, tmp_path):
+    """Three layers on the first stage, one beside the loss and the teacher's head."""
+    keys = ["teacher.placement=colocated", *keys_of("PP2", "TP2"), "parallel.num_layers_in_last_pipeline_stage=1"]
+    assert_same(two_steps(4, [*common, *keys], tmp_path / "run"), reference)
+
+
 def train_wide_here(settings):
     """Train a model with more ids than the tokenizer has, as published checkpoints have."""
     from megatron_kd.models.architecture import ModelArchitecture

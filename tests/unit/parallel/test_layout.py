@@ -110,3 +110,24 @@ def test_for_people_and_manifests():
     whole = layout(8, tensor=2, pipeline=2, sequence_parallel=True, virtual_pipeline_model_parallel_size=2)
     assert whole.describe() == "TP2 PP2 VPP2 SP DP2"
     assert ParallelLayout(**as_mapping(whole)) == whole
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "layers"), [(None, 4, [7, 7, 6, 4]), (5, 3, [5, 8, 8, 3]), (6, None, [6, 6, 6, 6])]
+)
+def test_uneven_pipelines(first, last, layers):
+    layout = ParallelLayout(1, 4, 1, 1, first_stage_layers=first, last_stage_layers=last)
+    shape = {"num_attention_heads": 4, "num_query_groups": 4, "ffn_hidden_size": 8, "seq_length": 8}
+    if (24 - (first or 0) - (last or 0)) % (2 if first and last else 3):
+        with pytest.raises(LayoutError, match="layers between the given ends"):
+            layout.check_model(num_layers=24, **shape)
+        return
+    layout.check_model(num_layers=24, **shape)
+    assert layout.stage_layers(24) == layers and sum(layers) == 24
+
+
+def test_ends_that_leave_nothing_are_refused():
+    shape = {"num_attention_heads": 4, "num_query_groups": 4, "ffn_hidden_size": 8, "seq_length": 8}
+    layout = ParallelLayout(1, 2, 1, 1, first_stage_layers=4, last_stage_layers=3)
+    with pytest.raises(LayoutError, match="ends take 7 of 8 layers, 1 are left for 0 stages"):
+        layout.check_model(num_layers=8, **shape)

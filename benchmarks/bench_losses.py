@@ -5,8 +5,9 @@
 
 Every row is one whole training call: student and teacher logits from hidden states, forward KL, gradients of the
 student's hidden states and output weight; ours computes the LM loss as well. The floor is the four matrix products
-alone (two of logits, two of gradients), whole or in chunks, whichever is faster. Runs of all rows alternate; times
-are medians. Memory is the peak of torch's allocations during one more call, without inputs, the two gradients and
+alone (two of logits, two of gradients), whole or in chunks, whichever is faster, with buffers made beforehand; ours
+keeps its own in a ``Workspace``, as training does. Runs of all rows alternate; times are medians. Memory is the peak of
+torch's allocations during one more call that makes its buffers anew, without inputs, the two gradients and
 ``main_grad``; workspace inside of libraries is not seen. Peers are used as installed from PyPI; the rows of absent
 ones, and CUDA rows on a machine without a GPU, say 'not measured'.
 """
@@ -26,6 +27,7 @@ from typing import Any, Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -204,10 +206,13 @@ def liger(inputs: Inputs) -> Call | None:
 def median_times(calls: dict[str, Call | None], inputs: Inputs, repeats: int) -> dict[str, list[float] | None]:
     """Seconds of every run of every call, alternating."""
     times: dict[str, list[float] | None] = {name: None if call is None else [] for name, call in calls.items()}
+    present = [call for call in calls.values() if call is not None]
+    progress = tqdm(total=(repeats + 1) * len(present), desc="runs", disable=not sys.stderr.isatty())
     for turn in range(repeats + 1):
         for name, call in calls.items():
             if call is None:
                 continue
+            progress.update()
             inputs.clear()
             gc.collect()
             _wait(inputs)
@@ -216,6 +221,7 @@ def median_times(calls: dict[str, Call | None], inputs: Inputs, repeats: int) ->
             _wait(inputs)
             if turn:  # the first turn warms up
                 times[name].append(time.perf_counter() - start)
+    progress.close()
     return times
 
 
@@ -244,7 +250,7 @@ def time_table(shape: Shape, repeats: int, device: str, all_divergences: bool) -
     }
     floors = list(calls)
     for divergence in DIVERGENCES if all_divergences else DIVERGENCES[:1]:
-        calls[f"ours, LM + {divergence}"] = fused(inputs, divergence)
+        calls[f"ours, LM + {divergence}"] = fused(inputs, divergence, Workspace())
     calls["log_softmax + kl_div, whole logits"] = plain_torch(inputs)
     calls["ModelOpt LogitsKLLoss"] = modelopt(inputs)
     calls["torchtune ForwardKLWithChunkedOutputLoss"] = torchtune(inputs)
@@ -260,6 +266,8 @@ def time_table(shape: Shape, repeats: int, device: str, all_divergences: bool) -
             median = statistics.median(times[name])
             row.update(seconds=round(median, 4), times_floor=round(median / floor, 3), runs=len(times[name]))
             row["fastest"], row["slowest"] = round(min(times[name]), 4), round(max(times[name]), 4)
+            if name.startswith("ours"):  # with its buffers made in the call that is measured
+                call = fused(inputs, name.removeprefix("ours, LM + "))
             row["memory_mib"] = None if name in floors else round(memory_beyond_gradients(call, inputs), 1)
         rows.append(row)
     return rows

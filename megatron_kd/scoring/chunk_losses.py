@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_kd.data.batch import Batch, make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.losses import linear_distillation_loss
+from megatron_kd.losses import Workspace, linear_distillation_loss
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import is_last_stage, sum_over_group
 from megatron_kd.parallel.schedule import forward_only
@@ -69,6 +69,7 @@ class ChunkScorer:
         device: torch.device,
     ) -> None:
         self._chunks, self._groups, self._dataset, self._device = chunks, groups, dataset, device
+        self._workspace = Workspace()
         byte_lengths = numpy.asarray(dataset.token_byte_lengths, dtype=numpy.int64)
         self._byte_lengths = torch.from_numpy(byte_lengths).to(device)
         self.has_results = is_last_stage(groups) and groups.tp.rank() == 0
@@ -113,6 +114,7 @@ class ChunkScorer:
             batch.loss_mask.transpose(0, 1).reshape(-1),
             tp_group=self._groups.tp,
             sequence_parallel=model.config.sequence_parallel,
+            workspace=self._workspace,
         )
         rows, length = batch.tokens.shape
         losses = result.token_lm_losses.view(length, rows).transpose(0, 1)

@@ -18,7 +18,8 @@ def test_between_two_evaluations_in_log_flops():
 
 def test_a_run_that_learns_twice_as_fast_saves_half():
     twice = [(flops / 2, loss) for flops, loss in BASELINE]
-    assert saving(BASELINE, twice) == pytest.approx(2.0) and saving(BASELINE, BASELINE) == 1.0
+    assert saving(BASELINE, twice) == pytest.approx(2.0)
+    assert saving(BASELINE, BASELINE) == pytest.approx(1.0)
     assert saving(BASELINE, [(f, v + 0.5) for f, v in BASELINE]) is None
     law = [(10.0**e, 3 + math.exp(-e / 4)) for e in range(16, 21)]
     assert 1 < saving(law, [(f / 3, v) for f, v in law]) == pytest.approx(3.0)

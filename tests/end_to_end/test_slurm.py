@@ -1,5 +1,6 @@
 """The sbatch files under a real Slurm: warned, requeued and resumed; preempted; arrays; a job that waits for another.
 
+Not here: remote_teacher.sbatch, since Slurm puts the components of a heterogeneous job on different nodes.
 Slow: installs Slurm from Debian's packages where it is missing, and is skipped with the reason where it cannot.
 """
 
@@ -101,17 +102,6 @@ def test_an_array_does_one_line_a_task_and_a_dependent_job_waits(cluster, datase
     assert cluster.state(second) == "PENDING"
     finish(cluster, second, tmp_path / "after.log")
     assert len(rows_of(tmp_path / "run0")) == len(rows_of(tmp_path / "run1")) == 2
-
-
-def test_a_heterogeneous_job_is_one_world(cluster, dataset, tmp_path):
-    """Two components, as the student's and the teacher's nodes are; one agent in each, ranks in that order."""
-    folder, log = tmp_path / "run", tmp_path / "job.log"
-    keys = [f"data.path={dataset.path}", f"output={folder}", *SMALL, "training.train_iters=2",
-            "parallel.tensor_model_parallel_size=2"]
-    job = cluster.submit(f"--chdir={REPOSITORY}", f"--output={log}", "--nodes=1", ":", "--nodes=1",
-                         "examples/slurm/remote_teacher.sbatch", "train", *keys)
-    finish(cluster, job, log)
-    assert "TP2 PP1 DP1" in log.read_text() and len(rows_of(folder)) == 2
 
 
 def test_a_line_that_is_not_there(cluster, tmp_path):

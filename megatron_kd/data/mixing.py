@@ -6,6 +6,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 WORD = (1 << 64) - 1
 
 
+@np.errstate(over="ignore")  # arithmetic is modulo 2^64; NumPy warns of it where an array has no dimension
 def mix64(values: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64 (Steele, Lea & Flood 2014), element by element over uint64."""
     values = values + np.uint64(GOLDEN)

@@ -99,7 +99,7 @@ def step_sides(folder: Path, codec_name: str) -> Iterator[tuple[Callable, Callab
         def side(teacher: CachedTeacher | None) -> Callable[[], None]:
             objective = build_objective(settings if teacher else config.distillation)
             step = TrainStep(
-                model=model, optimizer=optimizer, groups=groups, teacher=teacher, reduction="token", clip_grad=1.0,
+                model=model, optimizer=optimizer, groups=groups, teacher=teacher, clip_grad=1.0,
                 micro_batch_loss=MicroBatchLoss(objective, teacher, groups, "token", unwrap),
             )  # fmt: skip
             return lambda: [step([make_batch(dataset, next(order), STUDENT_LENGTH)], 1e-4) for _ in range(2)]

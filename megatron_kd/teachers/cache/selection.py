@@ -14,11 +14,12 @@ from torch import Tensor
 
 from megatron_kd.errors import DataError
 from megatron_kd.losses import OutputHead
+from megatron_kd.losses.buffers import allocate
 from megatron_kd.losses.chunk_terms import gather_columns, local_columns, row_max
 from megatron_kd.losses.logits import HeadLogits
 from megatron_kd.parallel.groups import sum_over_group
 from megatron_kd.teachers.cache.codec import Codec, Entries
-from megatron_kd.teachers.cache.drawing import draw, uniform_numbers
+from megatron_kd.teachers.cache.drawing import block_sums, draw, uniform_numbers
 from megatron_kd.teachers.cache.largest import largest_over_ranks
 
 DEFAULT_CHUNK_BYTES = 256 << 20
@@ -48,6 +49,7 @@ class Selection:
         self._logits = HeadLogits(head, 0, self._columns)
         widest = -(-codec.vocab_size // (1 if group is None else group.size()))  # alike on all ranks
         self._chunk_tokens = max(1, chunk_bytes // (4 * widest))
+        self._buffer: Tensor | None = None
 
     @torch.no_grad()
     def __call__(self, hidden: Tensor, chunk_ids: np.ndarray, positions: np.ndarray) -> Entries:
@@ -72,7 +74,9 @@ class Selection:
 
     def _exponentials(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """[C, R] exp(logit / T - max) and [C] their sums over all ranks, as fp64."""
-        logits = torch.empty((len(hidden), self._columns), dtype=torch.float32, device=hidden.device)
+        if self._buffer is None or len(self._buffer) < len(hidden):  # fresh memory costs as much as a pass over it
+            self._buffer = allocate((len(hidden), self._columns), torch.float32, hidden.device)
+        logits = self._buffer[: len(hidden)]
         self._logits.product(hidden.to(self._head.weight.dtype), logits)
         self._logits.finish(logits)
         if self._temperature != 1.0:
@@ -81,7 +85,7 @@ class Selection:
         if self._group is not None and self._group.size() > 1:
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=self._group)
         exponentials = logits.sub_(maxima.unsqueeze(1)).exp_()
-        z = self._over_ranks(exponentials.sum(-1, dtype=torch.float64))
+        z = self._over_ranks(_row_sums(exponentials))
         if not bool(torch.isfinite(z).all()):
             raise DataError("the teacher's logits are not finite: is the model damaged, or its precision too low?")
         return exponentials, z
@@ -141,7 +145,12 @@ class Selection:
         if self._columns:
             zero_where_owned = torch.where(owned, 0.0, torch.inf).to(exponentials.dtype)
             exponentials.scatter_reduce_(-1, columns, zero_where_owned, "amin")
-        return self._over_ranks(exponentials.sum(-1, dtype=torch.float64))
+        return self._over_ranks(_row_sums(exponentials))
+
+
+def _row_sums(values: Tensor) -> Tensor:
+    """[n] fp64: fp32 inside blocks of columns, which is as exact and much faster than fp64 throughout."""
+    return block_sums(values).sum(-1, dtype=torch.float64)
 
 
 def _concatenate(parts: list[Entries]) -> Entries:

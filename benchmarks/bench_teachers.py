@@ -147,14 +147,12 @@ class Parts:
 
     def step(self, config: Any, teacher: Any) -> Callable[[int], float]:
         """Seconds of a step on the global batch at a position."""
-        from megatron_kd.training.build import unwrap
-        from megatron_kd.training.objective import MicroBatchLoss, build_objective
+        from megatron_kd.training.build import build_loss
         from megatron_kd.training.train_step import TrainStep
 
         step = TrainStep(
-            model=self.model, optimizer=self.optimizer, groups=self.groups, teacher=teacher, reduction="token",
-            clip_grad=1.0, micro_batch_loss=MicroBatchLoss(
-                build_objective(config.distillation), teacher, self.groups, "token", unwrap),
+            model=self.model, optimizer=self.optimizer, groups=self.groups, teacher=teacher, clip_grad=1.0,
+            micro_batch_loss=build_loss(config, teacher, self.groups),
         )  # fmt: skip
 
         def timed(position: int) -> float:

@@ -43,18 +43,20 @@ def heldout_distillation(
     """Over every chunk of ``dataset``, equal on all ranks. Collective over the student's ranks.
 
     Micro-batches are dealt out to the data-parallel ranks; the last ones are filled up with masked rows, so that all
-    ranks ask the teacher alike.
+    ranks ask the teacher alike and an interleaved pipeline gets a multiple of its stages.
     """
     size = groups.dp.size() * micro_batch_size
-    rounds = range(0, -(-dataset.num_chunks // size))
+    multiple = groups.pp.size() if len(chunks) > 1 else 1
+    rounds = range(_round_up(-(-dataset.num_chunks // size), multiple))
+    per_schedule = _round_up(MICRO_BATCHES_PER_SCHEDULE, multiple)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     was_training = chunks[0].training
     for chunk in chunks:
         chunk.eval()
-    for start in rounds[::MICRO_BATCHES_PER_SCHEDULE]:
+    for start in rounds[::per_schedule]:
         batches = [
             _read(dataset, r * size + groups.dp.rank() * micro_batch_size, micro_batch_size).to(device)
-            for r in rounds[start : start + MICRO_BATCHES_PER_SCHEDULE]
+            for r in rounds[start : start + per_schedule]
         ]
         teacher.begin_step(batches, scheduled=False)
         reports = forward_only(
@@ -73,6 +75,10 @@ def heldout_distillation(
     kd, entropy, tail, tokens = sum_over_group(sums, groups.intra_dist_opt).tolist()
     count = max(1.0, tokens)
     return HeldoutDistillation(kd / count, entropy / count, tail / count)
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 def _read(dataset: ChunkDataset, first: int, rows: int) -> Batch:

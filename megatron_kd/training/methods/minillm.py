@@ -164,7 +164,8 @@ class MiniLLMLoss(MicroBatchLoss):
         terms, mask = batch.terms, batch.loss_mask
         value, coefficient = pg.surrogate(terms.ratio, terms.advantages, self._config.clip)
         policy = self._fused(batch, model, hidden, coefficient, self._policy, None)
-        exact = self._fused(batch, model, hidden, terms.single_step_weights, self._single_step, knowledge)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._config.single_step):  # main_grad is added to now
+            exact = self._fused(batch, model, hidden, terms.single_step_weights, self._single_step, knowledge)
         policy_value = -(value * mask).sum()
         loss, total = policy.loss_sum, policy_value
         if self._config.single_step:

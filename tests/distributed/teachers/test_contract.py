@@ -11,6 +11,7 @@ import pytest
 
 from tests.distributed.ranks import shared_ranks
 from tests.distributed.teachers.contract import assert_same, two_steps
+from tests.distributed.training.runs import make_dataset
 
 STUDENTS = {
     "TP1 PP1": (4, {}),
@@ -192,3 +193,14 @@ def test_validation(keys, common, dataset, tmp_path):
     for row, expected in ((ours_first, first), (ours_last, last)):
         for key in ("eval_loss", "eval_kd_loss", "eval_teacher_entropy"):
             assert row[key] == pytest.approx(expected[key], rel=1e-4), key
+
+
+@pytest.mark.slow
+def test_validation_with_an_interleaved_pipeline_and_an_odd_number_of_micro_batches(common, tmp_path):
+    """20 held-out chunks are three micro-batches of four for each of two data-parallel ranks."""
+    heldout = make_dataset(tmp_path / "heldout", chunks=20)
+    common = [*common, f"data.eval_path={heldout.path}", "training.micro_batch_size=4", "teacher.placement=colocated"]
+    (expected,) = two_steps(1, common, tmp_path / "one")["evaluations"]
+    (ours,) = two_steps(4, [*common, *keys_of("PP2 VPP2", "TP1 PP1")], tmp_path / "four")["evaluations"]
+    for key in ("eval_loss", "eval_kd_loss", "eval_teacher_entropy"):
+        assert ours[key] == pytest.approx(expected[key], rel=1e-4), key

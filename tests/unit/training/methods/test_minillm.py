@@ -86,6 +86,19 @@ def test_minillm_against_autograd_on_whole_logits(config):
     assert config.clip is None or 0 < int(sums["clipped"]) < int(case.mask.sum())
 
 
+def test_a_single_step_that_is_left_out_adds_nothing_to_main_grad():
+    config = MiniLLMConfig(clip=None, single_step=False)
+    case = Case()
+    batch, _ = case.rollout(config)
+    policy, _, sums = minillm_loss(config).loss_of(batch, case.model, case.hidden, case.knowledge)
+    _, expected = case.gradients(policy)
+    case.weight.main_grad = torch.zeros_like(case.weight)
+    loss, _, _ = minillm_loss(config).loss_of(batch, case.model, case.hidden, case.knowledge)
+    loss.backward()
+    torch.testing.assert_close(case.weight.main_grad, expected)
+    assert float(sums["kd"]) > 0
+
+
 @pytest.mark.parametrize(("beta", "name"), [(0.5, "jsd"), (0.1, "jsd"), (0.0, "forward_kl"), (1.0, "reverse_kl")])
 def test_gkd_against_autograd_on_whole_logits(beta, name):
     case = Case()

@@ -147,7 +147,7 @@ class Parts:
 
     def step(self, config: Any, teacher: Any) -> Callable[[int], float]:
         """Seconds of a step on the global batch at a position."""
-        from megatron_kd.training.build import build_loss
+        from megatron_kd.training.methods.build import build_loss
         from megatron_kd.training.train_step import TrainStep
 
         step = TrainStep(

@@ -154,6 +154,7 @@ class Trainer:
             reason = f"{error}; chunks of the batch: {chunks}"
             incidents = self.survival.skip(progress.incidents, progress.step + 1, reason)
             if incidents is None:
+                self.writer.finish()  # every rank sees the same loss, so all are here
                 raise NonFiniteLossError(f"step {progress.step + 1}: {reason}") from None
             return dataclasses.replace(progress, incidents=incidents), False
         seconds = time.perf_counter() - started

@@ -175,10 +175,11 @@ def test_a_loss_that_is_not_finite_names_step_and_chunks(dataset, tmp_path, capf
             ["parallel.tensor_model_parallel_size=2", "model.name=qwen_toy_untied", "training.train_iter=3"],
             "unknown key",
         ),
-        (
+        pytest.param(
             3,
             ["parallel.tensor_model_parallel_size=3"],
             "attention heads 4 do not divide by tensor_model_parallel_size 3",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -204,6 +205,7 @@ def test_layers_that_do_not_divide_by_stages_and_a_real_process(dataset, tmp_pat
     assert "training.global_batch_size 6 does not divide" in ended.stderr
 
 
+@pytest.mark.slow
 def test_the_rank_that_fails_alone_is_the_one_that_speaks(dataset, tmp_path):
     """A damaged block that only rank 1 of two data-parallel ranks reads."""
     program = tmp_path / "program.py"

@@ -84,6 +84,7 @@ def survive(dataset, teacher, undisturbed, tmp_path, monkeypatch, kills, in_a_wr
     assert inside >= in_a_write
 
 
+@pytest.mark.slow
 def test_two_kills(dataset, teacher, undisturbed, tmp_path, monkeypatch):
     survive(dataset, teacher, undisturbed, tmp_path, monkeypatch, kills=2, in_a_write=1)
 

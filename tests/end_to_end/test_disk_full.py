@@ -35,6 +35,7 @@ def check_refused(ended, output):
     assert info.path.name == "step_2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_files_that_may_not_grow(ranks, dataset, tmp_path):
     output = tmp_path / "run"

@@ -76,6 +76,7 @@ def test_skipped_batches_are_not_learnt_from_and_the_next_ones_are(poisoned_run)
     assert incidents["skipped_batches"] == incidents["non_finite"] == 2
 
 
+@pytest.mark.slow
 def test_a_rollback_goes_on_from_the_checkpoint_with_the_batches_after_the_spike(poisoned_run, dataset, tmp_path):
     """The end must be that of a run from the same checkpoint which never saw the batches between."""
     keys = ["training.save_interval=4", "survival.spike_warmup_steps=3", "training.keep_checkpoints=9"]

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_kd.data.artefact_folder import write_file
+from megatron_kd.data.artefact_folder import fsync_folder, write_file
 from megatron_kd.data.documents import BadLine
 from megatron_kd.errors import DataError
 
@@ -94,8 +94,10 @@ class PartFolder:
         self.info = dict(info)
 
     @contextlib.contextmanager
-    def opened(self, shared: bool) -> Iterator["PartFolder"]:
-        """Hold the folder, with other tasks if ``shared``; parts of another corpus are removed, or refused if shared.
+    def opened(self, shared: bool, keep: bool = False) -> Iterator["PartFolder"]:
+        """Hold the folder, with other tasks if ``shared``.
+
+        Parts of another corpus are removed; refused if ``shared`` or ``keep``, which removes no part in any case.
 
         Raises:
             DataError: somebody else holds it; it belongs to another corpus.
@@ -107,22 +109,22 @@ class PartFolder:
             except BlockingIOError:
                 raise DataError(f"{self.folder}: another process is writing there; wait for it or end it") from None
             try:
-                self._claim(shared)
+                self._claim(shared or keep)
                 yield self
             except BaseException as error:
                 if isinstance(error, OSError) and error.filename is None:
                     error.filename = str(self.folder)  # a failed write does not say where
-                if not shared and len(list(self.folder.glob("*.part"))) < WORTH_KEEPING:
+                if not shared and len(list(self.folder.glob("*.part"))) < (1 if keep else WORTH_KEEPING):
                     self.remove()
                 raise
 
-    def _claim(self, shared: bool) -> None:
+    def _claim(self, refuse: bool) -> None:
         found = self._read_info()
-        if found is not None and found != self.info and (shared or self._holds_parts()):
-            if shared:
+        if found is not None and found != self.info and (refuse or self._holds_parts()):
+            if refuse:
                 raise DataError(
-                    f"{self.folder}: holds parts of another corpus, tokenizer or setting; remove it, or choose "
-                    "another output"
+                    f"{self.folder}: holds parts of another corpus, tokenizer or setting ({self._differences(found)}): "
+                    "give the same, or remove it, or choose another output"
                 )
             for path in self.folder.glob("*.part"):
                 path.unlink()
@@ -134,6 +136,14 @@ class PartFolder:
             return json.loads((self.folder / INFO_NAME).read_text("utf-8"))
         except (FileNotFoundError, ValueError):
             return None
+
+    def _differences(self, found: Mapping[str, Any]) -> str:
+        names = sorted(set(found) | set(self.info))
+        return "; ".join(
+            f"{name} {found.get(name)} there, {self.info.get(name)} now"
+            for name in names
+            if found.get(name) != self.info.get(name)
+        )
 
     def _holds_parts(self) -> bool:
         return any(self.folder.glob("*.part"))
@@ -228,7 +238,10 @@ class PartWriter:
         with self._file as file:
             self._put(struct.pack("<I", len(text)))
             file.write(struct.pack("<I", self._crc))
+            file.flush()
+            os.fsync(file.fileno())
         os.rename(self._temporary, self._folder.path_of(self._unit, part, is_last))
+        fsync_folder(self._folder.folder)
 
     def abort(self) -> None:
         """Give up."""

@@ -204,7 +204,7 @@ def run(config: TokenizeCorpusConfig) -> dict[str, str]:
     parts = PartFolder(folder, _parts_info(config, paths, tokenizer, check))
     units = units_of(paths, config.form)
     job = _job(config, tokenizer, check)
-    with parts.opened(shared=config.task_index is not None):
+    with parts.opened(shared=config.task_index is not None, keep=config.merge):
         if config.task_index is not None:
             _encode_share(config, units, job, parts)
             return {}
@@ -284,7 +284,9 @@ def _parts_info(
     inputs = [[path, os.path.getsize(path), os.stat(path).st_mtime_ns] for path in paths]
     form = to_mapping(config.form)
     return {
-        "recipe": recipe_of({"inputs": inputs, "form": form, "split_seed": config.split_seed}),
+        "inputs": f"{len(paths)} files {recipe_of({'paths, sizes and times': inputs})}",
+        "form": form,
+        "split_seed": config.split_seed,
         "tokenizer": tokenizer.info.hash,
         "engine": check.engine,
     }

@@ -202,3 +202,19 @@ def is_alive(process: int) -> bool:
     except FileNotFoundError:
         return False
     return status.rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_a_merge_with_other_settings_removes_no_part(tmp_path: Path, tokenizer_folder: Path, files: list[str]) -> None:
+    work = job(tokenizer_folder)
+    units = units_of(files[:1], work.form)
+    with PartFolder(tmp_path / "parts", {"a": 1}).opened(shared=True) as parts:
+        list(encode_corpus(units, work, parts, 1))
+    made = {path.name: path.read_bytes() for path in parts.folder.glob("*.part")}
+    assert len(made) == 1
+    with pytest.raises(DataError, match="a 1 there, 2 now"):
+        with PartFolder(parts.folder, {"a": 2}).opened(shared=False, keep=True):
+            pass
+    with pytest.raises(DataError, match="a later failure"):
+        with PartFolder(parts.folder, {"a": 1}).opened(shared=False, keep=True):
+            raise DataError("a later failure")
+    assert {path.name: path.read_bytes() for path in parts.folder.glob("*.part")} == made

@@ -83,10 +83,11 @@ def run(config: GenerateCorpusConfig) -> Path:
         fingerprint = weights_fingerprint(loaded.chunks, loaded.groups.intra_dist_opt)
         prompts = _prompt_source(config, dataset)
         _check_positions(loaded, prompts)
-        recipe = _recipe(config, dataset, fingerprint, prompts)
+        ingredients = _ingredients(config, dataset, fingerprint, prompts)
+        recipe = recipe_of(ingredients)
         if on_main_rank(lambda: already_made(config.output, KIND, recipe)):
             return Path(config.output)
-        parts = PartFolder(Path(f"{config.output}.parts"), recipe)
+        parts = PartFolder(Path(f"{config.output}.parts"), ingredients)
         on_main_rank(parts.prepare)
         _generate_missing(config, loaded, prompts, parts, runtime)
         on_main_rank(lambda: _write(config, dataset, loaded, fingerprint, recipe, prompts, parts))
@@ -114,19 +115,19 @@ def _check_positions(loaded: LoadedModel, prompts: PromptSource) -> None:
         )
 
 
-def _recipe(config: GenerateCorpusConfig, dataset: ChunkDataset, fingerprint: str, prompts: PromptSource) -> str:
+def _ingredients(
+    config: GenerateCorpusConfig, dataset: ChunkDataset, fingerprint: str, prompts: PromptSource
+) -> dict[str, Any]:
     """All that the text depends on: neither layout nor batch size."""
     names = ("prompt", "prompt_length", "response_length", "stop_at_eos", "seed")
-    return recipe_of(
-        {
-            "tool": "generate_corpus",
-            "dataset": dataset.fingerprint,
-            "model": fingerprint,
-            "num_texts": prompts.num_texts,
-            "sampling": dataclasses.asdict(config.sampling),
-            **{name: getattr(config, name) for name in names},
-        }
-    )
+    return {
+        "tool": "generate_corpus",
+        "dataset": dataset.fingerprint,
+        "model": fingerprint,
+        "num_texts": prompts.num_texts,
+        "sampling": dataclasses.asdict(config.sampling),
+        **{name: getattr(config, name) for name in names},
+    }
 
 
 def _generate_missing(

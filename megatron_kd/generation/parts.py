@@ -1,15 +1,21 @@
 """What a generation job has done so far: one small file a part, renamed into place when it is whole."""
 
 import io
+import json
 import shutil
+import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Mapping
 
 import numpy as np
 
 from megatron_kd.data.artefact_folder import write_file
+from megatron_kd.errors import DataError
 
 RECIPE_NAME = "recipe"
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
@@ -22,28 +28,55 @@ class Part:
 
 
 class PartFolder:
-    """The parts of one recipe; those of another recipe in the same place are removed.
+    """The parts of one recipe; those of another recipe in the same place are refused.
 
     Args:
         path: the folder.
-        recipe: identity of what is made.
+        recipe: everything that decides what is made; JSON values.
     """
 
-    def __init__(self, path: Path, recipe: str) -> None:
+    def __init__(self, path: Path, recipe: Mapping[str, Any]) -> None:
         self._path = path
-        self._recipe = recipe
+        self._recipe: dict[str, Any] = json.loads(json.dumps(recipe))
 
     def prepare(self) -> None:
-        """Make the folder, or take over what an earlier run of the same recipe left."""
+        """Make the folder, or take over what an earlier run of the same recipe left.
+
+        Raises:
+            DataError: it holds parts of another recipe; says what differs.
+        """
         marker = self._path / RECIPE_NAME
-        if self._path.exists() and not (marker.is_file() and marker.read_text() == self._recipe):
-            shutil.rmtree(self._path)
+        if any(self._path.glob("part-*.npz")):
+            difference = self._difference(marker)
+            if difference:
+                raise DataError(
+                    f"{self._path}: holds unfinished work of another recipe ({difference}): go on with the same "
+                    "settings, remove the folder, or choose another output"
+                )
         self._path.mkdir(parents=True, exist_ok=True)
-        write_file(marker, self._recipe)
+        write_file(marker, json.dumps(self._recipe, indent=1) + "\n")
+
+    def _difference(self, marker: Path) -> str:
+        try:
+            found = dict(json.loads(marker.read_text("utf-8")))
+        except (FileNotFoundError, ValueError, TypeError):
+            return f"its file '{RECIPE_NAME}' is missing or unreadable"
+        return "; ".join(
+            f"{name} {found.get(name)} there, {self._recipe.get(name)} now"
+            for name in sorted(set(found) | set(self._recipe))
+            if found.get(name) != self._recipe.get(name)
+        )
 
     def is_done(self, number: int) -> bool:
-        """Whether a part is there."""
-        return self._file(number).is_file()
+        """Whether a part is there and whole; a damaged one is to be made again, which is said."""
+        try:
+            self.load(number)
+        except FileNotFoundError:
+            return False
+        except _DAMAGE as error:
+            sys.stderr.write(f"generate_corpus: {self._file(number)} is damaged ({error}) and made again\n")
+            return False
+        return True
 
     def save(self, number: int, part: Part) -> None:
         """Write a part whole or not at all."""
@@ -53,7 +86,7 @@ class PartFolder:
 
     def load(self, number: int) -> Part:
         """Read a part."""
-        with np.load(self._file(number)) as file:
+        with np.load(io.BytesIO(self._file(number).read_bytes())) as file:
             return Part(file["ids"], file["lengths"], file["prompt_lengths"])
 
     def remove(self) -> None:

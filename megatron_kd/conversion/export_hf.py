@@ -27,6 +27,7 @@ from megatron_kd.conversion.rules import expand, mcore_to_hf
 from megatron_kd.conversion.safetensors_file import SafetensorsWriter, TensorSpec, parse_size
 from megatron_kd.conversion.sharded_state import meta_state, stream_tensors, tensors_of
 from megatron_kd.data.artefact_folder import building, refuse_existing
+from megatron_kd.data.tokenizer_info import is_tokenizer_file
 from megatron_kd.errors import CheckpointError
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.models.weights import CheckpointInfo, open_checkpoint
@@ -160,7 +161,7 @@ def write_settings(
     }
     _write_json(folder / "generation_config.json", generation)
     for path in sorted(tokenizer.iterdir()):
-        if path.is_file():
+        if is_tokenizer_file(path):
             shutil.copyfile(path, folder / path.name)
     (folder / "README.md").write_text(model_card(architecture, manifest), encoding="utf-8")
 

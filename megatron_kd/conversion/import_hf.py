@@ -25,7 +25,7 @@ from megatron_kd.conversion.sharded_state import PlacedTensors, meta_state, tens
 from megatron_kd.data.artefact_folder import building, refuse_existing
 from megatron_kd.data.checksums import Checksums
 from megatron_kd.data.tokenization import load_tokenizer
-from megatron_kd.data.tokenizer_info import TOKENIZER_FOLDER
+from megatron_kd.data.tokenizer_info import TOKENIZER_FOLDER, is_tokenizer_file
 from megatron_kd.errors import CheckpointError, DataError
 from megatron_kd.models.gpt import padded_vocab_size
 from megatron_kd.models.sharded_save import ShardedSave
@@ -153,7 +153,7 @@ def describe_source(source: HFFolder, folder: Path, seq_length: int | None) -> d
         raise CheckpointError(f"{source.path}: its tokenizer cannot be read: {error}") from None
     (folder / TOKENIZER_FOLDER).mkdir()
     for file in sorted(source.path.iterdir()):
-        if file.is_file() and file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "chat_template")):
+        if is_tokenizer_file(file):
             shutil.copyfile(file, folder / TOKENIZER_FOLDER / file.name)
     generation = source.path / GENERATION_NAME
     return {

@@ -45,3 +45,10 @@ def plain_tokenizer_info(vocab_size: int, eos_id: int = 0) -> TokenizerInfo:
     lengths = np.ones(vocab_size, dtype=np.int32)
     lengths[eos_id] = 0
     return TokenizerInfo(f"plain-{vocab_size}-{eos_id}", vocab_size, eos_id, eos_id, lengths)
+
+
+def is_tokenizer_file(path: Path) -> bool:
+    """Whether a file belongs to a tokenizer, by its name: a model's folder holds others beside them."""
+    return path.is_file() and path.name.startswith(
+        ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
+    )

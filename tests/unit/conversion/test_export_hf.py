@@ -30,7 +30,8 @@ MANIFEST = {
 def tokenizer(tmp_path: Path) -> Path:
     folder = tmp_path / "tokenizer"
     folder.mkdir()
-    (folder / "tokenizer.json").write_text("{}")
+    for name in ("tokenizer.json", "config.json", "model.safetensors"):  # a model's folder: only the first is copied
+        (folder / name).write_text("{}")
     return folder
 
 

@@ -16,7 +16,7 @@ from typing import Any, Callable
 
 from megatron.core import dist_checkpointing
 
-from megatron_kd.data.artefact_folder import building, write_file
+from megatron_kd.data.artefact_folder import building, fsync_folder, write_file
 from megatron_kd.data.checksums import Checksums
 from megatron_kd.errors import UserError
 from megatron_kd.models.sharded_save import ShardedSave
@@ -137,6 +137,7 @@ class CheckpointWriter:
 
     def _publish(self, final: Path) -> None:
         write_file(self._checkpoints / LATEST_NAME, final.name + "\n")
+        fsync_folder(self._checkpoints)  # before an older one is removed
         for old in self._retention.removes(checkpoint_folders(self._checkpoints)):
             shutil.rmtree(old, ignore_errors=True)
 

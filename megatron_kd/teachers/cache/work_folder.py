@@ -6,6 +6,7 @@ All of this is for the main rank.
 """
 
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -100,7 +101,9 @@ class WorkFolder:
         for number in range(num_shards):
             checksums.files.update(commits[number].checksums.files)
         if not dataset.is_root:
-            np.save(self.path / CHUNK_IDS_NAME, np.asarray(dataset.chunk_ids, dtype=np.int64))
+            buffer = io.BytesIO()
+            np.save(buffer, np.asarray(dataset.chunk_ids, dtype=np.int64))
+            write_file(self.path / CHUNK_IDS_NAME, buffer.getvalue())
             checksums.add_file(self.path, CHUNK_IDS_NAME)
         body = self._manifest(dataset, num_shards, facts, producer, checksums)
         write_manifest(self.path, KIND, body, checksums)

@@ -5,6 +5,7 @@ may name the folder itself, a run folder, or its ``checkpoints/``: the last two 
 """
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
@@ -178,9 +179,11 @@ def _open_hf_folder(path: Path) -> CheckpointInfo:
     except DataError as error:
         raise CheckpointError(f"{path}: its tokenizer cannot be compared with the dataset's: {error}") from None
     dtype = folder.config.get("dtype") or folder.config.get("torch_dtype")
+    if dtype == "float16":
+        sys.stderr.write(f"{path}: float16 becomes float32, which holds it exactly\n")
     manifest = {
         "tokenizer_hash": tokenizer.info.hash,
-        "precision": "bf16" if dtype in ("bfloat16", "float16") else "fp32",
+        "precision": "bf16" if dtype == "bfloat16" else "fp32",
         "dataset_fingerprint": None,
     }
     return CheckpointInfo(path, folder.architecture, manifest, Checksums(), folder)
@@ -193,10 +196,14 @@ def _resolve(path: Path) -> Path:
         path = path / "checkpoints"
     if path.name == "checkpoints" or (path / LATEST_NAME).is_file():
         folders = checkpoint_folders(path)
-        latest = path / LATEST_NAME
-        if latest.is_file() and (path / latest.read_text().strip()).is_dir():
-            return path / latest.read_text().strip()
         if not folders:
             raise CheckpointError(f"{path}: holds no whole checkpoint (step_<n>)")
-        return folders[0]
+        latest = path / LATEST_NAME
+        if not latest.is_file():
+            return folders[0]
+        name = latest.read_text("utf-8", errors="replace").strip()
+        named = next((folder for folder in folders if folder.name == name), None)
+        if named is None:
+            sys.stderr.write(f"{latest}: names no checkpoint there ({name[:40]!r}); {folders[0].name} is taken\n")
+        return named or folders[0]
     return path

@@ -50,11 +50,12 @@ def test_logits_agree_and_every_bit_comes_back(case, tmp_path):
 def test_bfloat16_stays_bfloat16_and_float16_becomes_float32(tmp_path, capsys):
     for dtype, stored in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)):
         source = make_hf_folder(tmp_path / str(dtype) / "hf", "Qwen2.5 tied", dtype)
+        assert open_checkpoint(source).manifest["precision"] == {torch.bfloat16: "bf16", torch.float32: "fp32"}[stored]
         checkpoint = import_folder(source, tmp_path / str(dtype) / "checkpoint")
         ours = tensors(export_folder(checkpoint, tmp_path / str(dtype) / "again"))
         for name, tensor in tensors(source).items():
             assert ours[name].dtype == stored and torch.equal(ours[name], tensor.to(stored)), name
-    assert "float16 becomes float32" in capsys.readouterr().err
+    assert "convert_from_hf: float16 becomes float32" in capsys.readouterr().err
 
 
 def test_verification_finds_a_wrong_table(tmp_path, monkeypatch):

@@ -48,11 +48,15 @@ def test_folder_run_folder_and_checkpoints_folder(run_folder):
     assert [folder.name for folder in checkpoint_folders(run_folder / "checkpoints")] == ["step_10", "step_2"]
 
 
-def test_without_latest_the_highest_number_is_taken_and_temporary_folders_never(run_folder, tmp_path):
+def test_without_latest_the_highest_number_is_taken_and_temporary_folders_never(run_folder, tmp_path, capsys):
     copy = shutil.copytree(run_folder, tmp_path / "run")
     (copy / "checkpoints" / LATEST_NAME).write_text("step_99\n")
     (copy / "checkpoints" / "step_50.tmp-1-abc").mkdir()
     assert open_checkpoint(copy).path.name == "step_10"
+    for damaged in (b"", b"\n", b".\n", b"..", b"step_50.tmp-1-abc", b"\xff\x00"):
+        (copy / "checkpoints" / LATEST_NAME).write_bytes(damaged)
+        assert open_checkpoint(copy).path.name == "step_10"
+        assert "names no checkpoint" in capsys.readouterr().err
     (copy / "checkpoints" / LATEST_NAME).unlink()
     assert open_checkpoint(copy).path.name == "step_10"
 

@@ -156,7 +156,8 @@ class _Run:
         """Gradients of hidden states, weight and bias."""
         scale = self.problem.gradient_scale
         self.delivered = True
-        if self.weight_gradient is not None and self.weight_gradient.into_main_grad and upstream.item() != scale:
+        in_main_grad = self.weight_gradient is not None and self.weight_gradient.into_main_grad
+        if in_main_grad and upstream.float().item() != torch.tensor(scale, dtype=torch.float32).item():
             raise RuntimeError(
                 f"the gradient that arrived at the loss is {upstream.item()}, but gradient_scale={scale} was declared "
                 f"and has gone into main_grad already: pass gradient_scale={upstream.item()}"
@@ -282,7 +283,7 @@ class _Run:
 
     def _linear_gradients(self, gradient: Tensor, tokens: Tensor, rows: slice) -> None:
         if self.grad_bias is not None:
-            self.grad_bias[: gradient.shape[1]] += gradient.sum(0)
+            self.grad_bias[: gradient.shape[1]] += gradient.sum(0, dtype=self.grad_bias.dtype)
         gradient = gradient.to(tokens.dtype)
         if self.grad_hidden is not None:
             torch.mm(gradient, self.student.weight, out=self.grad_hidden[rows])

@@ -35,7 +35,7 @@ class SDPACoreAttention(torch.nn.Module):
         super().__init__()
         if config.context_parallel_size > 1:
             raise ConfigError(
-                "parallel.context_parallel_size above 1 needs Transformer Engine: use model.layer_spec=te"
+                "parallel.context_parallel_size above 1 is not supported yet: use tensor or sequence parallelism"
             )
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)

@@ -49,6 +49,11 @@ class ParallelConfig:
         if self.overlap_param_gather and not self.overlap_grad_reduce:
             yield "'parallel.overlap_param_gather' needs 'parallel.overlap_grad_reduce'"
 
+    def context_parallel_faults(self) -> Iterator[str]:
+        """For verbs whose batches are not cut along the sequence: a message if they are asked for it."""
+        if self.context_parallel_size > 1:
+            yield "'parallel.context_parallel_size' above 1 is not supported yet: use tensor or sequence parallelism"
+
 
 @dataclass(frozen=True)
 class ParallelLayout:

@@ -1,6 +1,7 @@
 """What the training loop tells a teacher at its start and after every batch, so that one on other ranks keeps in step.
 
-For one batch: SAVE where a checkpoint follows (collective over the world), then one of CONTINUE, REWIND and STOP.
+For one batch: SAVE where a checkpoint follows, then one of CONTINUE, REWIND and STOP. Checkpoints are written and read
+by the student's ranks alone; a teacher on other ranks takes no part in them.
 ``position`` is the global batch, counted from 0, with which the student goes on. Batches are passed over but never read
 again, so within one process it only grows: a teacher that reads ahead is always ahead of the right batch.
 """
@@ -14,9 +15,9 @@ class Action(str, enum.Enum):
 
     CONTINUE = "continue"
     SAVE = "save"
-    """Every rank of the world takes part in writing a checkpoint: ``training.checkpoint.take_part_in_save``."""
+    """The student writes a checkpoint."""
     REWIND = "rewind"
-    """Every rank of the world takes part in loading one: ``training.checkpoint.take_part_in_load``."""
+    """The student goes back to a checkpoint, and on with the batches at ``position``."""
     STOP = "stop"
 
 

@@ -90,13 +90,6 @@ def save_checkpoint(
     return writer.finish()
 
 
-def take_part_in_save(checkpoints: Path, step: int) -> None:
-    """What a rank without a part of the student does while the others save. Collective over the world."""
-    writer = CheckpointWriter(checkpoints)
-    writer.begin(step, {}, lambda *_: None)
-    writer.finish()
-
-
 def load_checkpoint(
     info: CheckpointInfo, model: Sequence[torch.nn.Module], optimizer: ChainedOptimizer, groups: ProcessGroupCollection
 ) -> Progress:
@@ -113,13 +106,6 @@ def load_checkpoint(
         chunk.module.load_state_dict(loaded[f"model{i}"], strict=False)
     optimizer.load_state_dict(loaded["optimizer"])
     return Progress.from_manifest(info.manifest)
-
-
-def take_part_in_load(checkpoints: Path) -> None:
-    """What a rank without a part of the student does while the others find and load the newest whole checkpoint."""
-    info = newest_whole_checkpoint(checkpoints)
-    if info is not None:
-        load_sharded_state({}, info.path)
 
 
 def newest_whole_checkpoint(checkpoints: Path) -> CheckpointInfo | None:

@@ -88,6 +88,7 @@ class TrainConfig:
 
     def validate(self) -> Iterator[str]:
         """Faults in the values together, one message each."""
+        yield from self.parallel.context_parallel_faults()
         if self.distillation.method != "none" and self.teacher.placement == "none":
             yield f"'distillation.method' {self.distillation.method} needs 'teacher.placement' (colocated) and its path"
         if self.teacher.placement == "cached":

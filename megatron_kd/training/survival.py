@@ -135,8 +135,10 @@ class Survival:
             incidents, skipped_batches=incidents.skipped_batches + 1, non_finite=incidents.non_finite + 1
         )
 
-    def after_loss(self, incidents: Incidents, step: int, loss: float, chunks: list[int]) -> tuple[Incidents, bool]:
-        """The incidents with this step's loss, and whether to roll back."""
+    def after_loss(
+        self, incidents: Incidents, step: int, loss: float, chunks: list[int], *, has_checkpoint: bool = True
+    ) -> tuple[Incidents, bool]:
+        """The incidents with this step's loss, and whether to roll back: not without a checkpoint to go back to."""
         config, before = self.config, incidents.losses
         deviations = before.deviations(loss)
         limit = config.spike_deviations or math.inf
@@ -149,6 +151,9 @@ class Survival:
         )
         self.record("loss spike", step, text)
         if config.spike_action == "log":
+            return incidents, False
+        if not has_checkpoint:
+            self.record("no rollback", step, "nothing saved: going on")
             return incidents, False
         if incidents.rollbacks >= config.max_rollbacks:
             self.record("no rollback", step, f"survival.max_rollbacks {config.max_rollbacks} is reached: going on")

@@ -119,7 +119,7 @@ class Trainer:
         settings, before = self.config.training, progress
         self.hang_watch.beat(f"step {progress.step + 1}")
         progress, rolls_back = self._train_one(batches, progress)
-        if rolls_back and self._saved_step is not None:
+        if rolls_back:
             return self._rewind(progress)
         has_stepped = progress.step > before.step
         if has_stepped and _is_due(progress.step, settings.eval_interval, settings.train_iters):
@@ -158,7 +158,13 @@ class Trainer:
                 raise NonFiniteLossError(f"step {progress.step + 1}: {reason}") from None
             return dataclasses.replace(progress, incidents=incidents), False
         seconds = time.perf_counter() - started
-        incidents, rolls_back = self.survival.after_loss(progress.incidents, progress.step + 1, result.loss, chunks)
+        incidents, rolls_back = self.survival.after_loss(
+            progress.incidents,
+            progress.step + 1,
+            result.loss,
+            chunks,
+            has_checkpoint=self._saved_step is not None,
+        )
         progress = Progress(progress.step + 1, progress.tokens + result.tokens, progress.seconds + seconds, incidents)
         self.tracker.step(self._row(progress, result, rate, seconds) | made.facts)
         return progress, rolls_back
@@ -287,13 +293,13 @@ class Trainer:
                 chunk.start_param_sync(force_sync=True)
 
     def _save(self, progress: Progress, in_background: bool) -> None:
-        """Begin a checkpoint; without a background, or where other ranks take part in it, finish it too."""
+        """Begin a checkpoint; without a background, finish it too."""
         self.hang_watch.beat(f"checkpoint of step {progress.step}")
         self._tell(Action.SAVE, progress)
         self._saved_step = progress.step
         self.tracker.flush()
         self._gather_parameters()
-        in_background &= self.config.training.async_save and self.layout.world_size == self.runtime.world_size
+        in_background &= self.config.training.async_save
         state = training_state(self.model, self.optimizer, self.groups, is_loading=False)
         about = description(progress, self.architecture, self._about(progress), source_files(self.source))
         self.writer.begin(progress.step, state, about, in_background=in_background)

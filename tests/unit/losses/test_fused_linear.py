@@ -276,6 +276,15 @@ def test_a_wrong_gradient_scale_is_refused_once_it_has_gone_into_main_grad():
         (loss * 4.0).backward()
 
 
+def test_a_gradient_scale_that_fp32_rounds_is_the_one_that_arrives():
+    inputs = small()
+    weight = torch.nn.Parameter(inputs["head"].weight)
+    weight.main_grad = torch.zeros_like(weight)
+    loss = linear_distillation_loss(**{**inputs, "head": OutputHead(weight, 83)}, gradient_scale=0.1).loss_sum
+    (loss * 0.1).backward()
+    assert weight.main_grad.any()
+
+
 def test_mixture_objective_is_the_weighted_sum_of_its_parts():
     case = LossCase("forward_kl", lm_weight=0.0, kd_weight=1.0)
     inputs = build(case)

@@ -54,5 +54,5 @@ def test_an_explicit_mask_forbids_where_it_is_true():
 
 
 def test_context_parallelism_is_refused_with_the_remedy():
-    with pytest.raises(ConfigError, match="use model.layer_spec=te"):
+    with pytest.raises(ConfigError, match="is not supported yet: use tensor or sequence"):
         attention(context=2)

@@ -4,9 +4,12 @@ import itertools
 
 import pytest
 
-from megatron_kd.config import from_mapping
+from megatron_kd.config import from_mapping, load_config
 from megatron_kd.errors import ConfigError, LayoutError
+from megatron_kd.evaluation.run import EvaluateConfig
+from megatron_kd.generation.generate_corpus import GenerateCorpusConfig
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout, as_mapping
+from megatron_kd.training.config import TrainConfig
 
 SIZES = {"num_layers": 4, "num_attention_heads": 8, "num_query_groups": 4, "ffn_hidden_size": 96, "seq_length": 32}
 
@@ -131,3 +134,16 @@ def test_ends_that_leave_nothing_are_refused():
     layout = ParallelLayout(1, 2, 1, 1, first_stage_layers=4, last_stage_layers=3)
     with pytest.raises(LayoutError, match="ends take 7 of 8 layers, 1 are left for 0 stages"):
         layout.check_model(num_layers=8, **shape)
+
+
+@pytest.mark.parametrize(
+    ("schema", "keys"),
+    [
+        (TrainConfig, ["data.path=a", "output=b"]),
+        (EvaluateConfig, ["data.path=a", "model.path=b"]),
+        (GenerateCorpusConfig, ["prompt=begin", "num_texts=1", "data.path=a", "model.path=b", "output=c"]),
+    ],
+)
+def test_verbs_refuse_context_parallelism_by_name(schema, keys):
+    with pytest.raises(ConfigError, match="'parallel.context_parallel_size' above 1 is not supported yet"):
+        load_config(schema, None, [*keys, "parallel.context_parallel_size=2"])

@@ -77,6 +77,15 @@ def test_rollbacks_are_limited(tmp_path, capsys):
     assert "survival.max_rollbacks 2 is reached" in capsys.readouterr().err
 
 
+def test_without_a_checkpoint_a_spike_leaves_the_rollbacks_alone(tmp_path, capsys):
+    policy, incidents = survival(tmp_path, spike_warmup_steps=20, spike_action="rollback", max_rollbacks=1), Incidents()
+    for step, loss in enumerate(noisy_losses(40), start=1):
+        incidents, _ = policy.after_loss(incidents, step, loss, [], has_checkpoint=False)
+    incidents, rolls_back = policy.after_loss(incidents, 41, 9.0, [], has_checkpoint=False)
+    assert not rolls_back and incidents.rollbacks == 0
+    assert "step 41: no rollback: nothing saved" in capsys.readouterr().err
+
+
 def test_skips_are_limited_and_counted(tmp_path):
     policy, incidents = survival(tmp_path, non_finite="skip", max_skipped_batches=2), Incidents()
     for number in (1, 2):

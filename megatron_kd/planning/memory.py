@@ -30,7 +30,7 @@ STASH_BYTES = 1024 << 20
 # Tensors that autograd keeps for one layer's backward pass, in units of [positions, width].
 HIDDEN_REPLICATED = 4  # inputs and outputs of both norms
 ATTENTION_QUERY = 2  # the rotated query, the context
-FFN_FUSED, FFN_UNFUSED = 3, 5  # [gate, up] and their product; unfused: SiLU's pieces as well
+FFN_FUSED, FFN_UNFUSED = 3, 4  # [gate, up] and their product; unfused: silu(gate) as well
 
 
 @dataclass(frozen=True)

@@ -109,11 +109,13 @@ def test_a_killed_job_goes_on_where_it_was(dataset, model, generated, tmp_path):
     assert not (tmp_path / "out.parts").exists()
 
 
-def test_parts_of_another_recipe_are_not_used(dataset, model, generated, tmp_path):
+def test_parts_of_another_recipe_are_refused_and_stay(dataset, model, generated, tmp_path):
     settings = settings_of(dataset, model, tmp_path / "out")
     shared_ranks(1).run(interrupt_after, 2, [*settings, "seed=11"])
-    shared_ranks(1).run(interrupt_after, 99, settings)
-    assert ChunkDataset.open(tmp_path / "out").fingerprint == generated.fingerprint
+    unfinished = sorted(tmp_path.rglob("part-*.npz"))
+    with pytest.raises(RankError, match="another recipe .*seed 11 there"):
+        shared_ranks(1).run(interrupt_after, 99, settings)
+    assert unfinished and sorted(tmp_path.rglob("part-*.npz")) == unfinished
 
 
 def test_a_finished_one_is_left_and_another_recipe_refused(dataset, model, generated):

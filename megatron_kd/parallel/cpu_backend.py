@@ -17,7 +17,6 @@ from typing import Any, Callable
 import torch
 import torch.distributed as dist
 import torch.utils._device
-from torch import Tensor
 
 _FACTORIES = (
     "tensor",
@@ -175,9 +174,9 @@ def _skip_collectives_of_one_rank() -> None:
 
 def _in_place(collective: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(collective)
-    def call(tensor: Tensor, *arguments: Any, group: dist.ProcessGroup | None = None, **options: Any) -> Any:
-        if arguments or group is None or group.size() > 1:  # the op or the source by position: left as it is
-            return collective(tensor, *arguments, group=group, **options)
+    def call(*arguments: Any, **options: Any) -> Any:
+        if len(arguments) != 1 or not _is_alone(options.get("group")):  # another form of call: left as it is
+            return collective(*arguments, **options)
         return _Done() if options.get("async_op") else None
 
     return call
@@ -185,16 +184,19 @@ def _in_place(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 def _with_output(collective: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(collective)
-    def call(
-        output: Tensor, source: Tensor, *arguments: Any, group: dist.ProcessGroup | None = None, **options: Any
-    ) -> Any:
-        if arguments or group is None or group.size() > 1:
-            return collective(output, source, *arguments, group=group, **options)
+    def call(*arguments: Any, **options: Any) -> Any:
+        if len(arguments) != 2 or not _is_alone(options.get("group")):
+            return collective(*arguments, **options)
+        output, source = arguments
         if output.data_ptr() != source.data_ptr():
             output.copy_(source.view_as(output))
         return _Done() if options.get("async_op") else None
 
     return call
+
+
+def _is_alone(group: Any) -> bool:
+    return isinstance(group, dist.ProcessGroup) and group.size() == 1
 
 
 def _keep_freed_memory() -> None:

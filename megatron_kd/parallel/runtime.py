@@ -17,6 +17,7 @@ from megatron_kd.errors import LayoutError, UserError
 from megatron_kd.parallel import cpu_backend
 from megatron_kd.parallel.agreement import another_rank_failed, first_to_fail
 from megatron_kd.parallel.liveness import Liveness
+from megatron_kd.parallel.meeting_point import meet
 from megatron_kd.parallel.worlds import SplitWorld, join_split_world
 
 
@@ -122,10 +123,7 @@ def _join_world(device: torch.device, timeout: timedelta) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     options = {"device_id": device} if device.type == "cuda" else {}
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-        # torchrun's store outlives a restart: without a prefix of its own an attempt finds the dead ranks' addresses.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"attempt_{attempt}", store)
+        store, rank, world_size = meet(timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, **options)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, **options)

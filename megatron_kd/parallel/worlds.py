@@ -11,9 +11,9 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from megatron_kd.errors import LayoutError
+from megatron_kd.parallel.meeting_point import meet
 
 Role = Literal["student", "teacher"]
 BRIDGE_TIMEOUT = timedelta(days=7)  # a student may evaluate or save for long; a dead rank is found by liveness.py
@@ -51,8 +51,7 @@ def join_split_world(num_teachers: int, device: torch.device, timeout: timedelta
     Raises:
         LayoutError: the world has no rank left for the student.
     """
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    store.set_timeout(timeout)
+    store, rank, world_size = meet(timeout)
     num_students = world_size - num_teachers
     if num_students < 1:
         raise LayoutError(

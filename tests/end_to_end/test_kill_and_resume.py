@@ -113,7 +113,7 @@ def survive(objective, kills, dataset, teacher, uninterrupted, tmp_path):
     check_same_end(folder, uninterrupted(objective))
 
 
-@pytest.mark.parametrize("objective", ["lm", "vanilla_kd"])
+@pytest.mark.parametrize("objective", ["lm", pytest.param("vanilla_kd", marks=pytest.mark.slow)])
 def test_two_kills(objective, dataset, teacher, uninterrupted, tmp_path):
     survive(objective, 2, dataset, teacher, uninterrupted, tmp_path)
 

@@ -11,11 +11,17 @@ import os
 import socket
 import sys
 import threading
+import time
+from datetime import timedelta
 from types import TracebackType
+from typing import Callable
 
 import torch.distributed as dist
 
+from megatron_kd.errors import LayoutError
+
 _KEY = "liveness"
+_HELLO_SECONDS = 30.0
 _GRACE_SECONDS = 10.0
 _DEAD_STATUS, _FAILED_STATUS = 1, 2
 
@@ -27,11 +33,18 @@ class Liveness:
         store: shared by all ranks.
         rank: this rank.
         world_size: all ranks.
-        role: says what this rank is in the message about its death, e.g. ``rank 3 (teacher rank 1 of 2)``.
+        describe: says what a rank is in messages about it, e.g. ``rank 3 (teacher rank 1 of 2)``.
+        timeout: how long the ranks may take to come together.
+
+    Raises:
+        LayoutError: they have not; the message names those that are missing.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, role: str):
-        self._rank, self._role = rank, role
+    def __init__(
+        self, store: dist.Store, rank: int, world_size: int, describe: Callable[[int], str], timeout: timedelta
+    ):
+        self._rank, self._describe = rank, describe
+        self._deadline = time.monotonic() + timeout.total_seconds()
         self._peers: dict[int, socket.socket] = {}
         self._lock = threading.Lock()
         self._left = threading.Event()
@@ -56,22 +69,47 @@ class Liveness:
         with socket.create_server(("", 0)) as server:
             host = os.environ.get("MASTER_ADDR", socket.gethostname())
             store.set(_KEY, json.dumps([host, server.getsockname()[1]]))
-            for _ in range(world_size - 1):
-                peer = server.accept()[0]
-                _keep_alive(peer)
-                reader = peer.makefile("r")
-                hello = json.loads(reader.readline())
-                self._peers[hello["rank"]] = peer
-                self._watch(reader, hello["role"])
+            while len(self._peers) < world_size - 1:
+                try:
+                    self._accept(server)
+                except TimeoutError:
+                    self._tell({"kind": "failed"})
+                    missing = [self._describe(rank) for rank in range(1, world_size) if rank not in self._peers]
+                    raise LayoutError(
+                        f"{', '.join(missing)} did not connect to {self._describe(0)} at {host}:"
+                        f"{server.getsockname()[1]} in time: see whether it started, and whether a firewall is between"
+                    ) from None
+
+    def _accept(self, server: socket.socket) -> None:
+        """The next connection; one that does not say which rank it is (a port scanner's) is closed."""
+        server.settimeout(max(self._deadline - time.monotonic(), 0.001))
+        peer = server.accept()[0]
+        peer.settimeout(_HELLO_SECONDS)
+        reader = peer.makefile("r")
+        try:
+            rank = int(json.loads(reader.readline())["rank"])
+        except (OSError, ValueError, TypeError, KeyError):
+            reader.close()
+            peer.close()
+            return
+        peer.settimeout(None)
+        _keep_alive(peer)
+        self._peers[rank] = peer
+        self._watch(reader, self._describe(rank))
 
     def _connect(self, store: dist.Store) -> None:
         host, port = json.loads(store.get(_KEY))
-        peer = socket.create_connection((host, port), timeout=60)
+        try:
+            peer = socket.create_connection((host, port), timeout=60)
+        except OSError as error:
+            raise LayoutError(
+                f"{self._describe(self._rank)} cannot reach {self._describe(0)} at {host}:{port}: {error}"
+            ) from None
         peer.settimeout(None)
         _keep_alive(peer)
         self._peers[0] = peer
-        self._tell({"rank": self._rank, "role": self._role})
-        self._watch(peer.makefile("r"), "rank 0 (student rank 0)")
+        self._tell({"rank": self._rank})
+        self._watch(peer.makefile("r"), self._describe(0))
 
     def _watch(self, reader, role: str) -> None:
         threading.Thread(target=self._read, args=(reader, role), name="liveness", daemon=True).start()

@@ -77,7 +77,7 @@ def _split_runtime(device: torch.device, timeout: timedelta, teacher_ranks: int)
         raise LayoutError(f"a teacher on {teacher_ranks} ranks of its own needs more ranks: start it with torchrun")
     split = join_split_world(teacher_ranks, device, timeout)
     try:
-        with Liveness(split.store, split.rank, split.world_size, split.describe()):
+        with Liveness(split.store, split.rank, split.world_size, split.describe, timeout):
             yield Runtime(device, dist.get_rank(), dist.get_world_size(), split)
     finally:
         dist.destroy_process_group()

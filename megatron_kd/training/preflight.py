@@ -2,7 +2,8 @@
 
 Student: weights, gradients, optimizer state, activations in flight, loss chunks. Co-located teacher: weights, its
 output layer again where its layout differs from the student's, activations of a pass, hidden states that wait.
-Remote teacher, on the student's last stage: its output layer and the hand-offs being received.
+Remote teacher, on the student's last stage: its output layer and the hand-offs being received; on its own ranks:
+weights, activations of a pass, hand-offs that wait to be sent.
 """
 
 import dataclasses
@@ -24,6 +25,13 @@ from megatron_kd.planning.memory import (
 )
 from megatron_kd.training.config import TrainConfig
 
+_OF_THE_STUDENT = (
+    "more tensor or pipeline parallelism, a smaller training.micro_batch_size, or another teacher.placement"
+)
+_OF_THE_TEACHER = (
+    "a larger teacher.tensor_model_parallel_size or teacher.pipeline_model_parallel_size (and teacher.num_ranks), "
+    "or a smaller training.micro_batch_size"
+)
 USABLE = 0.95  # of a device: the rest is the context and what the allocator cannot use
 
 
@@ -48,17 +56,42 @@ def check_memory(
     for rank in range(layout.world_size):
         stage = layout.coordinates(rank).pipeline
         need = rank_memory(config, architecture, layout, rank, teacher, seq_length, device.type)
-        if need.total > limit:
-            parts = ", ".join(
-                f"{field.name.replace('_', ' ')} {getattr(need, field.name) / 1e6:,.0f}"
-                for field in dataclasses.fields(need)
-                if getattr(need, field.name)
-            )
-            raise ConfigError(
-                f"rank {rank} (pipeline stage {stage}) needs {need.total / 1e6:,.0f} MB ({parts}), its device has "
-                f"{limit / 1e6:,.0f}: use more tensor or pipeline parallelism, a smaller training.micro_batch_size, or "
-                "another teacher.placement"
-            )
+        _refuse_if_above(limit, need, f"rank {rank} (pipeline stage {stage})", _OF_THE_STUDENT)
+
+
+def check_teacher_ranks(
+    config: TrainConfig,
+    layout: ParallelLayout,
+    teacher: ModelArchitecture,
+    seq_length: int,
+    device: torch.device,
+) -> None:
+    """Refuse a remote teacher that cannot fit into its ranks.
+
+    Args:
+        layout: the teacher's own, over its ranks.
+
+    Raises:
+        ConfigError: as :func:`check_memory`.
+    """
+    limit = device_bytes(device) * USABLE
+    for rank in range(layout.world_size):
+        stage = layout.coordinates(rank).pipeline
+        need = teacher_rank_memory(config, layout, rank, teacher, seq_length)
+        _refuse_if_above(limit, need, f"teacher rank {rank} (pipeline stage {stage})", _OF_THE_TEACHER)
+
+
+def _refuse_if_above(limit: float, need: RankMemory, who: str, remedy: str) -> None:
+    if need.total <= limit:
+        return
+    parts = ", ".join(
+        f"{field.name.replace('_', ' ')} {getattr(need, field.name) / 1e6:,.0f}"
+        for field in dataclasses.fields(need)
+        if getattr(need, field.name)
+    )
+    raise ConfigError(
+        f"{who} needs {need.total / 1e6:,.0f} MB ({parts}), its device has {limit / 1e6:,.0f}: use {remedy}"
+    )
 
 
 def rank_memory(
@@ -102,6 +135,25 @@ def rank_memory(
         teacher_activations=config.teacher.prefetch_depth
         * settings.micro_batch_size * seq_length * teacher.hidden_size * width,
     )  # fmt: skip
+
+
+def teacher_rank_memory(
+    config: TrainConfig, layout: ParallelLayout, rank: int, teacher: ModelArchitecture, seq_length: int
+) -> RankMemory:
+    """Bytes on one of a remote teacher's ranks, whose layout is ``layout``: weights, a pass, hand-offs that wait.
+
+    The logits that a sparse payload is chosen from are not counted.
+    """
+    settings, stage, width = config.training, layout.coordinates(rank).pipeline, ELEMENT_BYTES[config.training.precision]
+    alone = teacher_memory(
+        teacher, layout, layout, rank, precision=settings.precision, micro_batch_size=settings.micro_batch_size,
+        seq_length=seq_length, micro_batches=1, stash_bytes=0,
+    )  # fmt: skip
+    if stage < layout.pipeline - 1 or config.teacher.payload != "hidden":
+        return alone
+    hand_off = settings.micro_batch_size * seq_length * teacher.hidden_size * width
+    waiting = config.teacher.prefetch_depth * hand_off
+    return dataclasses.replace(alone, teacher_activations=alone.teacher_activations + waiting)
 
 
 def device_bytes(device: torch.device) -> float:

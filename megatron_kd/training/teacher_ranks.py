@@ -15,10 +15,11 @@ from megatron_kd.models.loading import check_same_tokenizer
 from megatron_kd.models.weights import open_checkpoint
 from megatron_kd.parallel.layout import ParallelLayout
 from megatron_kd.parallel.runtime import Runtime
-from megatron_kd.teachers.build import build_teacher_ranks
+from megatron_kd.teachers.build import build_teacher_ranks, plan_teacher_layout
 from megatron_kd.teachers.routing import Item
 from megatron_kd.training.build import open_datasets, student_architecture
 from megatron_kd.training.config import TrainConfig
+from megatron_kd.training.preflight import check_teacher_ranks
 from megatron_kd.training.signals import WATCHED
 
 
@@ -74,6 +75,9 @@ def _serve(config: TrainConfig, runtime: Runtime) -> None:
     info = open_checkpoint(config.teacher.path)
     check_same_tokenizer(info, data)
     layout = ParallelLayout.for_world(config.parallel, runtime.split.num_students)
+    seq_length = config.data.seq_length or data.seq_length
+    own = plan_teacher_layout(config.teacher, info, layout, runtime.split.num_teachers, seq_length)
+    check_teacher_ranks(config, own, info.architecture, seq_length, runtime.device)
     build_teacher_ranks(
         config.teacher,
         info,
@@ -83,7 +87,7 @@ def _serve(config: TrainConfig, runtime: Runtime) -> None:
         StudentsBatches(config, data, layout),
         precision=config.training.precision,
         layer_spec=config.model.layer_spec,
-        seq_length=config.data.seq_length or data.seq_length,
+        seq_length=seq_length,
         temperature=config.distillation.temperature,
         device=runtime.device,
     ).run()

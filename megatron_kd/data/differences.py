@@ -49,8 +49,7 @@ def open_differences(config: "SampleByDifferenceConfig", dataset: ChunkDataset) 
     teacher, reference = ScoreFile.open(str(config.teacher_scores)), ScoreFile.open(str(config.reference_scores))
     check_pair(teacher, reference)
     if not config.force:
-        model = reference.manifest["model"]
-        refuse_reference_trained_on(model.get("trained_on"), model.get("trained_on_path"), dataset, reference.path)
+        refuse_reference_trained_on(reference.manifest["model"], dataset, reference.path)
     one, other = teacher.reader(dataset), reference.reader(dataset)
     return Differences(
         lambda start, stop: np.subtract(other(start, stop), one(start, stop), dtype=np.float32),

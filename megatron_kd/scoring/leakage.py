@@ -4,8 +4,9 @@ MiniPLM selects from D without D_ref: a reference model that has seen a chunk fi
 difference is wrong. Two datasets share chunks if they are the same, or select from one root and have an id in common.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
@@ -18,47 +19,63 @@ if TYPE_CHECKING:
 REFERENCE_ROLE = "reference"
 
 
+def training_datasets(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """``path`` and ``fingerprint`` of what a checkpoint's model was trained on: all parts of a blend; none if unknown.
+
+    Args:
+        manifest: of the checkpoint.
+    """
+    data = (manifest.get("config") or {}).get("data") or {}
+    if data.get("weights") is not None or len(_paths(data.get("path"))) > 1:
+        return [{"path": one["path"], "fingerprint": one["fingerprint"]} for one in manifest["dataset_parents"]]
+    fingerprint = manifest.get("dataset_fingerprint")
+    return [] if fingerprint is None else [{"path": manifest.get("dataset_path"), "fingerprint": fingerprint}]
+
+
 def refuse_training_data(info: "CheckpointInfo", dataset: ChunkDataset, force: bool) -> None:
     """Refuse to score a reference model's own training data.
 
-    A model is a reference model if its training data is a reference split (``producer.role`` of the manifest).
+    A model is a reference model if its training data is a reference split (``producer.role`` of the manifest), or a
+    blend with one.
 
     Raises:
         DataError: it is, and ``dataset`` holds chunks of that split.
     """
-    path, fingerprint = info.manifest.get("dataset_path"), info.manifest.get("dataset_fingerprint")
-    if force or fingerprint is None:
-        return
-    split = dataset if dataset.fingerprint == fingerprint else open_if_same(path, fingerprint)
-    if split is None or split.manifest["producer"].get("role") != REFERENCE_ROLE:
-        return
-    shared = num_shared_chunks(split, dataset)
-    if shared:
-        raise DataError(
-            f"{dataset.path}: {shared:,} of its {dataset.num_chunks:,} chunks are in {path}, the reference split that "
-            f"{info.path} was trained on; score the rest of the corpus, or set force=true"
-        )
+    for part in [] if force else training_datasets(info.manifest):
+        split = _open_part(part, dataset)
+        if split is None or split.manifest["producer"].get("role") != REFERENCE_ROLE:
+            continue
+        shared = num_shared_chunks(split, dataset)
+        if shared:
+            raise DataError(
+                f"{dataset.path}: {shared:,} of its {dataset.num_chunks:,} chunks are in {part['path']}, the reference "
+                f"split that {info.path} was trained on; score the rest of the corpus, or set force=true"
+            )
 
 
-def refuse_reference_trained_on(
-    trained_on: str | None, trained_on_path: str | None, dataset: ChunkDataset, reference_scores: Path
-) -> None:
+def refuse_reference_trained_on(model: Mapping[str, Any], dataset: ChunkDataset, reference_scores: Path) -> None:
     """Refuse reference scores whose model was trained on chunks of the dataset that is sampled.
+
+    Args:
+        model: what the score file says about its model.
 
     Raises:
         DataError: it was.
     """
-    if trained_on is None:
-        return
-    split = dataset if dataset.fingerprint == trained_on else open_if_same(trained_on_path, trained_on)
-    shared = num_shared_chunks(split, dataset) if split is not None else 0
-    if trained_on == dataset.root_fingerprint:
-        shared = dataset.num_chunks
-    if shared:
-        raise DataError(
-            f"{reference_scores}: the reference model was trained on {shared:,} of the {dataset.num_chunks:,} chunks "
-            f"of {dataset.path}; train it on a reference split that is not sampled, or set force=true"
-        )
+    parts = model.get("trained_on_parts")
+    if parts is None:
+        known = model.get("trained_on") is not None
+        parts = [{"path": model.get("trained_on_path"), "fingerprint": model["trained_on"]}] if known else []
+    for part in parts:
+        split = _open_part(part, dataset)
+        shared = num_shared_chunks(split, dataset) if split is not None else 0
+        if part["fingerprint"] == dataset.root_fingerprint:
+            shared = dataset.num_chunks
+        if shared:
+            raise DataError(
+                f"{reference_scores}: the reference model was trained on {shared:,} of the {dataset.num_chunks:,} "
+                f"chunks of {dataset.path}; train it on a reference split that is not sampled, or set force=true"
+            )
 
 
 def num_shared_chunks(one: ChunkDataset, other: ChunkDataset) -> int:
@@ -81,3 +98,13 @@ def open_if_same(path: str | None, fingerprint: str) -> ChunkDataset | None:
     except (UserError, OSError):
         return None
     return found if found is not None and found.fingerprint == fingerprint else None
+
+
+def _open_part(part: Mapping[str, Any], dataset: ChunkDataset) -> ChunkDataset | None:
+    if part["fingerprint"] == dataset.fingerprint:
+        return dataset
+    return open_if_same(part["path"], part["fingerprint"])
+
+
+def _paths(path: str | Sequence[str] | None) -> Sequence[str | None]:
+    return [path] if path is None or isinstance(path, str) else path

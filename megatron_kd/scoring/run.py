@@ -24,7 +24,7 @@ from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.parallel.runtime import Runtime, distributed_runtime
 from megatron_kd.scoring.chunk_losses import ChunkLosses, ChunkScorer
 from megatron_kd.scoring.journal import ScoreJournal
-from megatron_kd.scoring.leakage import refuse_training_data
+from megatron_kd.scoring.leakage import refuse_training_data, training_datasets
 from megatron_kd.scoring.micro_batches import MicroBatch, MicroBatchPlan, width_multiple
 from megatron_kd.scoring.score_file import KIND, ScoreFile, write_score_file
 from megatron_kd.scoring.units import UnitScores, fill_journal
@@ -172,6 +172,7 @@ def _write(
             "parameters": loaded.info.architecture.parameters,
             "trained_on": manifest.get("dataset_fingerprint"),
             "trained_on_path": manifest.get("dataset_path"),
+            "trained_on_parts": training_datasets(manifest),
         },
         compute_dtype=_precision(config, loaded),
         producer={"tool": "score_corpus", "config": to_mapping(config), "recipe": recipe},

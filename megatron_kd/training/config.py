@@ -28,6 +28,11 @@ class TrainingDataConfig:
     mask_prompt: bool = False
     """Leave the predictions inside prompts out of the loss; the dataset then says where each chunk's prompt ends."""
 
+    @property
+    def is_blend(self) -> bool:
+        """Whether ``open_data`` makes a blend of it."""
+        return self.weights is not None or (not isinstance(self.path, str) and len(self.path) > 1)
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -117,6 +122,11 @@ class TrainConfig:
                 )
 
     def _cached_faults(self) -> Iterator[str]:
+        if self.data.is_blend:
+            yield (
+                "'data.path' blends datasets, but 'teacher.placement' cached covers one dataset: train on one, or use a "
+                "colocated or remote teacher"
+            )
         if self.distillation.method not in ("none", "vanilla_kd"):
             yield (
                 f"'distillation.method' {self.distillation.method} generates text, of which a cache knows nothing: "

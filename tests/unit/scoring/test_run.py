@@ -7,12 +7,15 @@ import pytest
 
 from megatron_kd.config import from_mapping
 from megatron_kd.data.artefact_folder import building
+from megatron_kd.data.blend import open_data
 from megatron_kd.data.chunk_dataset import ChunkDataset, ChunkDatasetWriter
 from megatron_kd.errors import ConfigError, DataError
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.scoring.chunk_losses import ChunkScorer
 from megatron_kd.scoring.journal import ScoreJournal
+from megatron_kd.scoring.leakage import refuse_reference_trained_on
 from megatron_kd.scoring.run import ScoreCorpusConfig, run
+from megatron_kd.scoring.score_file import ScoreFile
 from megatron_kd.training.checkpoint import Progress, save_checkpoint
 from tests.distributed.training.runs import make_dataset
 from tests.reference.one_rank import TrainingParts
@@ -30,15 +33,16 @@ def select(root: ChunkDataset, output: Path, ids: list[int], role: str) -> Chunk
     return ChunkDataset.open(output)
 
 
-def save_model(root: Path, trained_on: ChunkDataset) -> Path:
+def save_model(root: Path, trained_on: ChunkDataset, about: dict | None = None) -> Path:
     with distributed_runtime() as runtime:
         parts = TrainingParts(trained_on, runtime)
-        about = {
+        facts = {
             "tokenizer_hash": trained_on.tokenizer_hash, "seq_length": 32, "precision": "fp32",
             "dataset_fingerprint": trained_on.fingerprint, "dataset_path": str(trained_on.path),
+            **(about or {}),
         }  # fmt: skip
         save_checkpoint(root / "checkpoints", Progress(1), parts.model, parts.optimizer, parts.groups,
-                        architecture=parts.architecture, about=about)  # fmt: skip
+                        architecture=parts.architecture, about=facts)  # fmt: skip
     return root
 
 
@@ -137,6 +141,28 @@ def test_a_reference_model_does_not_judge_its_own_training_data(
     score(split, reference, tmp_path / "forced", force=True)
     score(split, model, tmp_path / "by_another")  # a teacher may have seen what it judges
     assert len(score(dataset, model, tmp_path / "own")) == 20
+
+
+def test_every_part_of_a_blend_counts(dataset: ChunkDataset, tmp_path: Path) -> None:
+    """The reference split is not the first of the blend that the model was trained on."""
+    other = make_dataset(tmp_path / "other", chunks=5, seed=7)
+    split = select(dataset, tmp_path / "reference", [1, 4, 9], "reference")
+    rest = select(dataset, tmp_path / "rest", [index for index in range(20) if index not in (1, 4, 9)], "train")
+    paths = [str(other.path), str(split.path)]
+    blend = open_data(paths)
+    model = save_model(tmp_path / "run", other, {
+        "dataset_fingerprint": blend.fingerprint, "dataset_path": str(blend.path),
+        "dataset_parents": blend.manifest["parents"], "config": {"data": {"path": paths, "weights": None}},
+    })  # fmt: skip
+    with pytest.raises(DataError, match="3 of its 20 chunks are in .*the reference split"):
+        score(dataset, model, tmp_path / "scores")
+    score(rest, model, tmp_path / "of_rest")
+    score(dataset, model, tmp_path / "forced", force=True)
+    forced = ScoreFile.open(str(tmp_path / "forced"))
+    assert [part["path"] for part in forced.manifest["model"]["trained_on_parts"]] == paths
+    with pytest.raises(DataError, match="trained on 3 of the 20 chunks"):
+        refuse_reference_trained_on(forced.manifest["model"], dataset, forced.path)
+    refuse_reference_trained_on(forced.manifest["model"], rest, forced.path)
 
 
 def test_bad_settings(dataset: ChunkDataset, model: Path, tmp_path: Path) -> None:

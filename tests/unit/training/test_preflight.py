@@ -52,3 +52,28 @@ def test_what_does_not_fit_is_refused_with_the_numbers(monkeypatch):
         preflight.check_memory(config(placement="colocated"), STUDENT, layout, TEACHER, 1024, torch.device("cpu"))
     small = dataclasses.replace(STUDENT, num_layers=1, vocab_size=1024)
     preflight.check_memory(config(placement="colocated"), small, layout, None, 64, torch.device("cpu"))
+
+
+def test_a_remote_teachers_own_ranks(monkeypatch):
+    settings, own = config(placement="remote", num_ranks=2, prefetch_depth=3), ParallelLayout(1, 2, 1, 1)
+    first, last = (preflight.teacher_rank_memory(settings, own, rank, TEACHER, 1024) for rank in (0, 1))
+    assert first.teacher_weights + last.teacher_weights == pytest.approx(2 * TEACHER.parameters, rel=1e-3)
+    assert first.weights == first.optimizer == first.loss == 0
+    hand_off = 8 * 1024 * 2048 * 2
+    assert last.teacher_activations - first.teacher_activations == 3 * hand_off
+    monkeypatch.setattr(preflight, "device_bytes", lambda _: 2e9)
+    with pytest.raises(ConfigError, match=r"teacher rank 0 .*stage 0\) needs .*teacher weights .*1,900: use a larger"):
+        preflight.check_teacher_ranks(settings, own, TEACHER, 1024, torch.device("cpu"))
+    monkeypatch.setattr(preflight, "device_bytes", lambda _: 10e9)
+    preflight.check_teacher_ranks(settings, own, TEACHER, 1024, torch.device("cpu"))
+
+
+def test_a_cached_teacher_covers_one_dataset():
+    tree = {
+        "output": "y", "distillation": {"method": "vanilla_kd"},
+        "teacher": {"placement": "cached", "cache_path": "z"},
+    }  # fmt: skip
+    for data in ({"path": ["a", "b"]}, {"path": "a", "weights": [1.0]}):
+        with pytest.raises(ConfigError, match="'data.path' blends datasets, .* cached covers one dataset"):
+            from_mapping(TrainConfig, {**tree, "data": data}, "test")
+    from_mapping(TrainConfig, {**tree, "data": {"path": ["a"]}}, "test")

@@ -6,8 +6,6 @@ run, and come together again under another store.
 
 import os
 import socket
-import tempfile
-from pathlib import Path
 from typing import Any, Callable
 
 import torch.distributed as dist
@@ -20,10 +18,8 @@ def run_in_fresh_world(world: int, function: Callable[..., Any], *arguments: Any
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        return shared_ranks(world).run(
-            _leave_and_return, port, str(Path(folder) / "store"), function, arguments, keywords, timeout=300
-        )
+    ranks = shared_ranks(world)
+    return ranks.run(_leave_and_return, port, ranks.new_store(), function, arguments, keywords, timeout=300)
 
 
 def _leave_and_return(port: int, store: str, function: Callable[..., Any], arguments: tuple, keywords: dict) -> Any:

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+import uuid
 from pathlib import Path
 from typing import Any, Callable
 
@@ -64,6 +65,12 @@ class Ranks:
             self.close(kill=True)
             raise
 
+    def new_store(self) -> str:
+        """A path for a ``file://`` store that lasts as long as these workers: each new group comes back to it."""
+        if self._folder is None:
+            self._start()
+        return str(Path(self._folder.name) / uuid.uuid4().hex)
+
     def close(self, kill: bool = False) -> None:
         """End the workers: politely, or at once."""
         for pipe in self._pipes:
@@ -83,15 +90,16 @@ class Ranks:
         self._processes, self._pipes = [], []
         if self._folder is not None:
             self._folder.cleanup()
+            self._folder = None
 
     def _start(self) -> None:
         context = mp.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-", ignore_cleanup_errors=True)
-        store = Path(self._folder.name) / "store"
+        store = self.new_store()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_work, args=(rank, self.world_size, str(store), theirs, list(sys.path))
+                target=_work, args=(rank, self.world_size, store, theirs, list(sys.path))
             )
             process.start()
             theirs.close()

@@ -56,7 +56,8 @@ def _training(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 def _method(distillation: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
     text = f"{distillation['method']} from the teacher {teacher.get('path')}"
-    details = [f"{key} {distillation[key]}" for key in ("divergence", "kd_ratio", "temperature") if key in distillation]
+    keys = ("divergence", "kd_ratio", "temperature", "temperature_squared")
+    details = [f"{key} {distillation[key]}" for key in keys if key in distillation]
     return f"{text} ({', '.join(details)})" if details else text
 
 

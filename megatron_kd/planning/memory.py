@@ -109,10 +109,10 @@ def in_flight_layers(
 
 def loss_chunk_bytes(
     architecture: ModelArchitecture, layout: ParallelLayout, tokens: float, precision: str, models: int,
-    device: str = "cuda",
+    device: str = "cuda", budget: int | None = None,
 ) -> float:
     """Buffers of the fused loss's logits (``losses/logits.py``): fp32, under bf16 with the narrow product beside it."""
-    budget = LOSS_CHUNK_BYTES[device]
+    budget = budget or LOSS_CHUNK_BYTES[device]
     per_logit = LOGIT_BYTES * models + (ELEMENT_BYTES["bf16"] if precision == "bf16" else 0)
     whole = tokens * padded_rows(architecture.vocab_size, layout.tensor) / layout.tensor * per_logit
     return min(whole, budget - min(budget // 4, LOSS_TEMPORARY_BYTES))
@@ -131,6 +131,7 @@ def student_memory(
     models_in_loss: int = 1,
     fused: bool = True,
     device: str = "cuda",
+    loss_chunk_budget: int | None = None,
 ) -> RankMemory:
     """Memory of the student on one rank of ``stage``."""
     a, width = architecture, ELEMENT_BYTES[precision]
@@ -144,7 +145,7 @@ def student_memory(
         tokens = positions / layout.context
         hidden = tokens * a.hidden_size * width
         activations += hidden  # input of the final norm
-        loss = 2 * hidden + loss_chunk_bytes(a, layout, tokens, precision, models_in_loss, device)
+        loss = 2 * hidden + loss_chunk_bytes(a, layout, tokens, precision, models_in_loss, device, loss_chunk_budget)
     return RankMemory(
         weights=parameters * width,
         gradients=parameters * GRADIENT_BYTES,

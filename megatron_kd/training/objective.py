@@ -13,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_kd.data.batch import Batch
+from megatron_kd.errors import ConfigError
 from megatron_kd.losses import (
     LM_ONLY,
     DistillationObjective,
@@ -31,6 +32,27 @@ METHODS_WITH_TEXT = ("gkd", "distillm", "minillm")
 
 
 @dataclass(frozen=True)
+class LossConfig:
+    """``distillation.loss``: how the fused loss runs; changes memory and speed, never the value."""
+
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    """auto is triton on CUDA once a recorded run has verified its kernels there (docs/losses.md), else torch."""
+    chunk_megabytes: int | None = None
+    """Budget for the logits of a chunk of tokens, of both models, and their temporaries; None is 896 on CUDA and 640 on
+    a CPU. Fewer megabytes, more chunks, each of which reads both output weights again."""
+
+    def validate(self) -> Iterator[str]:
+        """Faults in the values, one message each."""
+        if self.chunk_megabytes is not None and self.chunk_megabytes < 1:
+            yield f"'distillation.loss.chunk_megabytes' must be at least 1, not {self.chunk_megabytes}"
+
+    @property
+    def chunk_bytes(self) -> int | None:
+        """The budget in bytes; None for the default of the device."""
+        return None if self.chunk_megabytes is None else self.chunk_megabytes << 20
+
+
+@dataclass(frozen=True)
 class DistillationConfig:
     """The ``distillation.*`` keys."""
 
@@ -38,13 +60,18 @@ class DistillationConfig:
     kd_ratio: float | None = None
     """loss = (1 - kd_ratio) · LM + kd_ratio · divergence. None means 0.5 for Vanilla KD and 1 for GKD and DistiLLM; in
     MiniLLM it is that of the pre-training loss, and None means 0: LM alone."""
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"] | None = None
-    """None means the method's: forward_kl for Vanilla KD, jsd for GKD, skew_reverse_kl for DistiLLM."""
+    divergence: str | None = None
+    """forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, tvd, or a weighted mixture of them such as
+    0.9*forward_kl+0.1*reverse_kl. None means the method's: forward_kl for Vanilla KD, jsd for GKD, skew_reverse_kl for
+    DistiLLM."""
     beta: float = 0.5
     """Weight of the teacher in JSD's mixture. GKD takes 0 and 1 for forward_kl and reverse_kl."""
     skew_alpha: float = 0.1
     """Weight of the other distribution in the skewed divergences' mixture."""
     temperature: float = 1.0
+    """Of the divergence, on both sides; the LM term is at 1."""
+    temperature_squared: bool = False
+    """Multiply the divergence by temperature²: its gradient then keeps its size as the temperature grows."""
     sparse_target: Literal["auto", "ghost", "renormalised", "sampled", "weighted"] = "auto"
     """The loss against knowledge of a few ids a token; auto is ghost for the largest, sampled or weighted for draws."""
     pretraining_weight: float = 0.0
@@ -53,6 +80,7 @@ class DistillationConfig:
     gkd: GKDConfig = field(default_factory=GKDConfig)
     distillm: DistiLLMConfig = field(default_factory=DistiLLMConfig)
     minillm: MiniLLMConfig = field(default_factory=MiniLLMConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
 
     def validate(self) -> Iterator[str]:
         """Faults in the values, one message each."""
@@ -64,6 +92,11 @@ class DistillationConfig:
             yield f"'distillation.beta' must be between 0 and 1 (both excluded except in gkd), not {self.beta}"
         if not 0 <= self.skew_alpha < 1:
             yield f"'distillation.skew_alpha' must be in [0, 1), not {self.skew_alpha}"
+        if self.divergence is not None:
+            try:
+                divergence_from_config(self.divergence)
+            except ConfigError as error:
+                yield f"'distillation.divergence': {error}"
         if self.pretraining_weight < 0:
             yield f"'distillation.pretraining_weight' must not be negative, not {self.pretraining_weight}"
         if self.pretraining_weight > 0 and self.method not in METHODS_WITH_TEXT:
@@ -92,6 +125,7 @@ def build_objective(config: DistillationConfig) -> DistillationObjective:
         lm_weight=1.0 - ratio,
         kd_weight=ratio,
         temperature=config.temperature,
+        temperature_squared=config.temperature_squared,
         divergence=divergence_from_config(name, beta=config.beta, skew_alpha=config.skew_alpha),
     )
 
@@ -110,6 +144,7 @@ class MicroBatchLoss:
         reduction: LossReduction,
         unwrap: Callable[[torch.nn.Module], HiddenStateGPTModel],
         pretraining: DistillationObjective | None = None,
+        execution: LossConfig | None = None,
     ):
         self._objective, self._pretraining = objective, pretraining or LM_ONLY
         if pretraining is not None:
@@ -118,6 +153,7 @@ class MicroBatchLoss:
         self._groups = groups
         self._reduction = reduction
         self._unwrap = unwrap
+        self._execution = execution or LossConfig()
         self._workspace = Workspace()
 
     def __call__(self, batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -166,6 +202,8 @@ class MicroBatchLoss:
             knowledge,
             tp_group=self._groups.tp,
             sequence_parallel=model.config.sequence_parallel,
+            chunk_bytes=self._execution.chunk_bytes,
+            backend=self._execution.backend,
             workspace=self._workspace,
         )
         value = result.loss_sum.detach()

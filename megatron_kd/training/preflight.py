@@ -115,7 +115,8 @@ def rank_memory(
     models, on_cuda = 2 if dense else 1, device == "cuda"
     student = student_memory(
         architecture, layout, stage, layers=layout.stage_layers(architecture.num_layers),
-        models_in_loss=models, fused=on_cuda, device=device, **sizes
+        models_in_loss=models, fused=on_cuda, device=device,
+        loss_chunk_budget=config.distillation.loss.chunk_bytes, **sizes
     )
     if teacher is None:
         return student

@@ -26,9 +26,9 @@ def build_loss(config: TrainConfig, teacher: Teacher | None, groups: ProcessGrou
     objective = build_objective(settings)
     if settings.method == "minillm":
         pretraining = objective if settings.pretraining_weight > 0 else None
-        return MiniLLMLoss(settings.minillm, objective, teacher, groups, reduction, unwrap, pretraining)
+        return MiniLLMLoss(settings.minillm, objective, teacher, groups, reduction, unwrap, pretraining, settings.loss)
     pretraining = build_objective(type(settings)()) if settings.pretraining_weight > 0 else None
-    return MicroBatchLoss(objective, teacher, groups, reduction, unwrap, pretraining)
+    return MicroBatchLoss(objective, teacher, groups, reduction, unwrap, pretraining, settings.loss)
 
 
 def build_source(

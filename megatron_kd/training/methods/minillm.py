@@ -199,6 +199,8 @@ class MiniLLMLoss(MicroBatchLoss):
             knowledge,
             tp_group=self._groups.tp,
             sequence_parallel=model.config.sequence_parallel,
+            chunk_bytes=self._execution.chunk_bytes,
+            backend=self._execution.backend,
         )
 
 

@@ -6,6 +6,7 @@ import torch
 from megatron_kd.config import from_mapping
 from megatron_kd.data.batch import Batch
 from megatron_kd.errors import ConfigError
+from megatron_kd.losses import ForwardKL, JensenShannon, Mixture
 from megatron_kd.training.objective import DistillationConfig, build_objective, sequence_major, token_weights
 
 
@@ -45,6 +46,15 @@ def test_weights_are_in_the_order_of_hidden_states():
     assert sequence_major(torch.tensor([[1, 2, 3], [4, 5, 6]])).tolist() == [1, 4, 2, 5, 3, 6]
 
 
+def test_a_mixture_and_the_temperature_factor():
+    keys = {"method": "vanilla_kd", "divergence": "0.9*forward_kl+0.1*jsd", "beta": 0.3, "temperature": 2.0}
+    objective = build_objective(from_mapping(DistillationConfig, keys, "test"))
+    assert objective.divergence == Mixture(((0.9, ForwardKL()), (0.1, JensenShannon(0.3))))
+    assert objective.kd_factor == 0.5
+    squared = build_objective(from_mapping(DistillationConfig, {**keys, "temperature_squared": True}, "test"))
+    assert squared.kd_factor == 2.0
+
+
 def test_objectives():
     plain = build_objective(DistillationConfig(kd_ratio=0.7))
     assert (plain.lm_weight, plain.kd_weight) == (1.0, 0.0)
@@ -59,7 +69,10 @@ def test_objectives():
         ({"temperature": 0}, "must be above 0"),
         ({"beta": 1.0}, "both excluded"),
         ({"skew_alpha": 1.0}, r"in \[0, 1\)"),
-        ({"divergence": "kl"}, "must be one of forward_kl"),
+        ({"divergence": "kl"}, "'distillation.divergence': unknown divergence 'kl': use one of forward_kl"),
+        ({"divergence": "0.5*kl+0.5*tvd"}, "unknown divergence '0.5"),
+        ({"loss": {"chunk_megabytes": 0}}, "'distillation.loss.chunk_megabytes' must be at least 1"),
+        ({"loss": {"backend": "cuda"}}, "must be one of auto, torch, triton"),
     ],
 )
 def test_values_that_cannot_be(keys, message):

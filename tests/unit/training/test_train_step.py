@@ -1,15 +1,20 @@
 """One step against autograd on whole logits; a loss or norm that is not finite leaves the weights as they were."""
 
+from dataclasses import replace
+
 import numpy
 import pytest
 import torch
 
 from megatron_kd.data.batch import make_batch
 from megatron_kd.errors import NonFiniteLossError
+from megatron_kd.losses import linear_distillation_loss
 from megatron_kd.models.gpt import full_logits
 from megatron_kd.parallel.runtime import distributed_runtime
+from megatron_kd.training import objective
 from megatron_kd.training.build import unwrap
-from megatron_kd.training.objective import MicroBatchLoss, build_objective
+from megatron_kd.training.methods.build import build_loss
+from megatron_kd.training.objective import LossConfig, MicroBatchLoss, build_objective
 from megatron_kd.training.train_step import TrainStep
 from tests.reference.one_rank import TrainingParts
 
@@ -94,3 +99,24 @@ def test_rate_0_changes_nothing(dataset):
         before = weights(parts)
         make_step(parts)(micro_batches(dataset), 0.0)
         assert all(torch.equal(old, new) for old, new in zip(before, weights(parts), strict=True))
+
+
+def test_the_keys_of_how_the_loss_runs_reach_it(dataset, monkeypatch):
+    calls = []
+
+    def spy(*arguments, **keywords):
+        calls.append(keywords)
+        return linear_distillation_loss(*arguments, **keywords)
+
+    monkeypatch.setattr(objective, "linear_distillation_loss", spy)
+    with distributed_runtime() as runtime:
+        parts = TrainingParts(dataset, runtime)
+        loss = LossConfig(backend="torch", chunk_megabytes=3)
+        config = replace(parts.config, distillation=replace(parts.config.distillation, loss=loss))
+        batch = micro_batches(dataset)[0]
+        build_loss(config, None, parts.groups)(iter([batch]), parts.model[0])[1](hidden_of(parts, batch))
+    assert [(call["chunk_bytes"], call["backend"]) for call in calls] == [(3 << 20, "torch")]
+
+
+def hidden_of(parts, batch):
+    return parts.model[0](batch.tokens, batch.position_ids, None)

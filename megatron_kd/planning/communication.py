@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.parallel.layout import ParallelLayout
 from megatron_kd.planning.memory import ELEMENT_BYTES, GRADIENT_BYTES, rank_parameters
+from megatron_kd.planning.teacher_memory import PlacedTeacher
 
 COLLECTIVES_PER_LAYER = 2  # attention and feed-forward, in each direction
 LOSS_VALUES_PER_TOKEN = 6  # statistics of the fused loss, fp32 (docs/losses.md)
@@ -20,7 +21,7 @@ class StepTraffic:
         pipeline: activations forward and their gradients backward.
         data: gradients reduced, weights gathered.
         context: keys and values gathered, their gradients scattered.
-        hand_off: hidden states of a remote teacher, received by a rank of the last stage.
+        hand_off: a teacher's knowledge from other ranks, received by a rank of the student's last stage.
     """
 
     tensor: float
@@ -32,38 +33,54 @@ class StepTraffic:
 
 def step_traffic(
     student: ModelArchitecture,
-    teacher: ModelArchitecture | None,
     layout: ParallelLayout,
+    teacher: PlacedTeacher | None,
     *,
     precision: str,
     micro_batch_size: int,
     seq_length: int,
     micro_batches: int,
-    remote_teacher: bool,
 ) -> StepTraffic:
-    """What the busiest rank sends; a co-located teacher's forward passes are counted with the student's."""
+    """What the busiest of the student's ranks sends; a co-located teacher's forward passes are among it."""
     width = ELEMENT_BYTES[precision]
     positions = micro_batch_size * seq_length / layout.context * micro_batches
-    layers = student.num_layers // layout.pipeline
+    stage_layers = layout.stage_layers(student.num_layers)
+    layers = max(stage_layers)
     hidden = positions * student.hidden_size * width
-    tensor = 2 * _ring(layout.tensor) * COLLECTIVES_PER_LAYER * 2 * layers * hidden
-    tensor += 2 * _ring(layout.tensor) * LOSS_VALUES_PER_TOKEN * 4 * positions
-    if teacher is not None and not remote_teacher:
-        teacher_hidden = positions * teacher.hidden_size * width
-        teacher_layers = teacher.num_layers // layout.pipeline
-        tensor += 2 * _ring(layout.tensor) * COLLECTIVES_PER_LAYER * teacher_layers * teacher_hidden
     split = layout.tensor if layout.sequence_parallel else 1
     boundary = hidden / split * (2 if layout.pipeline > 1 else 0) * (layout.virtual_pipeline or 1)
     shards = layout.data * layout.context
-    parameters = max(rank_parameters(student, layout, stage) for stage in range(layout.pipeline))
+    parameters = max(rank_parameters(student, layout, stage, stage_layers) for stage in range(layout.pipeline))
     key_value = 2 * student.num_query_groups * student.head_dim / layout.tensor
     context = 2 * (layout.context - 1) * positions * key_value * width * layers if layout.context > 1 else 0.0
+    of_teacher = _teacher_traffic(layout, teacher, positions, precision)
     return StepTraffic(
-        tensor=tensor,
-        pipeline=boundary,
+        tensor=2 * _ring(layout.tensor) * (COLLECTIVES_PER_LAYER * 2 * layers * hidden
+                                           + LOSS_VALUES_PER_TOKEN * 4 * positions) + of_teacher.tensor,
+        pipeline=boundary + of_teacher.pipeline,
         data=_ring(shards) * parameters * (GRADIENT_BYTES + width),
         context=context,
-        hand_off=positions * teacher.hidden_size * width if teacher is not None and remote_teacher else 0.0,
+        hand_off=of_teacher.hand_off,
+    )
+
+
+def _teacher_traffic(
+    layout: ParallelLayout, teacher: PlacedTeacher | None, positions: float, precision: str
+) -> StepTraffic:
+    """A teacher's part, for ``positions`` of a data-parallel rank of the student."""
+    if teacher is None:
+        return StepTraffic(0.0, 0.0, 0.0, 0.0, 0.0)
+    hand_off = teacher.hand_off_bytes(positions, precision)
+    if teacher.is_remote:
+        return StepTraffic(0.0, 0.0, 0.0, 0.0, hand_off)
+    own, architecture = teacher.layout, teacher.architecture
+    hidden = positions * layout.data / own.data * architecture.hidden_size * ELEMENT_BYTES[precision]
+    layers = max(own.stage_layers(architecture.num_layers))
+    elsewhere = (own.tensor, own.pipeline) != (layout.tensor, layout.pipeline)
+    return StepTraffic(
+        tensor=2 * _ring(own.tensor) * COLLECTIVES_PER_LAYER * layers * hidden,
+        pipeline=hidden / (own.tensor if own.sequence_parallel else 1) if own.pipeline > 1 else 0.0,
+        data=0.0, context=0.0, hand_off=hand_off if elsewhere else 0.0,
     )
 
 

@@ -31,6 +31,12 @@ METHOD_FLOPS: dict[str, tuple[int, int]] = {"none": (6, 0), "vanilla_kd": (6, 2)
                                              "distillm": (6, 2)}  # fmt: skip
 
 
+def formula_text(method: str) -> str:
+    """``6 N_s + 2 N_t``: FLOPs a token for a person."""
+    student, teacher = METHOD_FLOPS[method]
+    return f"{student} N_s" + (f" + {teacher} N_t" if teacher else "")
+
+
 def forward_flops(parameters: int, tokens: int) -> int:
     """Operations of a forward pass over ``tokens``: 2 · N · tokens. Also the cost of scoring a corpus."""
     return FORWARD_FLOPS_PER_PARAMETER * parameters * tokens

@@ -3,17 +3,16 @@
 What is counted: weights, gradients and optimizer state as Megatron-Core's DDP and distributed optimizer hold them (fp32
 gradients; under bf16 fp32 master weights beside the two Adam moments, sharded over data parallelism); activations that
 autograd keeps for the micro-batches in flight (no recomputation); the fused loss's logit chunks and the gradient of its
-hidden states; a co-located teacher's weights, the transient activations of its forward pass, and the hidden states
-that wait on the last stage of a pipeline. Not counted: the CUDA context, NCCL buffers and fragmentation;
-plan.usable_memory leaves room for them.
+hidden states; what a teacher adds is in teacher_memory.py. Not counted: the CUDA context, NCCL buffers and
+fragmentation; plan.usable_memory leaves room for them.
 """
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Sequence
+from typing import Sequence
 
 from megatron_kd.models.architecture import ModelArchitecture
-from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
+from megatron_kd.parallel.layout import ParallelLayout
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 GRADIENT_BYTES = 4
@@ -24,8 +23,6 @@ LOSS_CHUNK_BYTES = {"cuda": 896 << 20, "cpu": 640 << 20}
 """As losses/fused_linear.py; a test compares them."""
 LOGIT_BYTES = 4
 LOSS_TEMPORARY_BYTES = 32 << 20
-STASH_BYTES = 1024 << 20
-"""teacher.stash_megabytes unless it says otherwise."""
 
 # Tensors that autograd keeps for one layer's backward pass, in units of [positions, width].
 HIDDEN_REPLICATED = 4  # inputs and outputs of both norms
@@ -155,75 +152,9 @@ def student_memory(
     )
 
 
-def teacher_memory(
-    architecture: ModelArchitecture,
-    student: ParallelLayout,
-    own: ParallelLayout,
-    rank: int,
-    *,
-    precision: str,
-    micro_batch_size: int,
-    seq_length: int,
-    micro_batches: int,
-    stash_bytes: float = STASH_BYTES,
-) -> RankMemory:
-    """Memory of a co-located teacher on one rank, in a layout of its own over the student's ranks.
-
-    Hidden states wait on the student's last stage: one micro-batch's, or under a pipeline a step's as far as the stash
-    allows (the rest waits in host memory). Where the layouts differ, that stage holds its part of the teacher's head.
-    """
-    a, width = architecture, ELEMENT_BYTES[precision]
-    positions = micro_batch_size * seq_length
-    transient = positions * (2 * a.hidden_size + FFN_FUSED * a.ffn_hidden_size / own.tensor) * width
-    kept = head = 0.0
-    if student.coordinates(rank).pipeline == student.pipeline - 1:
-        waiting = micro_batches if student.pipeline > 1 else 1
-        kept = min(positions / student.context * a.hidden_size * width * waiting, stash_bytes)
-        if (student.tensor, student.pipeline) != (own.tensor, own.pipeline):
-            head = padded_rows(a.vocab_size, student.tensor) / student.tensor * a.hidden_size * width
-    return RankMemory(
-        teacher_weights=rank_parameters(a, own, own.coordinates(rank).pipeline) * width + head,
-        teacher_activations=transient + kept,
-    )
-
-
 def together(student: RankMemory, teacher: RankMemory | None) -> RankMemory:
     """Both on one rank."""
     if teacher is None:
         return student
     return RankMemory(**{part.name: getattr(student, part.name) + getattr(teacher, part.name)
                          for part in fields(RankMemory)})
-
-
-def teacher_layout(student: ParallelLayout, tensor: int | None, pipeline: int | None) -> ParallelLayout:
-    """The co-located teacher's layout over the student's ranks; None means as the student's.
-
-    Raises:
-        LayoutError: its sizes do not divide the ranks.
-    """
-    tensor, pipeline = tensor or student.tensor, pipeline or student.pipeline
-    keys = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline,
-                          sequence_parallel=student.sequence_parallel and tensor > 1)
-    return ParallelLayout.for_world(keys, student.world_size)
-
-
-def stage_memory(
-    student: ModelArchitecture,
-    teacher: ModelArchitecture | None,
-    layout: ParallelLayout,
-    own: ParallelLayout,
-    stage: int,
-    *,
-    models_in_loss: int,
-    stash_bytes: float = STASH_BYTES,
-    **sizes: Any,
-) -> RankMemory:
-    """The fullest rank of the student's ``stage``, with what a co-located teacher (or None) holds there."""
-    alone = student_memory(student, layout, stage, models_in_loss=models_in_loss, **sizes)
-    if teacher is None:
-        return alone
-    ranks = (rank for rank in range(layout.world_size) if layout.coordinates(rank).pipeline == stage)
-    if (layout.tensor, layout.pipeline) == (own.tensor, own.pipeline) and layout.context == 1:
-        ranks = [next(ranks)]  # all of a stage are alike
-    held = (teacher_memory(teacher, layout, own, rank, stash_bytes=stash_bytes, **sizes) for rank in ranks)
-    return together(alone, max(held, key=lambda memory: memory.total))

@@ -5,6 +5,7 @@ is a lookup and costs a stage nothing, so balance counts layers and heads only.
 """
 
 from dataclasses import dataclass
+from typing import Iterator, Sequence
 
 from megatron_kd.models.architecture import ModelArchitecture
 
@@ -36,33 +37,53 @@ class LayerSplit:
     Attributes:
         layers: one number a stage.
         slowest: FLOPs a token of the slowest stage over the mean of all stages; 1 is perfect balance.
-        even_slowest: the same for the even split.
     """
 
     layers: tuple[int, ...]
     slowest: float
-    even_slowest: float
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Settings that ask for it; none where every stage has as many."""
+        if len(set(self.layers)) == 1:
+            return ()
+        return (f"parallel.num_layers_in_first_pipeline_stage={self.layers[0]}",
+                f"parallel.num_layers_in_last_pipeline_stage={self.layers[-1]}")
 
 
-def balanced_split(student: ModelArchitecture, teacher: ModelArchitecture | None, pipeline: int) -> LayerSplit:
-    """The split that makes the slowest stage fastest: equal stages, and fewer layers on the last one for the heads.
+def layer_split(
+    student: ModelArchitecture, dense_teacher: ModelArchitecture | None, layers: Sequence[int]
+) -> LayerSplit:
+    """This split and its balance; ``dense_teacher`` is one whose head the student's last stage computes, or None."""
+    heads = student_head_flops(student) + (teacher_head_flops(dense_teacher) if dense_teacher else 0)
+    stages = [count * layer_flops(student) for count in layers]
+    stages[-1] += heads
+    return LayerSplit(tuple(layers), max(stages) / (sum(stages) / len(stages)))
 
-    ``teacher`` is None where no dense teacher's head is computed on the student's last stage.
+
+def balanced_split(
+    student: ModelArchitecture, dense_teacher: ModelArchitecture | None, pipeline: int, virtual: int | None = None
+) -> LayerSplit:
+    """Of the splits that the ``parallel.*`` keys can ask for, the one whose slowest stage is fastest.
+
+    First and last stage have any number of layers, those between them the same; under interleaving each number divides
+    by the virtual stages.
     """
-    layer, total = layer_flops(student), student.num_layers
-    heads = student_head_flops(student) + (teacher_head_flops(teacher) if teacher else 0)
-    mean = (total * layer + heads) / pipeline
-
-    def slowest(layers: tuple[int, ...]) -> float:
-        return max(max(layers[:-1], default=0) * layer, layers[-1] * layer + heads) / mean
-
-    best = min((_with_last(total, pipeline, last) for last in range(1, total - pipeline + 2)), key=slowest)
-    even = (total // pipeline,) * pipeline if total % pipeline == 0 else best
-    return LayerSplit(layers=best, slowest=slowest(best), even_slowest=slowest(even))
+    splits = (layer_split(student, dense_teacher, layers)
+              for layers in expressible_splits(student.num_layers, pipeline, virtual or 1))
+    return min(splits, key=lambda split: (split.slowest, max(split.layers)))
 
 
-def _with_last(total: int, pipeline: int, last: int) -> tuple[int, ...]:
+def expressible_splits(total: int, pipeline: int, virtual: int = 1) -> Iterator[tuple[int, ...]]:
+    """Every split of ``total`` layers as :func:`balanced_split` says."""
     if pipeline == 1:
-        return (total,)
-    each, more = divmod(total - last, pipeline - 1)
-    return (*(each + (stage < more) for stage in range(pipeline - 1)), last)
+        yield (total,)
+        return
+    between = pipeline - 2
+    for first in range(virtual, total, virtual):
+        for last in range(virtual, total - first + 1, virtual):
+            rest = total - first - last
+            if rest == 0 and between == 0:
+                yield (first, last)
+            elif between and rest and rest % (between * virtual) == 0:
+                yield (first, *[rest // between] * between, last)

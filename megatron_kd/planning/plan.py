@@ -2,11 +2,8 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Iterator
 
-from megatron_kd.errors import ConfigError, LayoutError
-from megatron_kd.models.architecture import ModelArchitecture, architecture_by_name
-from megatron_kd.parallel.layout import ParallelLayout
 from megatron_kd.planning import paper
 from megatron_kd.planning.communication import StepTraffic, step_traffic
 from megatron_kd.planning.config import PlanRunConfig
@@ -14,16 +11,17 @@ from megatron_kd.planning.flops import (
     METHOD_FLOPS,
     difference_sampling_flops,
     forward_flops,
+    formula_text,
     matched_steps,
     training_flops,
 )
 from megatron_kd.planning.hardware import GPUS
-from megatron_kd.planning.memory import RankMemory, stage_memory, teacher_layout
-from megatron_kd.planning.pipeline import LayerSplit, balanced_split, bubble_fraction, teacher_head_flops
+from megatron_kd.planning.memory import RankMemory
+from megatron_kd.planning.pipeline import LayerSplit, balanced_split, bubble_fraction, layer_split
 from megatron_kd.planning.recommend import Recommendation, recommend
+from megatron_kd.planning.setting import RemoteBalance, Setting, remote_balance, setting_of
 from megatron_kd.planning.storage import CacheSize, cache_sizes, corpus_bytes, score_bytes
-
-TOY_VOCABULARY = 512
+from megatron_kd.planning.teacher_memory import remote_rank_memory, stage_memory
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ class MethodBudget:
     """One method at the FLOPs of ``plan.baseline_steps`` of plain pre-training."""
 
     method: str
+    formula: str
     flops_per_token: float
     steps: int
     paper: paper.PrintedSteps | None
@@ -49,7 +48,7 @@ class MethodBudget:
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs with their time: FLOPs / (GPUs · peak · MFU)."""
+    """FLOPs with their time: FLOPs / (GPUs · peak · MFU), longer where student and remote teacher wait."""
 
     what: str
     flops: float
@@ -59,16 +58,25 @@ class Cost:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that ``plan_run`` prints. Bytes, FLOPs, hours; ``stages`` holds a rank's memory for every stage."""
+    """Everything that ``plan_run`` prints: bytes, FLOPs, hours.
+
+    Attributes:
+        stages: the fullest rank of every stage of the student; ``teacher_stages``: of a remote teacher.
+        split, balanced: layers of the stages as configured, and as they would be best.
+        head_share: FLOPs of the teacher's output layer on the student's last stage over the student's own.
+    """
 
     assumptions: dict[str, Any]
     models: tuple[ModelSize, ...]
     budgets: tuple[MethodBudget, ...]
     layout: str
     stages: tuple[RankMemory, ...]
+    teacher_stages: tuple[RankMemory, ...]
+    remote: RemoteBalance | None
     memory_limit: float
     bubble: float
     split: LayerSplit
+    balanced: LayerSplit
     head_share: float
     traffic: StepTraffic
     costs: tuple[Cost, ...]
@@ -92,88 +100,47 @@ def make_plan(config: PlanRunConfig) -> Plan:
         ConfigError: the method needs a teacher that plan.teacher does not name.
         LayoutError: the layout does not divide the model, the batch or the number of GPUs.
     """
-    student = architecture_by_name(config.model.name).with_vocab_size(TOY_VOCABULARY)
-    teacher = _teacher(config)
-    reference = architecture_by_name(config.plan.reference).with_vocab_size(TOY_VOCABULARY)
-    method = _method_with_formula(config, teacher)
-    layout = ParallelLayout.for_world(config.parallel, config.plan.num_gpus)
-    sizes = _sizes(config, layout)
-    runs_teacher = teacher if method != "none" else None
-    colocated = runs_teacher if config.teacher.placement in ("colocated", "none") else None
-    own = teacher_layout(layout, config.teacher.tensor_model_parallel_size,
-                         config.teacher.pipeline_model_parallel_size)
-    _check(layout, student, "student", sizes["seq_length"])
-    if colocated is not None:
-        _check(own, colocated, "teacher", sizes["seq_length"])
-    per_token = training_flops(student.parameters, 1, method, runs_teacher.parameters if runs_teacher else 0)
-    head_share = teacher_head_flops(runs_teacher) / (6 * student.parameters) if runs_teacher else 0.0
+    setting = setting_of(config)
+    student, layout, sizes = setting.student, setting.layout, setting.sizes
+    tokens, balance = _tokens(config), remote_balance(setting, config.plan.num_gpus)
     vocabulary, seq_length = student.vocab_size, sizes["seq_length"]
-    named = [("student", config.model.name, student), ("teacher", config.plan.teacher, teacher),
-             ("reference", config.plan.reference, reference)]
     return Plan(
         assumptions=_assumptions(config, sizes),
-        models=tuple(_model_size(*model) for model in named if model[2] is not None),
-        budgets=tuple(_budgets(config, student, teacher)),
+        models=tuple(_models(config, setting)),
+        budgets=tuple(_budgets(config, setting)),
         layout=layout.describe(),
-        stages=tuple(
-            stage_memory(student, colocated, layout, own, stage, models_in_loss=2 if runs_teacher else 1,
-                         stash_bytes=config.teacher.stash_megabytes << 20, **sizes)
-            for stage in range(layout.pipeline)
-        ),
+        stages=tuple(stage_memory(student, layout, stage, setting.placed, **sizes) for stage in range(layout.pipeline)),
+        teacher_stages=tuple(_remote_stages(setting)),
+        remote=balance,
         memory_limit=GPUS[config.plan.gpu].memory_bytes * config.plan.usable_memory,
         bubble=bubble_fraction(layout.pipeline, sizes["micro_batches"], layout.virtual_pipeline),
-        split=balanced_split(student, runs_teacher, layout.pipeline),
-        head_share=head_share,
-        traffic=step_traffic(student, runs_teacher, layout, remote_teacher=colocated is None, **sizes),
-        costs=tuple(_costs(config, student, teacher, reference, per_token * _tokens(config, seq_length))),
+        split=layer_split(student, setting.dense_teacher, layout.stage_layers(student.num_layers)),
+        balanced=balanced_split(student, setting.dense_teacher, layout.pipeline, layout.virtual_pipeline),
+        head_share=setting.head_share,
+        traffic=step_traffic(student, layout, setting.placed, **sizes),
+        costs=tuple(_costs(config, setting, setting.flops_per_token * tokens, balance.busy if balance else 1.0)),
         corpus_bytes=corpus_bytes(config.plan.corpus_tokens, vocabulary, seq_length),
         sampled_bytes=corpus_bytes(config.plan.corpus_tokens * config.plan.ratio, vocabulary, seq_length),
         score_bytes=score_bytes(config.plan.corpus_tokens, seq_length),
-        caches=tuple(cache_sizes(_tokens(config, seq_length), vocabulary)),
-        recommendation=recommend(config, student, runs_teacher, per_token,
-                                 1 - 6 * student.parameters / per_token, head_share),
+        caches=tuple(cache_sizes(tokens, vocabulary, seq_length)),
+        recommendation=recommend(config, setting),
         offline_readings=tuple(paper.offline_readings()),
         one_trillion=paper.one_trillion_flops(config.model.name),
     )
 
 
-def _teacher(config: PlanRunConfig) -> ModelArchitecture | None:
-    if config.plan.teacher is None:
-        return None
-    return architecture_by_name(config.plan.teacher).with_vocab_size(TOY_VOCABULARY)
+def _remote_stages(setting: Setting) -> Iterator[RankMemory]:
+    """The fullest rank of each of a remote teacher's stages."""
+    placed = setting.placed
+    if placed is None or not placed.is_remote:
+        return
+    of_a_batch = {name: value for name, value in setting.sizes.items() if name != "micro_batches"}
+    for stage in range(placed.layout.pipeline):
+        yield remote_rank_memory(placed, placed.layout.rank_at(tensor=0, data=0, pipeline=stage), **of_a_batch)
 
 
-def _method_with_formula(config: PlanRunConfig, teacher: ModelArchitecture | None) -> str:
-    """The training method; a cached teacher costs nothing while training."""
-    method = config.distillation.method
-    if method not in METHOD_FLOPS:
-        raise ConfigError(f"distillation.method '{method}' has no cost formula; plan one of {', '.join(METHOD_FLOPS)}")
-    if METHOD_FLOPS[method][1] and teacher is None:
-        raise ConfigError(f"distillation.method '{method}' runs a teacher: name its architecture in plan.teacher")
-    return "none" if config.teacher.placement == "cached" else method
-
-
-def _check(layout: ParallelLayout, model: ModelArchitecture, role: str, seq_length: int) -> None:
-    try:
-        layout.check_model(
-            num_layers=model.num_layers, num_attention_heads=model.num_attention_heads,
-            num_query_groups=model.num_query_groups, ffn_hidden_size=model.ffn_hidden_size, seq_length=seq_length,
-        )
-    except LayoutError as error:
-        raise LayoutError(f"the {role} under {layout.describe()}: {error}") from None
-
-
-def _sizes(config: PlanRunConfig, layout: ParallelLayout) -> dict[str, Any]:
-    training = config.training
-    return {
-        "precision": training.precision,
-        "micro_batch_size": training.micro_batch_size,
-        "seq_length": config.data.seq_length or config.plan.seq_length,
-        "micro_batches": layout.micro_batches(training.global_batch_size, training.micro_batch_size),
-    }
-
-
-def _tokens(config: PlanRunConfig, seq_length: int) -> int:
+def _tokens(config: PlanRunConfig) -> int:
+    seq_length = config.data.seq_length or config.plan.seq_length
     return config.training.train_iters * config.training.global_batch_size * seq_length
 
 
@@ -184,54 +151,53 @@ def _assumptions(config: PlanRunConfig, sizes: dict[str, Any]) -> dict[str, Any]
         "precision": config.training.precision, "method": config.distillation.method,
         "teacher_placement": config.teacher.placement, "train_iters": config.training.train_iters,
         "global_batch_size": config.training.global_batch_size, **sizes,
-        "tokens": _tokens(config, sizes["seq_length"]), "corpus_tokens": config.plan.corpus_tokens,
+        "tokens": _tokens(config), "corpus_tokens": config.plan.corpus_tokens,
         "reference_tokens": config.plan.reference_tokens, "ratio": config.plan.ratio,
     }
 
 
-def _model_size(role: str, name: str | None, model: ModelArchitecture) -> ModelSize:
-    return ModelSize(role, str(name), model.parameters, model.non_embedding_parameters, model.embedding_parameters)
+def _models(config: PlanRunConfig, setting: Setting) -> Iterator[ModelSize]:
+    named = (("student", config.model.name, setting.student), ("teacher", config.plan.teacher, setting.teacher),
+             ("reference", config.plan.reference, setting.reference))
+    for role, name, model in named:
+        if model is not None:
+            yield ModelSize(role, name, model.parameters, model.non_embedding_parameters, model.embedding_parameters)
 
 
-def _budgets(
-    config: PlanRunConfig, student: ModelArchitecture, teacher: ModelArchitecture | None
-) -> list[MethodBudget]:
+def _budgets(config: PlanRunConfig, setting: Setting) -> Iterator[MethodBudget]:
     steps = config.plan.baseline_steps or config.training.train_iters
-    budgets = []
+    student = setting.student.parameters
+    teacher = setting.teacher.parameters if setting.teacher else 0
     for method, (_, teacher_factor) in METHOD_FLOPS.items():
-        if teacher_factor and teacher is None:
+        if teacher_factor and not teacher:
             continue
-        teacher_parameters = teacher.parameters if teacher else 0
-        budgets.append(MethodBudget(
+        yield MethodBudget(
             method=method,
-            flops_per_token=training_flops(student.parameters, 1, method, teacher_parameters),
-            steps=matched_steps(steps, student.parameters, teacher_parameters, method),
+            formula=formula_text(method),
+            flops_per_token=training_flops(student, 1, method, teacher),
+            steps=matched_steps(steps, student, teacher, method),
             paper=paper.printed_steps(config.model.name, str(config.plan.teacher), method),
-        ))
-    return budgets
+        )
 
 
-def _costs(
-    config: PlanRunConfig, student: ModelArchitecture, teacher: ModelArchitecture | None,
-    reference: ModelArchitecture, training: float,
-) -> list[Cost]:
+def _costs(config: PlanRunConfig, setting: Setting, training: float, busy: float) -> list[Cost]:
     plan = config.plan
     rate = plan.num_gpus * GPUS[plan.gpu].peak_tflops * 1e12 * plan.mfu * 3600
 
-    def cost(what: str, flops: float) -> Cost:
-        return Cost(what, flops, flops / rate, flops / rate * plan.num_gpus)
+    def cost(what: str, flops: float, longer: float = 1.0) -> Cost:
+        return Cost(what, flops, flops / rate * longer, flops / rate * longer * plan.num_gpus)
 
-    costs = [cost("training", training)]
-    if teacher is not None:
+    costs = [cost("training", training, busy)]
+    if setting.teacher is not None:
         corpus, split = round(plan.corpus_tokens), round(plan.reference_tokens)
+        teacher, reference = setting.teacher.parameters, setting.reference.parameters
         costs += [
-            cost("offline: train the reference model", training_flops(reference.parameters, split)),
-            cost("offline: reference scores the corpus", forward_flops(reference.parameters, corpus)),
-            cost("offline: teacher scores the corpus", forward_flops(teacher.parameters, corpus)),
+            cost("offline: train the reference model", training_flops(reference, split)),
+            cost("offline: reference scores the corpus", forward_flops(reference, corpus)),
+            cost("offline: teacher scores the corpus", forward_flops(teacher, corpus)),
             cost("offline: difference sampling, all three",
-                 difference_sampling_flops(teacher.parameters, reference.parameters, corpus, split)),
+                 difference_sampling_flops(teacher, reference, corpus, split)),
+            cost("offline: teacher over the training tokens (a cache, or SeqKD's text)",
+                 forward_flops(teacher, _tokens(config))),
         ]
-        cached = forward_flops(teacher.parameters, config.training.train_iters * config.training.global_batch_size
-                               * (config.data.seq_length or plan.seq_length))
-        costs.append(cost("offline: teacher over the training tokens (a cache, or SeqKD's text)", cached))
     return costs

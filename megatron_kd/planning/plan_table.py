@@ -3,6 +3,7 @@
 from typing import Iterable, Iterator
 
 from megatron_kd.planning.hardware import GIB
+from megatron_kd.planning.memory import RankMemory
 from megatron_kd.planning.plan import Plan
 
 PARTS = {
@@ -16,6 +17,8 @@ PARTS = {
 }
 WRITING_METHODS = ("gkd", "distillm")
 """Their share of steps on generated text depends on settings and on the run."""
+SAME_COST = "also miniplm, seqkd"
+"""They train like plain pre-training, on a corpus that was made before: their cost is offline."""
 UNITS = ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
@@ -59,9 +62,11 @@ def _budgets(plan: Plan) -> list[str]:
     rows = []
     for b in plan.budgets:
         printed = [f"{b.paper.formula:,}", f"{b.paper.printed:,}", f"{b.paper.deviation:+.1%}"] if b.paper else [""] * 3
-        rows.append([b.method, f"{b.flops_per_token:.4g}", f"{b.steps:,}", *printed])
-    columns = ["equal training FLOPs", "FLOPs/token", "steps", "paper's formula", "paper prints", "deviation"]
+        name = f"{b.method} ({SAME_COST})" if b.method == "none" else b.method
+        rows.append([name, b.formula, f"{b.flops_per_token:.4g}", f"{b.steps:,}", *printed])
+    columns = ["equal training FLOPs", "formula", "FLOPs/token", "steps", "paper's formula", "paper prints", "deviation"]
     lines = table(columns, rows)
+    lines.append("N_s, N_t: all parameters of student and teacher; a forward pass is 2 N a token, with backward 6 N")
     if any(b.method in WRITING_METHODS for b in plan.budgets):
         names = ", ".join(b.method for b in plan.budgets if b.method in WRITING_METHODS)
         lines.append(f"{names}: without the text that is written while training, 2 N a token of whoever writes it")
@@ -69,28 +74,42 @@ def _budgets(plan: Plan) -> list[str]:
 
 
 def _memory(plan: Plan) -> list[str]:
-    stages = plan.stages
-    header = [f"memory of a rank, {plan.layout}", *(f"stage {i}" if len(stages) > 1 else "GiB" for i in
-                                                    range(len(stages)))]
-    rows = [[text, *(f"{getattr(stage, part) / GIB:.2f}" for stage in stages)] for part, text in PARTS.items()
-            if any(getattr(stage, part) for stage in stages)]
-    rows.append(["total", *(f"{stage.total / GIB:.2f}" for stage in stages)])
-    verdict = "fits" if max(stage.total for stage in stages) <= plan.memory_limit else "DOES NOT FIT"
-    lines = [*table(header, rows), f"{verdict} into {plan.memory_limit / GIB:.1f} GiB a GPU"]
-    if len(stages) > 1:
-        split = plan.split
-        lines += [
-            f"pipeline bubble {plan.bubble:.1%}; slowest stage {split.even_slowest:.2f} x the mean with an even split, "
-            f"{split.slowest:.2f} x with layers {', '.join(map(str, split.layers))}",
-        ]
+    fits = max(stage.total for stage in (*plan.stages, *plan.teacher_stages)) <= plan.memory_limit
+    lines = _stage_table(f"memory of a rank, {plan.layout}", plan.stages)
+    if plan.teacher_stages:
+        lines += ["", *_stage_table(f"memory of a teacher's rank ({plan.remote.teacher_ranks})", plan.teacher_stages)]
+    lines += [f"{'fits' if fits else 'DOES NOT FIT'} into {plan.memory_limit / GIB:.1f} GiB a GPU", *_pipeline(plan)]
     if plan.head_share:
         lines.append(f"the teacher's head on the student's last stage: +{plan.head_share:.0%} of the student's FLOPs")
+    if plan.remote is not None:
+        r = plan.remote
+        lines.append(f"remote teacher: {r.teacher_share:.0%} of the FLOPs on {r.teacher_ranks} of {r.num_gpus} GPUs, so "
+                     f"a step takes {r.busy:.2f} x as long as work spread evenly; {r.balanced_ranks} would balance it")
+    return lines
+
+
+def _stage_table(title: str, stages: tuple[RankMemory, ...]) -> list[str]:
+    header = [title, *(f"stage {i}" for i in range(len(stages)))] if len(stages) > 1 else [title, "GiB"]
+    rows = [[text, *(f"{getattr(stage, part) / GIB:.2f}" for stage in stages)] for part, text in PARTS.items()
+            if any(getattr(stage, part) for stage in stages)]
+    return table(header, [*rows, ["total", *(f"{stage.total / GIB:.2f}" for stage in stages)]])
+
+
+def _pipeline(plan: Plan) -> list[str]:
+    if len(plan.stages) == 1:
+        return ["pipeline bubble 0%: one stage"]
+    now, best = plan.split, plan.balanced
+    lines = [f"pipeline bubble {plan.bubble:.1%}; slowest stage {now.slowest:.2f} x the mean with layers "
+             f"{', '.join(map(str, now.layers))}"]
+    if best.layers != now.layers:
+        keys = " ".join(best.keys) or "an even split"
+        lines.append(f"better {', '.join(map(str, best.layers))} ({best.slowest:.2f} x): {keys}")
     return lines
 
 
 def _communication(plan: Plan) -> list[str]:
     names = {"tensor": "tensor parallel", "pipeline": "pipeline", "data": "data parallel",
-             "context": "context parallel", "hand_off": "teacher's hidden states"}
+             "context": "context parallel", "hand_off": "teacher's knowledge, received"}
     rows = [[text, amount(getattr(plan.traffic, name))] for name, text in names.items() if getattr(plan.traffic, name)]
     return table(["sent by a rank in a step", "bytes"], rows) if rows else []
 
@@ -117,7 +136,8 @@ def _recommendation(plan: Plan) -> list[str]:
     layout = f"{r.candidate.layout.describe()}, micro-batch {r.candidate.micro_batch_size}" if r.candidate else "none"
     teacher = f", teacher {r.placement}, payload {r.payload}" if r.placement != "none" else ""
     reasons = [*r.reasons, *([step_time(plan)] if r.candidate else [])]
-    return [f"recommended: {layout}{teacher}", *(f"  - {reason}" for reason in reasons)]
+    keys = [f"  {' '.join(r.candidate.keys)}"] if r.candidate else []
+    return [f"recommended: {layout}{teacher}", *keys, *(f"  - {reason}" for reason in reasons)]
 
 
 def step_time(plan: Plan) -> str:

@@ -64,10 +64,10 @@ What was assumed:
 
 - **MFU {mfu}** of 989.5 dense bf16 TFLOP/s, the teacher's forward pass counted. *Hours* follow from that alone.
 - *With communication* adds what the recommended layout cannot hide: the pipeline's bubble, tensor-parallel
-  reductions, and the part of the gradients' reduction that takes longer than the last micro-batch's work, at 450 GB/s inside a node
-  of 8 and 50 GB/s a GPU between nodes. At 512 GPUs data parallelism alone leaves one sequence a GPU, and the reduction
-  takes longer than the work; tensor parallelism, whose reductions stay inside a node, is the better of two poor choices.
-  A batch of 512 sequences is small for that many GPUs.
+  reductions, and the part of the gradients' reduction that takes longer than the last micro-batch's work, at 450 GB/s
+  inside a node of 8 and 50 GB/s a GPU between nodes. At 512 GPUs data parallelism alone leaves one sequence a GPU, and
+  the reduction takes longer than the work; tensor parallelism, whose reductions stay inside a node, is the better of
+  two poor choices. A batch of 512 sequences is small for that many GPUs.
 - FLOPs are 2 a parameter and token forward and 6 forward and backward, all parameters counted, attention's quadratic
   term left out (`megatron_kd/planning/flops.py`).
 - Memory is that of `megatron_kd/planning/memory.py`, which tests compare with the tensors of real steps on a CPU; no

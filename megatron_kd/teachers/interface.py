@@ -55,6 +55,11 @@ class TeacherConfig:
         """How many ranks are the teacher's alone."""
         return (self.num_ranks or 0) if self.placement == "remote" else 0
 
+    @property
+    def payload_ids(self) -> int | None:
+        """Ids a token that a remote teacher sends; None where it sends hidden states."""
+        return {"hidden": None, "top_k": self.top_k, "sampled": self.num_draws}[self.payload]
+
     def validate(self) -> Iterator[str]:
         """Faults in the values, one message each."""
         if self.placement in ("colocated", "remote") and self.path is None:

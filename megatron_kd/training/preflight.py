@@ -1,13 +1,11 @@
 """Whether a run fits into its devices, by arithmetic, before anything is built: bytes of a rank in steady state.
 
-Student: weights, gradients, optimizer state, activations in flight, loss chunks. Co-located teacher: weights, its
-output layer again where its layout differs from the student's, activations of a pass, hidden states that wait.
-Remote teacher, on the student's last stage: its output layer and the hand-offs being received; on its own ranks:
-weights, activations of a pass, hand-offs that wait to be sent.
+The numbers are ``plan_run``'s: planning/memory.py and planning/teacher_memory.py.
 """
 
 import dataclasses
 import os
+from typing import Any
 
 import psutil
 import torch
@@ -15,13 +13,12 @@ import torch
 from megatron_kd.errors import ConfigError
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.parallel.layout import ParallelLayout
-from megatron_kd.planning.memory import (
-    ELEMENT_BYTES,
-    RankMemory,
-    padded_rows,
-    student_memory,
+from megatron_kd.planning.memory import RankMemory, student_memory, together
+from megatron_kd.planning.teacher_memory import (
+    PlacedTeacher,
+    received_memory,
+    remote_rank_memory,
     teacher_memory,
-    together,
 )
 from megatron_kd.training.config import TrainConfig
 
@@ -105,19 +102,14 @@ def rank_memory(
 ) -> RankMemory:
     """Bytes on one of the student's ranks, by part."""
     settings, stage = config.training, layout.coordinates(rank).pipeline
-    sizes = {
-        "precision": settings.precision,
-        "micro_batch_size": settings.micro_batch_size,
-        "seq_length": seq_length,
-        "micro_batches": layout.micro_batches(settings.global_batch_size, settings.micro_batch_size),
-    }
+    of_a_batch = _sizes(config, seq_length)
+    sizes = of_a_batch | {"micro_batches": layout.micro_batches(settings.global_batch_size, settings.micro_batch_size)}
     dense = teacher is not None and config.teacher.payload == "hidden"
-    models, on_cuda = 2 if dense else 1, device == "cuda"
     student = student_memory(
         architecture, layout, stage, layers=layout.stage_layers(architecture.num_layers),
-        models_in_loss=models, fused=on_cuda, device=device,
+        models_in_loss=2 if dense else 1, fused=device == "cuda", device=device,
         loss_chunk_budget=config.distillation.loss.chunk_bytes, **sizes
-    )
+    )  # fmt: skip
     if teacher is None:
         return student
     if config.teacher.placement == "colocated":
@@ -126,35 +118,31 @@ def rank_memory(
         own = ParallelLayout(tensor, pipeline, 1, max(1, layout.world_size // (tensor * pipeline)))
         stash = config.teacher.stash_megabytes << 20
         return together(student, teacher_memory(teacher, layout, own, rank, stash_bytes=stash, **sizes))
-    if not dense or stage < layout.pipeline - 1:
-        return student
-    width = ELEMENT_BYTES[settings.precision]
-    rows = padded_rows(architecture.vocab_size, layout.tensor) // layout.tensor
-    return dataclasses.replace(
-        student,
-        teacher_weights=rows * teacher.hidden_size * width,
-        teacher_activations=config.teacher.prefetch_depth
-        * settings.micro_batch_size * seq_length * teacher.hidden_size * width,
-    )  # fmt: skip
+    placed = _remote(config, layout, teacher)
+    return together(student, received_memory(architecture, layout, stage, placed, **of_a_batch))
 
 
 def teacher_rank_memory(
     config: TrainConfig, layout: ParallelLayout, rank: int, teacher: ModelArchitecture, seq_length: int
 ) -> RankMemory:
-    """Bytes on one of a remote teacher's ranks, whose layout is ``layout``: weights, a pass, hand-offs that wait.
+    """Bytes on one of a remote teacher's ranks, whose layout is ``layout``."""
+    return remote_rank_memory(_remote(config, layout, teacher), rank, **_sizes(config, seq_length))
 
-    The logits that a sparse payload is chosen from are not counted.
-    """
-    settings, stage, width = config.training, layout.coordinates(rank).pipeline, ELEMENT_BYTES[config.training.precision]
-    alone = teacher_memory(
-        teacher, layout, layout, rank, precision=settings.precision, micro_batch_size=settings.micro_batch_size,
-        seq_length=seq_length, micro_batches=1, stash_bytes=0,
+
+def _sizes(config: TrainConfig, seq_length: int) -> dict[str, Any]:
+    settings = config.training
+    return {
+        "precision": settings.precision,
+        "micro_batch_size": settings.micro_batch_size,
+        "seq_length": seq_length,
+    }
+
+
+def _remote(config: TrainConfig, layout: ParallelLayout, teacher: ModelArchitecture) -> PlacedTeacher:
+    return PlacedTeacher(
+        teacher, layout, is_remote=True, payload_ids=config.teacher.payload_ids,
+        prefetch_depth=config.teacher.prefetch_depth,
     )  # fmt: skip
-    if stage < layout.pipeline - 1 or config.teacher.payload != "hidden":
-        return alone
-    hand_off = settings.micro_batch_size * seq_length * teacher.hidden_size * width
-    waiting = config.teacher.prefetch_depth * hand_off
-    return dataclasses.replace(alone, teacher_activations=alone.teacher_activations + waiting)
 
 
 def device_bytes(device: torch.device) -> float:

@@ -208,7 +208,8 @@ class Trainer:
         settings = self.config.training
         positions = settings.global_batch_size * self._seq_length
         flops_per_second = self.cost.flops_per_token * positions / seconds
-        mfu = {"mfu": flops_per_second / (self.layout.world_size * self.peak_flops)} if self.peak_flops else {}
+        devices = self.layout.world_size + self.config.teacher.own_ranks
+        mfu = {"mfu": flops_per_second / (devices * self.peak_flops)} if self.peak_flops else {}
         return {
             "step": progress.step,
             "tokens": progress.tokens,

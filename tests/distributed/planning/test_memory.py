@@ -7,7 +7,8 @@ from megatron_kd.data.chunk_dataset import write_chunk_dataset
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.models.architecture import architecture_by_name
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_kd.planning.memory import loss_chunk_bytes, rank_parameters, student_memory, teacher_layout, teacher_memory
+from megatron_kd.planning.memory import loss_chunk_bytes, rank_parameters, student_memory
+from megatron_kd.planning.teacher_memory import teacher_layout, teacher_memory
 from tests.distributed.ranks import shared_ranks
 from tests.distributed.training.runs import train_in_ranks
 from tests.reference.tensor_bytes import measure_step

@@ -6,15 +6,18 @@ from megatron_kd.models.architecture import architecture_by_name
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_kd.planning.communication import step_traffic
 from megatron_kd.planning.memory import rank_parameters
+from megatron_kd.planning.teacher_memory import PlacedTeacher, teacher_layout
 
 STUDENT, TEACHER = architecture_by_name("qwen_500m"), architecture_by_name("qwen_1.8b")
 SIZES = {"precision": "bf16", "micro_batch_size": 4, "seq_length": 1024, "micro_batches": 2}
 POSITIONS = 4 * 1024 * 2
 
 
-def traffic(world, teacher=None, remote=False, **keys):
+def traffic(world, teacher=None, remote=False, own=None, ids=None, **keys):
     layout = ParallelLayout.for_world(ParallelConfig(**keys), world)
-    return layout, step_traffic(STUDENT, teacher, layout, remote_teacher=remote, **SIZES)
+    own = own or layout
+    placed = None if teacher is None else PlacedTeacher(teacher, own, is_remote=remote, payload_ids=ids)
+    return layout, step_traffic(STUDENT, layout, placed, **SIZES)
 
 
 def test_one_rank_sends_nothing():
@@ -39,6 +42,17 @@ def test_a_teacher_adds_its_forward_pass_or_its_hidden_states():
     _, remote = traffic(2, teacher=TEACHER, remote=True, tensor_model_parallel_size=2)
     assert colocated.tensor - alone.tensor == pytest.approx(2 * 0.5 * 2 * 24 * POSITIONS * 2048 * 2)
     assert remote.tensor == alone.tensor and remote.hand_off == POSITIONS * 2048 * 2
+    assert colocated.hand_off == 0
+    _, sparse = traffic(2, teacher=TEACHER, remote=True, ids=64, tensor_model_parallel_size=2)
+    assert sparse.hand_off == POSITIONS * (8 * 64 + 4)
+
+
+def test_a_teacher_in_a_layout_of_its_own():
+    """TP2 student on two ranks, PP2 teacher on the same: each stage sees every position, TP1 reduces nothing."""
+    layout, alone = traffic(2, tensor_model_parallel_size=2)
+    _, sent = traffic(2, teacher=TEACHER, own=teacher_layout(layout, 1, 2), tensor_model_parallel_size=2)
+    assert sent.tensor == alone.tensor and sent.hand_off == POSITIONS * 2048 * 2
+    assert sent.pipeline == POSITIONS * 2048 * 2
 
 
 def test_a_pipeline_sends_a_hidden_state_each_way():

@@ -1,14 +1,18 @@
-"""Bubble and layer split against closed forms, and against every split tried."""
+"""Bubble and layer split against closed forms, and against every split that the keys of a layout can ask for."""
 
 import itertools
 
 import pytest
 
+from megatron_kd.errors import LayoutError
 from megatron_kd.models.architecture import architecture_by_name
+from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_kd.planning.pipeline import (
     balanced_split,
     bubble_fraction,
+    expressible_splits,
     layer_flops,
+    layer_split,
     student_head_flops,
     teacher_head_flops,
 )
@@ -35,16 +39,43 @@ def test_the_teachers_head_on_top_of_a_student(name, share):
 def test_no_other_split_is_faster(stages, teacher):
     student = architecture_by_name("qwen_1.2b")
     split = balanced_split(student, teacher, stages)
-    assert sum(split.layers) == 24 and len(split.layers) == stages and split.slowest <= split.even_slowest
+    assert sum(split.layers) == 24 and len(split.layers) == stages
+    assert split.slowest <= layer_split(student, teacher, [24 // stages] * stages).slowest
     heads = student_head_flops(student) + (teacher_head_flops(teacher) if teacher else 0)
     mean = (24 * layer_flops(student) + heads) / stages
 
     def slowest(layers):
         return max([*(n * layer_flops(student) for n in layers[:-1]), layers[-1] * layer_flops(student) + heads]) / mean
 
-    every = (layers for layers in itertools.product(range(1, 24), repeat=stages) if sum(layers) == 24)
-    assert split.slowest == pytest.approx(min(map(slowest, every)))
+    assert split.slowest == pytest.approx(min(map(slowest, every_split_of_a_layout(24, stages))))
     assert split.slowest == pytest.approx(slowest(split.layers))
+
+
+def every_split_of_a_layout(layers, stages, virtual=1):
+    """By asking the layout itself what it takes."""
+    for first, last in itertools.product(range(1, layers), repeat=2):
+        layout = ParallelLayout.for_world(ParallelConfig(
+            pipeline_model_parallel_size=stages, virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+            num_layers_in_first_pipeline_stage=first, num_layers_in_last_pipeline_stage=last), stages)
+        try:
+            layout.check_model(num_layers=layers, num_attention_heads=1, num_query_groups=1, ffn_hidden_size=1,
+                               seq_length=1)
+        except LayoutError:
+            continue
+        yield tuple(layout.stage_layers(layers))
+
+
+@pytest.mark.parametrize(("layers", "stages", "virtual"), [(24, 2, 1), (24, 4, 1), (24, 3, 2), (18, 4, 1), (12, 2, 2)])
+def test_every_split_can_be_asked_for(layers, stages, virtual):
+    found = set(expressible_splits(layers, stages, virtual))
+    assert found == set(every_split_of_a_layout(layers, stages, virtual))
+
+
+def test_the_keys_of_a_split():
+    student = architecture_by_name("qwen_1.2b")
+    assert layer_split(student, None, (6, 6, 6, 6)).keys == ()
+    assert layer_split(student, None, (7, 8, 8, 1)).keys == (
+        "parallel.num_layers_in_first_pipeline_stage=7", "parallel.num_layers_in_last_pipeline_stage=1")
 
 
 def test_a_teacher_takes_layers_from_the_last_stage():

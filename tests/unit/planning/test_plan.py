@@ -90,14 +90,60 @@ def test_what_does_not_fit_is_split_or_refused():
 
 
 def test_a_pipeline_gets_an_uneven_split():
-    split = plan(*KD, "parallel.pipeline_model_parallel_size=4").split
-    assert split.layers[-1] < 6 and split.slowest < split.even_slowest
-    assert "with layers" in plan_text(plan(*KD, "parallel.pipeline_model_parallel_size=4"))
+    even = plan(*KD, "parallel.pipeline_model_parallel_size=4")
+    assert even.split.layers == (6, 6, 6, 6) and even.balanced.layers[-1] < 6
+    assert even.balanced.slowest < even.split.slowest and even.balanced.keys[0] in plan_text(even)
+    uneven = plan(*KD, "parallel.pipeline_model_parallel_size=4", *even.balanced.keys)
+    assert uneven.split == uneven.balanced == even.balanced
+    assert uneven.stages[0].weights > even.stages[0].weights and uneven.stages[-1].weights < even.stages[-1].weights
+    assert sum(s.weights for s in uneven.stages) == sum(s.weights for s in even.stages)
+
+
+def test_a_recommended_pipeline_comes_with_its_split():
+    """Where weights alone fill a GPU, the pipeline that is recommended has room for the output layers."""
+    found = plan(*KD, "model.name=qwen_1.2b", "plan.usable_memory=0.1", "plan.gpus_per_node=1")
+    best = found.recommendation.candidate
+    assert best.layout.pipeline > 1 and best.split.keys and set(best.split.keys) < set(best.keys)
+    again = plan(*KD, "model.name=qwen_1.2b", "plan.gpus_per_node=1", *best.keys)
+    assert again.split == best.split and max(s.total for s in again.stages) == pytest.approx(best.memory.total)
+    assert " ".join(best.keys) in plan_text(found)
+
+
+REMOTE = (KD[0], "teacher.placement=remote", "teacher.num_ranks=8", "plan.num_gpus=24")
+
+
+def test_a_remote_teacher_has_its_own_ranks_and_the_student_the_rest():
+    made = plan(*REMOTE, "teacher.tensor_model_parallel_size=2")
+    assert made.layout.endswith("DP16") and made.stages[0].optimizer < plan(*KD).stages[0].optimizer
+    (teacher,) = made.teacher_stages
+    assert teacher.teacher_weights == pytest.approx(1_836_828_672, rel=0.01) and teacher.weights == 0
+    assert made.stages[0].teacher_weights == 2 * 151_936 * 2048 and made.traffic.hand_off > 0
+    text = plan_text(made)
+    assert "a teacher's rank (8)" in text and "8 of 24 GPUs" in text
+
+
+def test_time_with_a_remote_teacher_is_that_of_the_side_that_waits_longest():
+    """Work by hand: the student's side computes the teacher's output layer too."""
+    made = plan(*REMOTE)
+    head, student, teacher = 2 * 151_936 * 2048, 6 * 463_987_712, 2 * 1_836_828_672
+    slower = max((student + head) / 16, (teacher - head) / 8)
+    rate = 989.5e12 * 0.4 * 3600
+    assert made.costs[0].hours == pytest.approx(slower * 100_000 * 512 * 1024 / rate)
+    assert made.remote.balanced_ranks == 11
+    balanced = plan(*REMOTE, "teacher.num_ranks=11", "training.micro_batch_size=1", "training.global_batch_size=13")
+    assert 1 <= balanced.remote.busy < 1.05 < made.remote.busy
+
+
+def test_a_sparse_payload_leaves_the_head_to_the_teacher():
+    made = plan(*REMOTE, "teacher.payload=sampled")
+    assert made.head_share == 0 and made.stages[0].teacher_weights == 0
+    assert made.traffic.hand_off == 512 // 16 * 1024 * (8 * 50 + 4)
 
 
 def test_the_text_names_the_deviation_from_the_paper():
     text = plan_text(plan())
-    for expected in ("26,786", "30,000", "+12.0%", "45,455", "463,987,712", "308,405,248", "1.8e+20", "3.146e+21"):
+    for expected in ("26,786", "30,000", "+12.0%", "45,455", "463,987,712", "308,405,248", "1.8e+20", "3.146e+21", "8 N_s + 4 N_t",
+                     "also miniplm, seqkd", "pipeline bubble"):
         assert expected in text
 
 
@@ -127,6 +173,9 @@ def test_the_command_answers_in_two_seconds_without_torch():
         (["training.global_batch_sise=2"], ConfigError, "global_batch_size"),
         (["distillation.method=telepathy"], ConfigError, "no cost formula"),
         (["parallel.tensor_model_parallel_size=3", "plan.num_gpus=3"], LayoutError, "student under TP3"),
+        ([*REMOTE[:2]], ConfigError, "'teacher.num_ranks' .* is required"),
+        ([*REMOTE[:3], "plan.num_gpus=8"], LayoutError, "leaves no GPU"),
+        ([*REMOTE, "teacher.num_ranks=3", "teacher.tensor_model_parallel_size=2"], LayoutError, "the teacher's ranks"),
         (["plan.num_gpus=7", "parallel.tensor_model_parallel_size=2"], LayoutError, "7 ranks do not divide"),
     ],
 )

@@ -44,6 +44,8 @@ class Case:
     seq_length: int
     rows: int
     precision: str
+    steps: int
+    """Of each side in a round: about half a second, so that the sides see the same moods of a shared machine."""
 
     @property
     def architecture(self) -> ModelArchitecture:
@@ -52,29 +54,28 @@ class Case:
 
 
 CASES = (
-    Case("quickstart student, fp32", "qwen_toy_student", 512, 256, 8, "fp32"),
-    Case("21M, fp32", "qwen_21m", 32_000, 512, 4, "fp32"),
-    Case("quickstart student, bf16", "qwen_toy_student", 512, 256, 8, "bf16"),
-    Case("21M, bf16", "qwen_21m", 32_000, 512, 4, "bf16"),
+    Case("quickstart student, fp32", "qwen_toy_student", 512, 256, 8, "fp32", 10),
+    Case("21M, fp32", "qwen_21m", 32_000, 512, 4, "fp32", 1),
+    Case("quickstart student, bf16", "qwen_toy_student", 512, 256, 8, "bf16", 10),
+    Case("21M, bf16", "qwen_21m", 32_000, 512, 4, "bf16", 1),
 )
 
 
 def main() -> None:
     """Run the cases and print and record their figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="2 rounds of 3 steps")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=6, help="steps of each side in a round")
+    parser.add_argument("--quick", action="store_true", help="2 rounds")
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    rounds, steps = (2, 3) if options.quick else (options.rounds, options.steps)
-    record: dict[str, Any] = {"benchmark": "training", "provenance": provenance(), "rounds": rounds, "steps": steps}
+    rounds = 2 if options.quick else options.rounds
+    record: dict[str, Any] = {"benchmark": "training", "provenance": provenance(), "rounds": rounds}
     record["results"] = results = []
     for case in CASES:
         if case.precision == "bf16" and not has_bf16_instructions():
             results.append({"case": case.name, "note": "not measured: no bf16 instructions here"})
             continue
-        results.append(measure(case, rounds, steps))
+        results.append(measure(case, rounds))
         sys.stdout.write(describe(results[-1]))
         sys.stdout.flush()
     if options.output is not None:
@@ -82,7 +83,7 @@ def main() -> None:
         options.output.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def measure(case: Case, rounds: int, steps: int) -> dict[str, Any]:
+def measure(case: Case, rounds: int) -> dict[str, Any]:
     """All sides, alternating; each has warmed up before."""
     with ExitStack() as stack:
         sides = {name: stack.enter_context(Side(name, case)) for name in SIDES}
@@ -92,12 +93,12 @@ def measure(case: Case, rounds: int, steps: int) -> dict[str, Any]:
         rates: dict[str, list[float]] = {name: [] for name in SIDES}
         for number in range(rounds):
             for name in SIDES if number % 2 == 0 else reversed(SIDES):
-                seconds = sides[name].run(steps)["seconds"]
-                rates[name].append(case.rows * case.seq_length * steps / seconds)
+                seconds = sides[name].run(case.steps)["seconds"]
+                rates[name].append(case.rows * case.seq_length * case.steps / seconds)
     ratios = {name: [a / b for a, b in zip(rates["ours"], rates[name], strict=True)] for name in SIDES[1:]}
     return {
         "case": case.name, "parameters": case.architecture.parameters, "vocab_size": case.vocab_size,
-        "seq_length": case.seq_length, "rows": case.rows, "threads": torch.get_num_threads(),
+        "seq_length": case.seq_length, "rows": case.rows, "steps_a_round": case.steps, "threads": torch.get_num_threads(),
         "first_losses": first_losses,
         "tokens_per_second": {name: statistics.median(values) for name, values in rates.items()},
         "ratio": {name: {"median": statistics.median(values), "min": min(values), "max": max(values)}

@@ -11,7 +11,6 @@ from typing import Any, Iterator, Mapping, Sequence
 import torch
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -98,12 +97,16 @@ def set_learning_rate(optimizer: ChainedOptimizer, rate: float) -> None:
 
 
 def clipped_step(optimizer: ChainedOptimizer, gradient_norm: float, max_norm: float) -> None:
-    """Scale the prepared gradients to at most ``max_norm`` and update the weights."""
-    if max_norm > 0:
+    """Scale the prepared gradients to at most ``max_norm`` and update the weights.
+
+    Megatron-Core's own scaling makes a scaled copy of every gradient first where Transformer Engine and Apex are absent.
+    """
+    scale = max_norm / (gradient_norm + 1e-6)
+    if 0 < scale < 1:
         for part in optimizer.chained_optimizers:
-            parameters = part.get_parameters()
-            if parameters:
-                clip_grad_by_total_norm_fp32(parameters, max_norm=max_norm, total_norm=gradient_norm)
+            gradients = [parameter.grad for parameter in part.get_parameters() if parameter.grad is not None]
+            if gradients:
+                torch._foreach_mul_(gradients, scale)
     optimizer.step_with_ready_grads()
 
 

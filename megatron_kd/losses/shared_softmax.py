@@ -83,9 +83,12 @@ def _first_pass(
     student, teacher = chunk.student, chunk.teacher
     n = student.shape[0]
     if teacher is None:
-        maxima = row_max(student).unsqueeze(0)
-        torch.softmax(student, -1, out=student)
-        local = _z_of_softmax(student).unsqueeze(0)
+        maxima, local = student.new_empty((1, n)), student.new_empty((1, n))
+        for rows in row_tiles(*student.shape, tile_elements):  # a tile stays in the cache from one pass to the next
+            s = student[rows]
+            maxima[0, rows] = row_max(s)
+            torch.softmax(s, -1, out=s)
+            local[0, rows] = _z_of_softmax(s)
     else:
         maxima, local = student.new_empty((2, n)), student.new_empty((4, n))
         for rows in row_tiles(*student.shape, tile_elements):

@@ -48,16 +48,31 @@ class LoadedTokenizer:
     Attributes:
         path: where it came from.
         backend: the ``tokenizers`` object, or one with the same methods.
-        info: what datasets record of it.
+        files: name → contents of the files that make it up.
+        eos_id: ends a document.
         cleans_up_spaces: whether its configuration asks decoding to remove spaces before punctuation.
         bos_id: or None.
     """
 
     path: Path
     backend: Tokenizer | SentencePieceTokenizer
-    info: TokenizerInfo
+    files: dict[str, bytes]
+    eos_id: int
     cleans_up_spaces: bool
     bos_id: int | None
+
+    @cached_property
+    def info(self) -> TokenizerInfo:
+        """What datasets record of it; a process that only encodes does not need it."""
+        lengths = token_byte_lengths(self.backend)
+        return TokenizerInfo(self._hash, len(lengths), self.eos_id, self.eos_id, lengths, self.files)
+
+    @property
+    def _hash(self) -> str:
+        if SENTENCEPIECE_MODEL in self.files:
+            content = self.files[SENTENCEPIECE_MODEL] + f"|eos_id={self.eos_id}".encode()
+            return hashlib.sha256(content).hexdigest()[:32]
+        return tokenizer_hash(json.loads(self.files[TOKENIZER_JSON]), self.eos_id)
 
     @cached_property
     def token_texts(self) -> list[str]:
@@ -92,7 +107,6 @@ def load_tokenizer(path: str | Path, eos_token: str | None = None) -> LoadedToke
         return _load_sentencepiece(path, files, eos_token)
     try:
         backend = Tokenizer.from_str(files[TOKENIZER_JSON].decode("utf-8"))
-        content = json.loads(files[TOKENIZER_JSON])
         settings = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
     except Exception as error:  # noqa: BLE001 - the library raises plain Exception
         raise DataError(f"{path}: not a readable tokenizer ({error})") from None
@@ -105,12 +119,11 @@ def load_tokenizer(path: str | Path, eos_token: str | None = None) -> LoadedToke
     if TOKENIZER_CONFIG not in files:
         files[TOKENIZER_CONFIG] = _config_text(eos).encode()
     bos = _token_text(settings.get("bos_token"))
-    byte_lengths = token_byte_lengths(backend)
-    info = TokenizerInfo(tokenizer_hash(content, eos_id), len(byte_lengths), eos_id, eos_id, byte_lengths, files)
     return LoadedTokenizer(
         path,
         backend,
-        info,
+        files,
+        eos_id,
         bool(settings.get("clean_up_tokenization_spaces", False)),
         backend.token_to_id(bos) if bos else None,
     )
@@ -128,13 +141,12 @@ def _load_sentencepiece(path: Path, files: dict[str, bytes], eos_token: str | No
     if eos is None or eos_id is None:
         raise DataError(f"{path}: the end-of-document token {eos!r} is not in the vocabulary; set eos_token")
     files.setdefault(TOKENIZER_CONFIG, json.dumps({"eos_token": eos, "pad_token": eos}, indent=2).encode() + b"\n")
-    digest = hashlib.sha256(model + f"|eos_id={eos_id}".encode()).hexdigest()[:32]
-    lengths = token_byte_lengths(backend)
     bos = _token_text(settings.get("bos_token")) or backend.bos_token
     return LoadedTokenizer(
         path,
         backend,
-        TokenizerInfo(digest, len(lengths), eos_id, eos_id, lengths, files),
+        files,
+        eos_id,
         bool(settings.get("clean_up_tokenization_spaces", False)),
         backend.token_to_id(bos) if bos else None,
     )

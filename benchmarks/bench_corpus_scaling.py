@@ -1,65 +1,85 @@
-"""Whether tokenising costs the same per byte at 1×, 4× and 16× the input; a chart in ``benchmarks/results``.
+"""Whether tokenising and selecting cost the same per unit at 1×, 4× and 16× the input; a chart in ``results``.
 
-Sizes: 24, 96 and 384 MB of JSONL (``--quick``: 4, 16, 64), ``tokenize_corpus`` packed and unshuffled with 2 workers,
-each run a process of its own. CPU seconds are less disturbed by others than wall seconds; both are recorded.
+Tokenising: 24, 96 and 384 MB of JSONL (``--quick``: 4, 16, 64), ``tokenize_corpus`` packed and unshuffled with 2
+workers. Selecting: a sixteenth, a quarter and all of 100 million scores (``--quick``: 10 million). Each run is a
+process of its own; of tokenising CPU seconds are drawn, which others on the machine disturb less than seconds.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import bench_corpus_select as select
 from benchmarks.bench_corpus_tokenise import make_corpus, run_side
 
 CHART = Path(__file__).parent / "results" / "corpus_scaling.png"
+FACTORS = (1, 4, 16)
 
 
 def measure(quick: bool, folder: Path) -> Iterator[dict[str, Any]]:
-    """One row a size, its cost per byte against the smallest one's; draws the chart at the end."""
-    rows: list[dict[str, Any]] = []
-    for factor in (1, 4, 16):
-        here = folder / str(factor)
-        here.mkdir()
-        make_corpus(here, factor * (4 if quick else 24) << 20, 8_000)
-        run = run_side("packed", here)
-        row = {
-            "side": "packed",
-            "factor": factor,
-            **run,
-            "cpu_seconds_per_gb": 1000 * run["cpu_seconds"] / run["megabytes"],
-        }
-        row["cost_per_byte_against_1x"] = row["cpu_seconds_per_gb"] / (rows or [row])[0]["cpu_seconds_per_gb"]
-        rows.append(row)
-        yield row
+    """A row a tool and size, its cost per unit of input against that of the smallest; draws the chart at the end."""
+    tokenised: list[dict[str, Any]] = []
+    for factor in FACTORS:
+        tokenised.append(against_first(tokenise(factor, quick, folder), tokenised))
+        yield tokenised[-1]
+    selected: list[dict[str, Any]] = []
+    full = select.QUICK if quick else select.FULL
+    select.write_scores(folder, full)
+    for factor in FACTORS:
+        run = select.in_process(select.run_ours, "select", folder, full // FACTORS[-1] * factor, 1)
+        row = {"tool": "select", "factor": factor, "input": run["scores"] / 1e6, "unit": "million scores",
+               "cost": run["seconds"], "peak_memory_mib": run["peak_gib"] * 1024}  # fmt: skip
+        selected.append(against_first(row, selected))
+        yield selected[-1]
     if not quick:
-        draw(rows, CHART)
+        draw({"tokenize_corpus (CPU seconds)": tokenised, "selection (seconds)": selected}, CHART)
+
+
+def tokenise(factor: int, quick: bool, folder: Path) -> dict[str, Any]:
+    """``tokenize_corpus`` once, of ``factor`` times the smallest corpus."""
+    here = folder / str(factor)
+    here.mkdir()
+    make_corpus(here, factor * (4 if quick else 24) << 20, 8_000)
+    run = run_side("packed", here)
+    return {"tool": "tokenize", "factor": factor, "input": run["megabytes"], "unit": "MB", "cost": run["cpu_seconds"],
+            "seconds": run["seconds"], "peak_memory_mib": run["peak_memory_mib"]}  # fmt: skip
+
+
+def against_first(row: dict[str, Any], before: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row with its cost per unit of input over that of the smallest input."""
+    first = (before or [row])[0]
+    return {**row, "cost_per_unit_against_1x": row["cost"] / row["input"] / (first["cost"] / first["input"])}
 
 
 def describe(row: dict[str, Any]) -> str:
     """A line of the table."""
-    cost = f"{row['cpu_seconds_per_gb']:>6.1f} CPU s/GB ({row['cost_per_byte_against_1x']:.2f} of 1x)"
     return (
-        f"{row['factor']:>3}x {row['megabytes']:>7.0f} MB  {row['seconds']:>7.2f} s  {cost}  "
-        f"{row['peak_memory_mib']:,.0f} MiB"
+        f"{row['tool']:<9}{row['factor']:>3}x {row['input']:>7.1f} {row['unit']:<15}{row['cost']:>7.2f} s  "
+        f"{row['cost_per_unit_against_1x']:.2f} of 1x per unit  {row['peak_memory_mib']:,.0f} MiB"
     )
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Seconds and peak memory over input size."""
+def draw(tools: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Cost and peak memory of every tool over the factor of its input."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    time_axes, memory_axes = figure.subplots(1, 2)
-    sizes = [row["megabytes"] for row in rows]
-    time_axes.loglog(sizes, [row["cpu_seconds"] for row in rows], "o-", label="CPU seconds")
-    time_axes.loglog(sizes, [row["seconds"] for row in rows], "s-", label="seconds")
-    first = rows[0]
-    linear = [first["cpu_seconds"] * size / sizes[0] for size in sizes]
-    time_axes.loglog(sizes, linear, ":", color="grey", label="linear")
-    time_axes.set(xlabel="JSONL (MB)", ylabel="seconds", title="tokenize_corpus: time")
-    time_axes.legend(frameon=False)
-    memory_axes.semilogx(sizes, [row["peak_memory_mib"] for row in rows], "o-")
-    memory_axes.set(xlabel="JSONL (MB)", ylabel="MiB", title="peak memory, all processes", ylim=(0, None))
+    cost_axes, memory_axes = figure.subplots(1, 2)
+    for (name, rows), marker in zip(tools.items(), "os", strict=True):
+        factors = [row["factor"] for row in rows]
+        label = f"{name}: 1x is {rows[0]['input']:.3g} {rows[0]['unit']}"
+        (line,) = cost_axes.loglog(factors, [row["cost"] for row in rows], f"{marker}-", label=label)
+        linear = [rows[0]["cost"] * factor for factor in factors]
+        cost_axes.loglog(factors, linear, ":", color=line.get_color(), label="linear from 1x")
+        memory_axes.semilogx(factors, [row["peak_memory_mib"] for row in rows], f"{marker}-", label=name.split(" (")[0])
+    memory_axes.axhline(2048, ls="--", color="grey", label="limit")
+    for axes, title, unit in ((cost_axes, "cost", "seconds"), (memory_axes, "peak memory, all processes", "MiB")):
+        axes.set_xticks(FACTORS, [f"{factor}x" for factor in FACTORS])
+        axes.minorticks_off()
+        axes.set(xlabel="input", ylabel=unit, title=title)
+        axes.legend(frameon=False, fontsize="small")
+    memory_axes.set_ylim(0, None)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -106,7 +106,7 @@ def make_inputs(folder: Path) -> None:
     import dataclasses
 
     from megatron_kd.config import from_mapping
-    from megatron_kd.data.chunk_dataset import write_chunk_dataset
+    from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
     from megatron_kd.data.tokenizer_info import plain_tokenizer_info
     from megatron_kd.teachers.cache import run as cache
     from megatron_kd.training.run import run

@@ -162,7 +162,7 @@ def our_step(case: Case, folder: Path, stack: ExitStack) -> Callable[[], float]:
     silence_known_noise()
     from megatron_kd.config import from_mapping
     from megatron_kd.data.batch import make_batch
-    from megatron_kd.data.chunk_dataset import write_chunk_dataset
+    from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
     from megatron_kd.data.tokenizer_info import plain_tokenizer_info
     from megatron_kd.parallel.groups import create_process_groups
     from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_kd.data.chunk_dataset import ChunkDataset, write_chunk_dataset
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.losses import OutputHead
 from megatron_kd.teachers.cache.codec import Codec, Entries

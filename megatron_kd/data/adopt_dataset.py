@@ -23,7 +23,8 @@ from tqdm import tqdm
 from megatron_kd.config import to_mapping
 from megatron_kd.data.artefact_folder import building
 from megatron_kd.data.checksums import BLOCK_BYTES, ChecksumStream, FileChecksums
-from megatron_kd.data.chunk_dataset import KIND, ChunkDataset, ChunkDatasetWriter
+from megatron_kd.data.chunk_dataset import KIND, ChunkDataset
+from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.documents import expand_inputs
 from megatron_kd.data.indexed_dataset import ForeignIndex, write_index
 from megatron_kd.data.manifest import already_made, recipe_of

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from megatron_kd.config import to_mapping
 from megatron_kd.data.artefact_folder import building
-from megatron_kd.data.chunk_dataset import KIND, ChunkDataset, ChunkDatasetWriter
+from megatron_kd.data.chunk_dataset import KIND, ChunkDataset
+from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.manifest import already_made, recipe_of
 from megatron_kd.data.tokenization import LoadedTokenizer, load_tokenizer
 from megatron_kd.errors import DataError

@@ -17,7 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_kd.data.checksums import BLOCK_BYTES, ChecksumStream, FileChecksums
-from megatron_kd.data.chunk_dataset import PROMPT_LENGTHS_NAME, ChunkDataset, ChunkDatasetWriter
+from megatron_kd.data.chunk_dataset import PROMPT_LENGTHS_NAME, ChunkDataset
+from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.indexed_dataset import write_index
 
 SEGMENT_BYTES = 16 * BLOCK_BYTES

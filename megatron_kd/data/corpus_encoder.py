@@ -105,7 +105,7 @@ def encode_corpus(units: Sequence[Unit], job: EncodingJob, parts: PartFolder, wo
         units: some of ``units_of``.
         job: how.
         parts: where parts are kept; those that are there are handed on whole.
-        workers: processes; 1 encodes in this one, with the tokenizer library's own threads.
+        workers: processes; 1 encodes in this one.
 
     Raises:
         DataError: a file is damaged, or a document too long to hold.
@@ -268,7 +268,7 @@ def _interleave(
 @lru_cache(maxsize=1)
 def _encoder_of(job: EncodingJob) -> tuple[DocumentEncoder, int]:
     tokenizer = load_tokenizer(job.tokenizer, job.eos_token)
-    return DocumentEncoder(tokenizer, job.engine), tokenizer.info.eos_id
+    return DocumentEncoder(tokenizer, job.engine), tokenizer.eos_id
 
 
 def _split_hashes(texts: Sequence[str], seed: int | None) -> np.ndarray:

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_kd.data.artefact_folder import building
-from megatron_kd.data.chunk_dataset import PROMPT_LENGTHS_NAME, ChunkDatasetWriter
+from megatron_kd.data.chunk_dataset import PROMPT_LENGTHS_NAME
+from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.chunking import Chunker, Chunks, PromptResponseChunker, SentenceEnds
 from megatron_kd.data.encoded_parts import EncodedBlock
 from megatron_kd.data.mixing import mix64, mix_int

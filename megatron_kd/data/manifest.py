@@ -78,6 +78,23 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> tuple[dict[str
     return manifest, Checksums.from_json(sidecar, folder / SIDECAR_NAME)
 
 
+def open_artefact(folder: str | Path, kind: str) -> tuple[dict[str, Any], Checksums]:
+    """Manifest and checksums of an artefact whose ``.bin`` files are verified block by block at first touch.
+
+    Of these only the sizes are compared now; every other file is read and verified.
+
+    Raises:
+        DataError: it is missing, damaged, or something else.
+    """
+    manifest, checksums = read_manifest(folder, kind)
+    for name in checksums.files:
+        if name.endswith(".bin"):
+            checksums.check_size(Path(folder), name)
+        else:
+            checksums.verify_file(Path(folder), name)
+    return manifest, checksums
+
+
 def already_made(output: str | Path, kind: str, recipe: str) -> bool:
     """Whether ``output`` already is the artefact that this recipe makes (``producer.recipe`` of its manifest).
 

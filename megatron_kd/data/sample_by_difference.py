@@ -19,7 +19,8 @@ import numpy as np
 
 from megatron_kd.config import to_mapping
 from megatron_kd.data.artefact_folder import building
-from megatron_kd.data.chunk_dataset import KIND, ChunkDataset, ChunkDatasetWriter
+from megatron_kd.data.chunk_dataset import KIND, ChunkDataset
+from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.copy_chunks import copy_chunks
 from megatron_kd.data.differences import Differences, open_differences
 from megatron_kd.data.manifest import already_made, recipe_of

@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from megatron_kd.config import to_mapping
 from megatron_kd.data.byte_pieces import lines_before
-from megatron_kd.data.chunk_dataset import DEFAULT_CHUNKS_PER_SHARD, KIND, ChunkDataset
+from megatron_kd.data.chunk_dataset import KIND, ChunkDataset
+from megatron_kd.data.chunk_dataset_writer import DEFAULT_CHUNKS_PER_SHARD
 from megatron_kd.data.corpus_encoder import EncodingJob, encode_corpus, read_parts, units_of
 from megatron_kd.data.corpus_outputs import ROLES, Chunking, CorpusOutputs, OutputSettings, SplitBy
 from megatron_kd.data.document_format import DocumentFormat, Kind, load, parse, read_blocks

@@ -19,31 +19,17 @@ from tqdm import tqdm
 from megatron_kd.config import to_mapping
 from megatron_kd.data.batch import make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.data.differences import check_pair
 from megatron_kd.data.manifest import already_made, recipe_of
-from megatron_kd.errors import DataError
 from megatron_kd.models.loading import LoadedModel, ScoredModelConfig, load_for_inference
 from megatron_kd.parallel.agreement import on_main_rank
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.parallel.runtime import Runtime, distributed_runtime
 from megatron_kd.scoring.journal import ScoreJournal
+from megatron_kd.scoring.measured_subset import MeasuredSubset, SubsetConfig
 from megatron_kd.scoring.micro_batches import MicroBatch, MicroBatchPlan
-from megatron_kd.scoring.proxy import DifferenceProxy, ProxyTrainingConfig, read_batch, train_proxy
+from megatron_kd.scoring.proxy import DifferenceProxy, ProxyTrainingConfig, ranking_quality, train_proxy
 from megatron_kd.scoring.score_file import DIFFERENCE_KIND, ScoreFile, write_score_file
 from megatron_kd.scoring.units import UnitScores, fill_journal
-
-QUANTITY = "difference of mean negative log-likelihoods, reference − teacher, nats per token: measured or predicted"
-HELDOUT_SHARE = 0.1
-LEAST_SCORED = 20
-
-
-@dataclass(frozen=True)
-class SubsetConfig:
-    """``subset.*`` keys: a random part of the corpus, scored by both models."""
-
-    path: str
-    teacher_scores: str
-    reference_scores: str
 
 
 @dataclass(frozen=True)
@@ -73,18 +59,6 @@ class PredictDifferenceConfig:
         yield from self.training.faults()
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """r of the scored chunks of the subset, and where they are in the corpus; ``is_heldout`` are not trained on."""
-
-    subset: ChunkDataset
-    chunks: np.ndarray
-    values: np.ndarray
-    corpus_chunks: np.ndarray
-    is_heldout: np.ndarray
-    parents: list[dict[str, str]]
-
-
 def run(config: PredictDifferenceConfig) -> Path:
     """Train the proxy, predict, and write the differences.
 
@@ -95,7 +69,7 @@ def run(config: PredictDifferenceConfig) -> Path:
     """
     with distributed_runtime() as runtime:
         dataset = ChunkDataset.open(config.data.path)
-        measured = _open_measured(config, dataset)
+        measured = MeasuredSubset.open(config.subset, dataset, config.training.seed)
         recipe = _recipe(config, dataset, measured)
         if on_main_rank(lambda: _is_made(config, recipe)):
             return Path(config.output)
@@ -106,7 +80,9 @@ def run(config: PredictDifferenceConfig) -> Path:
         try:
             on_main_rank(lambda: journal.claim(recipe))
             proxy = _trained_proxy(config, measured, loaded, journal, runtime)
-            quality = _quality(proxy, measured, config, runtime)
+            quality = ranking_quality(
+                proxy, measured.subset, *measured.heldout, config.micro_batch_size, runtime.device
+            )
             _predict(proxy, dataset, plan, journal, loaded, runtime)
             on_main_rank(lambda: _write(config, dataset, measured, loaded, quality, recipe, journal.gather()))
         finally:
@@ -116,40 +92,15 @@ def run(config: PredictDifferenceConfig) -> Path:
     return Path(config.output)
 
 
-def _open_measured(config: PredictDifferenceConfig, dataset: ChunkDataset) -> _Measured:
-    subset = ChunkDataset.open(config.subset.path)
-    if subset.root_fingerprint != dataset.root_fingerprint:
-        raise DataError(
-            f"{subset.path}: its chunks refer to {subset.root_fingerprint}, those of {dataset.path} to "
-            f"{dataset.root_fingerprint}; draw the subset with split_dataset"
-        )
-    teacher, reference = ScoreFile.open(config.subset.teacher_scores), ScoreFile.open(config.subset.reference_scores)
-    check_pair(teacher, reference)
-    values = np.subtract(reference.aligned_with(subset), teacher.aligned_with(subset), dtype=np.float32)
-    chunks = np.flatnonzero(~np.isnan(values))
-    if len(chunks) < LEAST_SCORED:
-        raise DataError(f"{subset.path}: {len(chunks)} scored chunks are too few to learn from; draw at least 1% more")
-    root_ids = np.asarray(dataset.chunk_ids)
-    wanted = np.asarray(subset.chunk_ids)[chunks]
-    places = np.searchsorted(root_ids, wanted)
-    places[places == len(root_ids)] = 0
-    corpus_chunks = np.where(root_ids[places] == wanted, places, -1)
-    is_heldout = np.zeros(len(chunks), dtype=bool)
-    heldout = np.random.default_rng(config.training.seed).permutation(len(chunks))
-    is_heldout[heldout[: max(2, int(HELDOUT_SHARE * len(chunks)))]] = True
-    parents = [
-        {"kind": scores.manifest["kind"], "role": role, "path": str(scores.path), "fingerprint": scores.fingerprint}
-        for role, scores in (("teacher", teacher), ("reference", reference))
-    ]
-    return _Measured(subset, chunks, values[chunks], corpus_chunks, is_heldout, parents)
-
-
 def _trained_proxy(
-    config: PredictDifferenceConfig, measured: _Measured, loaded: LoadedModel, journal: ScoreJournal, runtime: Runtime
+    config: PredictDifferenceConfig,
+    measured: MeasuredSubset,
+    loaded: LoadedModel,
+    journal: ScoreJournal,
+    runtime: Runtime,
 ) -> DifferenceProxy:
     """The proxy, from the unfinished output if its training was done before."""
-    train = ~measured.is_heldout
-    targets = measured.values[train]
+    chunks, targets = measured.training
     proxy = DifferenceProxy(loaded.chunks[0].requires_grad_(True), float(targets.mean()), float(targets.std()) or 1.0)
     saved = journal.folder / "proxy.pt"
     if on_main_rank(saved.exists):
@@ -164,8 +115,9 @@ def _trained_proxy(
             bar.set_postfix(mse=f"{error:.3f}", refresh=False)
             bar.update()
 
-        train_proxy(proxy, measured.subset, measured.chunks[train], targets, config.training, loaded.groups,
-                    runtime.device, on_step)  # fmt: skip
+        train_proxy(
+            proxy, measured.subset, chunks, targets, config.training, loaded.groups, runtime.device, on_step
+        )
     on_main_rank(lambda: _save(proxy, saved))
     return proxy
 
@@ -174,31 +126,6 @@ def _save(proxy: DifferenceProxy, path: Path) -> None:
     tensors = {name: value for name, value in proxy.state_dict().items() if isinstance(value, torch.Tensor)}
     torch.save(tensors, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").rename(path)
-
-
-@torch.no_grad()
-def _quality(
-    proxy: DifferenceProxy, measured: _Measured, config: PredictDifferenceConfig, runtime: Runtime
-) -> dict[str, Any]:
-    """How well held-out chunks are ranked: correlations, and the share of the better half that it finds."""
-    chunks, actual = measured.chunks[measured.is_heldout], measured.values[measured.is_heldout]
-    predicted = np.concatenate([
-        proxy(read_batch(measured.subset, chunks[start : start + config.micro_batch_size]).to(runtime.device)).cpu()
-        for start in range(0, len(chunks), config.micro_batch_size)
-    ])  # fmt: skip
-    half = len(chunks) // 2
-    both = set(np.argsort(-actual, kind="stable")[:half]) & set(np.argsort(-predicted, kind="stable")[:half])
-    constant = predicted.std() == 0 or actual.std() == 0
-    return {
-        "heldout_chunks": len(chunks),
-        "pearson": 0.0 if constant else float(np.corrcoef(actual, predicted)[0, 1]),
-        "spearman": 0.0 if constant else float(np.corrcoef(_ranks(actual), _ranks(predicted))[0, 1]),
-        "better_half_found": len(both) / half,
-    }
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    return np.argsort(np.argsort(values, kind="stable"), kind="stable")
 
 
 def _predict(
@@ -228,7 +155,7 @@ def _is_made(config: PredictDifferenceConfig, recipe: str) -> bool:
     return True
 
 
-def _recipe(config: PredictDifferenceConfig, dataset: ChunkDataset, measured: _Measured) -> str:
+def _recipe(config: PredictDifferenceConfig, dataset: ChunkDataset, measured: MeasuredSubset) -> str:
     return recipe_of({
         "tool": "predict_difference", "dataset": dataset.fingerprint, "subset": measured.subset.fingerprint,
         "scores": [parent["fingerprint"] for parent in measured.parents], "proxy": to_mapping(config.proxy),
@@ -240,7 +167,7 @@ def _recipe(config: PredictDifferenceConfig, dataset: ChunkDataset, measured: _M
 def _write(
     config: PredictDifferenceConfig,
     dataset: ChunkDataset,
-    measured: _Measured,
+    measured: MeasuredSubset,
     loaded: LoadedModel,
     quality: dict[str, Any],
     recipe: str,
@@ -257,7 +184,6 @@ def _write(
         producer={"tool": "predict_difference", "config": to_mapping(config), "recipe": recipe, "quality": quality,
                   "measured": int(is_here.sum())},
         kind=DIFFERENCE_KIND,
-        quantity=QUANTITY,
         parents=measured.parents,
     )  # fmt: skip
     sys.stderr.write(

@@ -9,6 +9,7 @@ method and leaves its details open; these are ours (docs/difference_sampling.md)
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,6 +117,40 @@ def train_proxy(
         if on_step is not None:
             on_step(float(sum_over_group(squared.detach(), groups.dp)) / len(rows))
     proxy.eval()
+
+
+@torch.no_grad()
+def ranking_quality(
+    proxy: DifferenceProxy,
+    dataset: ChunkDataset,
+    chunks: np.ndarray,
+    actual: np.ndarray,
+    micro_batch_size: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """How well a proxy ranks chunks that it has not seen: correlations, and the share of the better half it finds.
+
+    Args:
+        chunks: their indices, ``[n]``.
+        actual: their measured r, float32 ``[n]``.
+    """
+    predicted = np.concatenate([
+        proxy(read_batch(dataset, chunks[start : start + micro_batch_size]).to(device)).cpu()
+        for start in range(0, len(chunks), micro_batch_size)
+    ])  # fmt: skip
+    half = len(chunks) // 2
+    both = set(np.argsort(-actual, kind="stable")[:half]) & set(np.argsort(-predicted, kind="stable")[:half])
+    constant = predicted.std() == 0 or actual.std() == 0
+    return {
+        "heldout_chunks": len(chunks),
+        "pearson": 0.0 if constant else float(np.corrcoef(actual, predicted)[0, 1]),
+        "spearman": 0.0 if constant else float(np.corrcoef(_ranks(actual), _ranks(predicted))[0, 1]),
+        "better_half_found": len(both) / half,
+    }
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    return np.argsort(np.argsort(values, kind="stable"), kind="stable")
 
 
 def read_batch(dataset: ChunkDataset, indices: np.ndarray) -> Batch:

@@ -20,6 +20,12 @@ from megatron_kd.errors import DataError
 KIND = "score_file"
 DIFFERENCE_KIND = "predicted_difference"
 SCORES_NAME = "scores.npy"
+QUANTITIES = {
+    KIND: "mean negative log-likelihood per predicted token, nats",
+    DIFFERENCE_KIND: "difference of mean negative log-likelihoods, reference − teacher, nats per token: measured or "
+    "predicted",
+}
+"""What the numbers of each kind are."""
 
 
 class ScoreFile:
@@ -109,7 +115,6 @@ def write_score_file(
     reset_attention_mask: bool = False,
     reset_position_ids: bool = False,
     kind: str = KIND,
-    quantity: str = "mean negative log-likelihood per predicted token, nats",
     parents: Sequence[Mapping[str, str]] = (),
 ) -> ScoreFile:
     """Write the scores of every chunk of ``dataset``, whole or not at all, and open the result.
@@ -123,7 +128,7 @@ def write_score_file(
         compute_dtype: of the model's forward pass.
         producer: ``tool``, its resolved ``config``, optionally a ``recipe``.
         reset_attention_mask, reset_position_ids: whether documents inside a chunk were kept apart.
-        kind, quantity: of what the numbers are, where they are no likelihoods.
+        kind: what the numbers are, one of ``QUANTITIES``.
         parents: what they were made from beside the dataset.
 
     Raises:
@@ -133,27 +138,32 @@ def write_score_file(
     scores = np.asarray(scores, dtype=np.float32)
     if scores.shape != (dataset.num_chunks,):
         raise ValueError(f"scores of shape {scores.shape} for {dataset.num_chunks} chunks")
-    unscored = [int(index) for index in np.flatnonzero(np.isnan(scores)) if not dataset.has_unmasked_position(index)]
-    _refuse_not_finite(scores, np.array(unscored, dtype=np.int64), f"{output} (model {model.get('path', '?')})")
+    unscored = _unscored(scores, dataset, f"{output} (model {model.get('path', '?')})")
     facts = _facts(dataset, model, compute_dtype, unscored, reset_attention_mask, reset_position_ids)
     with building(output) as folder:
         np.save(folder / SCORES_NAME, scores)
         checksums = Checksums()
         checksums.add_file(folder, SCORES_NAME)
+        scored = {"kind": "chunk_dataset", "path": str(dataset.path), "fingerprint": dataset.fingerprint}
         body = {
             "fingerprint": _fingerprint(facts, checksums),
-            "quantity": quantity,
+            "quantity": QUANTITIES[kind],
             "dtype": "float32",
             **facts,
-            "parents": [
-                {"kind": "chunk_dataset", "path": str(dataset.path), "fingerprint": dataset.fingerprint},
-                *map(dict, parents),
-            ],
+            "parents": [scored, *map(dict, parents)],
             "producer": dict(producer),
             "versions": versions(),
         }
         write_manifest(folder, kind, body, checksums)
     return ScoreFile.open(output, kind)
+
+
+def _unscored(scores: np.ndarray, dataset: ChunkDataset, where: str) -> list[int]:
+    """The chunks that may be NaN, and are; any other value that is not finite is refused."""
+    missing = np.flatnonzero(np.isnan(scores)).tolist()
+    unscored = [index for index in missing if not dataset.has_unmasked_position(index)]
+    _refuse_not_finite(scores, np.array(unscored, dtype=np.int64), where)
+    return unscored
 
 
 def _facts(

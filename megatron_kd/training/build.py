@@ -1,5 +1,6 @@
 """From a configuration to the objects that a run trains with: datasets, layout, student, teacher."""
 
+import math
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def open_datasets(config: TrainConfig) -> tuple[ChunkDataset, ChunkDataset | Non
     """The training and the held-out dataset.
 
     Raises:
-        DataError: one is missing or damaged, has longer chunks than ``data.seq_length``, or another tokenizer.
+        DataError: one is missing or damaged, has longer chunks than the model is built for, or another tokenizer.
     """
     data = open_data(config.data.path, config.data.weights)
     heldout = ChunkDataset.open(config.data.eval_path) if config.data.eval_path else None
@@ -42,12 +43,32 @@ def open_datasets(config: TrainConfig) -> tuple[ChunkDataset, ChunkDataset | Non
             f"{config.data.path} has no prompts, so data.mask_prompt cannot leave them out: use a dataset of "
             "generate_corpus, or data.mask_prompt=false"
         )
-    if heldout is not None and heldout.tokenizer_hash != data.tokenizer_hash:
+    if heldout is not None:
+        _check_heldout(config, data, heldout)
+    return data, heldout
+
+
+def _check_heldout(config: TrainConfig, data: ChunkDataset, heldout: ChunkDataset) -> None:
+    """Refuse before the first step what the first evaluation could not read."""
+    if heldout.tokenizer_hash != data.tokenizer_hash:
         raise DataError(
             f"{config.data.eval_path} has tokenizer {heldout.tokenizer_hash}, "
             f"{config.data.path} has {data.tokenizer_hash}"
         )
-    return data, heldout
+    seq_length = config.data.seq_length or data.seq_length
+    if heldout.seq_length > seq_length:
+        raise DataError(
+            f"{config.data.eval_path} has chunks of seq_length {heldout.seq_length}, above the model's {seq_length}: "
+            f"tokenise it with data.seq_length={seq_length}, or train with data.seq_length={heldout.seq_length}"
+        )
+    parallel = config.parallel
+    parts = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    parts = math.lcm(parts, 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1)
+    if heldout.seq_length % parts:
+        raise DataError(
+            f"{config.data.eval_path} has seq_length {heldout.seq_length}, which this layout cannot divide into "
+            f"{parts} parts: tokenise it with data.seq_length={seq_length}"
+        )
 
 
 def student_architecture(config: TrainConfig, data: ChunkDataset) -> ModelArchitecture:

@@ -1,26 +1,54 @@
-"""``score_corpus`` that dies by SIGKILL inside the write of its n-th finished unit: DIE_AT=n DIE_AFTER_BYTES=b."""
+"""``score_corpus`` that dies by SIGKILL inside its n-th write: DIE_AT=n DIE_AFTER_BYTES=b.
+
+Writes are counted over the records of finished units and the score file's manifest, which is the last; of the fatal one
+the first b bytes (modulo its size) reach the disk.
+"""
 
 import os
 import signal
+from pathlib import Path
+from typing import Any
 
 from megatron_kd.cli import main
+from megatron_kd.scoring import score_file
 from megatron_kd.scoring.journal import ScoreJournal
 
-whole_add = ScoreJournal.add
-calls = 0
+whole_add, whole_write_manifest = ScoreJournal.add, score_file.write_manifest
+writes = 0
 
 
-def add_and_perhaps_die(journal: ScoreJournal, *arguments: object) -> None:
-    global calls
-    calls += 1
+def is_fatal() -> bool:
+    global writes
+    writes += 1
+    return writes == int(os.environ["DIE_AT"])
+
+
+def die_in(path: Path, start: int) -> None:
+    """Leave a part of what was appended to a file from byte ``start`` on."""
+    size = path.stat().st_size
+    os.truncate(path, start + int(os.environ["DIE_AFTER_BYTES"]) % max(1, size - start))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def add(journal: ScoreJournal, *arguments: Any) -> None:
+    fatal, start = is_fatal(), 0 if journal._file is None else journal._file.tell()
     whole_add(journal, *arguments)
-    if calls == int(os.environ["DIE_AT"]):
-        size = journal._file.tell()
-        one = size // calls  # every unit has as many chunks, so records are equally long
-        os.truncate(journal._file.name, size - one + int(os.environ["DIE_AFTER_BYTES"]) % one)
-        os.kill(os.getpid(), signal.SIGKILL)
+    if fatal:
+        die_in(Path(journal._file.name), start)
+
+
+def write_manifest(folder: Path, *arguments: Any) -> None:
+    fatal = is_fatal()
+    whole_write_manifest(folder, *arguments)
+    if fatal:
+        die_in(folder / "manifest.json", 0)
+
+
+def die_while(verb: str) -> None:
+    """Run a verb that fills a score journal, and die."""
+    ScoreJournal.add, score_file.write_manifest = add, write_manifest
+    main(verb)
 
 
 if __name__ == "__main__":
-    ScoreJournal.add = add_and_perhaps_die
-    main("score_corpus")
+    die_while("score_corpus")

@@ -6,6 +6,8 @@ import shutil
 import pytest
 
 from megatron_kd.cli import main
+from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
+from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.models.weights import checkpoint_folders, open_checkpoint
 from tests.distributed.training.runs import SEQ_LENGTH, make_dataset
 from tests.end_to_end.commands import SMALL, run
@@ -65,9 +67,6 @@ def test_train_refuses(case, dataset, tmp_path, capfd):
 
 
 def test_another_tokenizer(dataset, teacher, tmp_path, capfd):
-    from megatron_kd.data.chunk_dataset import write_chunk_dataset
-    from megatron_kd.data.tokenizer_info import plain_tokenizer_info
-
     other = write_chunk_dataset(
         tmp_path / "other", ([1] * 33 for _ in range(16)), plain_tokenizer_info(200, 0), SEQ_LENGTH
     )
@@ -87,6 +86,20 @@ def test_another_tokenizer(dataset, teacher, tmp_path, capfd):
     for verb, keys in (("evaluate", []), ("score_corpus", [f"output={tmp_path / 'scores'}"])):
         assert "plain-200-0" in refused(capfd, verb, f"data.path={other.path}", f"model.path={teacher}", *keys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other"]
+
+
+@pytest.mark.parametrize("keys, seq_length, message", [
+    ([], 40, "has chunks of seq_length 40, above the model's 32"),
+    (["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"], 31, "cannot divide into 2 parts"),
+])  # fmt: skip
+def test_heldout_chunks_that_the_model_does_not_take(keys, seq_length, message, dataset, tmp_path, capfd):
+    """Refused before the first step, not at the first evaluation."""
+    info = dataset.tokenizer_info()
+    other = write_chunk_dataset(tmp_path / "other", ([1] * 20 for _ in range(4)), info, seq_length)
+    said = refused(capfd, "train", f"data.path={dataset.path}", f"data.eval_path={other.path}",
+                   f"output={tmp_path / 'run'}", *SMALL, *keys)  # fmt: skip
+    assert message in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_architecture_to_start_from(dataset, teacher, tmp_path, capfd):

@@ -1,18 +1,15 @@
 """``cache_teacher_logits`` killed and started again, also on other ranks, gives the bytes of an undisturbed run."""
 
 import json
-import os
-import random
-import secrets
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.ranks import shared_ranks
 from tests.distributed.training.runs import call_verb
-from tests.end_to_end.commands import kill, run, start
+from tests.end_to_end.commands import run
+from tests.end_to_end.random_kills import KilledCommand
 
 DRIVER = Path(__file__).with_name("dying_cacher.py")
 SETTINGS = ["codec=sampled", "draws=16", "micro_batch_size=2", "chunks_per_shard=20", "commit_seconds=0"]
@@ -46,52 +43,22 @@ def check_same_bytes(ours, reference):
     assert manifests[0] == manifests[1]
 
 
-def die_in_a_write(arguments, chance, monkeypatch):
-    monkeypatch.setenv("DIE_AT", str(chance.randint(1, WRITES)))
-    monkeypatch.setenv("DIE_AFTER_BYTES", str(chance.randrange(1 << 16)))
-    ended = run("cache_teacher_logits", *arguments, program=DRIVER)
-    assert ended.status in (0, -9), ended.stderr
-    return ended.status == -9
-
-
-def die_at_any_time(arguments, chance):
-    process = start("cache_teacher_logits", *arguments)
-    try:
-        process.wait(chance.uniform(0.5, 10.0))
-        return False
-    except subprocess.TimeoutExpired:
-        return True
-    finally:
-        kill(process)
-
-
-def survive(dataset, teacher, undisturbed, tmp_path, monkeypatch, kills, in_a_write):
-    """Kills, one after another on one output until it is there, then on the next one."""
-    seed = int(os.environ.get("KILL_SEED", secrets.randbits(32)))
-    print(f"KILL_SEED={seed}")
-    chance, struck, inside, number = random.Random(seed), 0, 0, 0
-    while struck < kills:
-        output = tmp_path / f"cache{number}"
-        number += 1
-        arguments = settings(dataset, teacher, output)
-        while struck < kills and not output.exists():
-            died = die_in_a_write(arguments, chance, monkeypatch) if inside < in_a_write else None
-            inside += bool(died)
-            struck += bool(died) if died is not None else die_at_any_time(arguments, chance)
-        finish(arguments, ranks=chance.choice([1, 2]))
-        check_same_bytes(output, undisturbed)
-        assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.tmp-*"))
-    assert inside >= in_a_write
+def survive(dataset, teacher, undisturbed, tmp_path, kills, in_a_write):
+    KilledCommand(
+        "cache_teacher_logits", DRIVER, WRITES, lambda output: settings(dataset, teacher, output),
+        lambda arguments, chance: finish(arguments, ranks=chance.choice([1, 2])),
+        lambda output: check_same_bytes(output, undisturbed),
+    ).survive(tmp_path, kills, in_a_write)  # fmt: skip
 
 
 @pytest.mark.slow
-def test_two_kills(dataset, teacher, undisturbed, tmp_path, monkeypatch):
-    survive(dataset, teacher, undisturbed, tmp_path, monkeypatch, kills=2, in_a_write=1)
+def test_two_kills(dataset, teacher, undisturbed, tmp_path):
+    survive(dataset, teacher, undisturbed, tmp_path, kills=2, in_a_write=1)
 
 
 @pytest.mark.slow
-def test_twenty_kills(dataset, teacher, undisturbed, tmp_path, monkeypatch):
-    survive(dataset, teacher, undisturbed, tmp_path, monkeypatch, kills=20, in_a_write=8)
+def test_twenty_kills(dataset, teacher, undisturbed, tmp_path):
+    survive(dataset, teacher, undisturbed, tmp_path, kills=20, in_a_write=8)
 
 
 def test_a_kill_between_the_manifest_and_the_rename(dataset, teacher, undisturbed, tmp_path):

@@ -5,9 +5,6 @@ many, and makes writes slow, so that kills land inside them.
 """
 
 import json
-import os
-import random
-import secrets
 import shutil
 import sysconfig
 import time
@@ -21,6 +18,7 @@ from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.indexed_dataset import IndexedDatasetWriter
 from megatron_kd.data.tokenization import train_byte_level_bpe
 from tests.end_to_end.commands import kill, run, start
+from tests.end_to_end.random_kills import seeded
 
 PROGRAM = """
 import sys, time, zlib
@@ -157,9 +155,7 @@ def strike(scenario, command, chance):
 
 
 def survive(scenario, kills, inside_wanted):
-    seed = int(os.environ.get("KILL_SEED", secrets.randbits(32)))
-    print(f"KILL_SEED={seed}")
-    chance = random.Random(seed)
+    chance = seeded()
     struck = inside = 0
     for _ in range(5 * kills):
         for command in scenario.commands:

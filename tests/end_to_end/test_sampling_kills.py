@@ -1,9 +1,7 @@
 """``sample_by_difference``, ``split_dataset`` and ``convert_tokenization`` killed and run again: the same bytes, and
 nothing that looks whole before it is. ``KILL_SEED`` repeats a run."""
 
-import os
 import random
-import secrets
 import shutil
 import time
 from pathlib import Path
@@ -11,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_kd.data.chunk_dataset import ChunkDataset, write_chunk_dataset
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
 from megatron_kd.data.tokenization import load_tokenizer, train_byte_level_bpe
 from megatron_kd.scoring.score_file import write_score_file
 from tests.end_to_end.commands import kill, run, start
+from tests.end_to_end.random_kills import seeded
 from tests.end_to_end.test_corpus_path import python_sources
 
 CHUNKS = 40_000
@@ -54,33 +54,38 @@ def contents(folder: Path) -> dict[str, bytes]:
     }  # fmt: skip
 
 
-def wait_for_moment(process, output: Path, in_a_write: bool, chance: random.Random) -> bool:
-    """Until a random moment, inside the writing of the folder or anywhere; True if the process still runs."""
-    deadline = time.monotonic() + (60 if in_a_write else chance.uniform(0.1, 4))
-    while process.poll() is None and time.monotonic() < deadline:
-        if in_a_write and any(any(folder.glob("*.bin*")) for folder in output.parent.glob(f"{output.name}.tmp-*")):
-            time.sleep(chance.uniform(0, 0.3))
-            break
-        time.sleep(0.002)
-    return process.poll() is None
+def is_half_written(output: Path) -> bool:
+    """Whether the output's temporary folder is there and holds ids."""
+    return any(any(folder.glob("*.bin*")) for folder in output.parent.glob(f"{output.name}.tmp-*"))
+
+
+def strike(process, output: Path, wait_for_write: bool, seconds: float, chance: random.Random) -> tuple[bool, bool]:
+    """Kill at a random moment, of the writing of the folder or of all ``seconds``: (whether it ran, was it writing)."""
+    deadline = time.monotonic() + (600 if wait_for_write else chance.uniform(0.1, seconds))
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            if wait_for_write and is_half_written(output):
+                time.sleep(chance.uniform(0, 0.3))
+                break
+            time.sleep(0.002)
+        struck = process.poll() is None
+    finally:
+        kill(process)
+    return struck, struck and is_half_written(output)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", ["sample_by_difference", "split_dataset", "convert_tokenization"])
 def test_twenty_kills(verb: str, parts: Path, tmp_path: Path) -> None:
-    seed = int(os.environ.get("KILL_SEED", secrets.randbits(32)))
-    print(f"KILL_SEED={seed}")
-    chance, struck, inside = random.Random(seed), 0, 0
+    chance, struck, inside = seeded(), 0, 0
+    began = time.monotonic()
     assert run(verb, *arguments(verb, parts, tmp_path / "whole")).status == 0
+    seconds = time.monotonic() - began
     expected, output = contents(tmp_path / "whole"), tmp_path / "out"
     while struck < 20:
-        in_a_write = inside < 8 and chance.random() < 0.7
         process = start(verb, *arguments(verb, parts, output))
-        try:
-            alive = wait_for_moment(process, output, in_a_write, chance)
-        finally:
-            kill(process)
-        struck, inside = struck + alive, inside + (alive and in_a_write)
+        hit, in_a_write = strike(process, output, inside < 8 and chance.random() < 0.7, seconds, chance)
+        struck, inside = struck + hit, inside + in_a_write
         if output.exists():
             assert contents(output) == expected
             shutil.rmtree(output)

@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_kd.data.checksums import Checksums, LazyBlocks
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.data.manifest import read_manifest
+from megatron_kd.data.manifest import open_artefact
 from megatron_kd.errors import DataError
 from megatron_kd.teachers.cache.codec import Codec, DecodedChunk
 from megatron_kd.teachers.cache.identity import View
@@ -56,14 +56,7 @@ class LogitCache:
         Raises:
             DataError: it is missing, damaged, or something else.
         """
-        path = Path(path)
-        manifest, checksums = read_manifest(path, KIND)
-        for name in checksums.files:
-            if name.endswith(".bin"):
-                checksums.check_size(path, name)
-            else:
-                checksums.verify_file(path, name)
-        return cls(path, manifest, checksums)
+        return cls(Path(path), *open_artefact(path, KIND))
 
     def check_covers(self, dataset: ChunkDataset) -> None:
         """Make sure that every chunk of a dataset is here.

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
 from megatron_kd.data.tokenization import load_tokenizer, train_byte_level_bpe
-from megatron_kd.data.chunk_dataset import write_chunk_dataset
 from megatron_kd.errors import CheckpointError
 from megatron_kd.models.weights import open_checkpoint
 from megatron_kd.scoring.score_file import ScoreFile

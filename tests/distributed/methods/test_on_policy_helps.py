@@ -10,7 +10,7 @@ own text stays that of an untrained branch. On its own text the student meets B'
 import numpy as np
 import pytest
 
-from megatron_kd.data.chunk_dataset import write_chunk_dataset
+from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from tests.distributed.ranks import shared_ranks
 from tests.distributed.training.runs import call_verb, train_in_ranks

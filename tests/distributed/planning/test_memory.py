@@ -3,7 +3,7 @@
 import numpy
 import pytest
 
-from megatron_kd.data.chunk_dataset import write_chunk_dataset
+from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.models.architecture import architecture_by_name
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_kd.data.artefact_folder import building
-from megatron_kd.data.chunk_dataset import ChunkDataset, ChunkDatasetWriter
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.teachers.cache.cache_file import LogitCache
 from megatron_kd.teachers.cache.codec import Codec
 from tests.distributed.ranks import shared_ranks

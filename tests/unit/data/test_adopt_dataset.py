@@ -10,7 +10,8 @@ from torch import from_numpy
 from megatron_kd.config import from_mapping
 from megatron_kd.data.adopt_dataset import AdoptDatasetConfig, run
 from megatron_kd.data.batch import make_batch
-from megatron_kd.data.chunk_dataset import ChunkDataset, ChunkDatasetWriter
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.copy_chunks import copy_chunks
 from megatron_kd.data.tokenization import LoadedTokenizer
 from megatron_kd.errors import DataError

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_kd.data.chunk_dataset import ChunkDataset, ChunkDatasetWriter, write_chunk_dataset
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter, write_chunk_dataset
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import DataError
 from tests.unit.data.conftest import die_at_call

@@ -12,7 +12,8 @@ import pytest
 from megatron_kd.config import from_mapping
 from megatron_kd.data import convert_tokenization
 from megatron_kd.data.artefact_folder import building
-from megatron_kd.data.chunk_dataset import ChunkDataset, ChunkDatasetWriter
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.convert_tokenization import ConvertTokenizationConfig, run, source_chunk_ids
 from megatron_kd.data.tokenization import LoadedTokenizer, load_tokenizer, train_byte_level_bpe
 from megatron_kd.errors import DataError

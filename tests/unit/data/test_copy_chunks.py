@@ -11,7 +11,8 @@ import pytest
 
 from megatron_kd.data import copy_chunks as module
 from megatron_kd.data.artefact_folder import building
-from megatron_kd.data.chunk_dataset import ChunkDataset, ChunkDatasetWriter, write_chunk_dataset
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter, write_chunk_dataset
 from megatron_kd.data.copy_chunks import copy_chunks
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import DataError

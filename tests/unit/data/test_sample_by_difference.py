@@ -9,7 +9,8 @@ import pytest
 from megatron_kd.cli import main
 from megatron_kd.config import from_mapping
 from megatron_kd.data import sample_by_difference
-from megatron_kd.data.chunk_dataset import ChunkDataset, write_chunk_dataset
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
 from megatron_kd.data.manifest import read_manifest, write_manifest
 from megatron_kd.data.sample_by_difference import SampleByDifferenceConfig, run
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info

@@ -9,7 +9,8 @@ import pytest
 
 from megatron_kd.config import from_mapping
 from megatron_kd.data.artefact_folder import building
-from megatron_kd.data.chunk_dataset import ChunkDataset, ChunkDatasetWriter
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.sample_by_difference import SampleByDifferenceConfig, run
 from megatron_kd.data.tokenization import LoadedTokenizer
 from megatron_kd.errors import ConfigError, DataError

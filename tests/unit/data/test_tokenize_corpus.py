@@ -18,7 +18,8 @@ from megatron_kd.cli import main
 from megatron_kd.config import from_mapping
 from megatron_kd.data import corpus_encoder, indexed_dataset
 from megatron_kd.data.batch import make_batch
-from megatron_kd.data.chunk_dataset import ChunkDataset, ChunkDatasetWriter
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.copy_chunks import copy_chunks
 from megatron_kd.data.manifest import MANIFEST_NAME
 from megatron_kd.data.tokenization import LoadedTokenizer, append_eos, encode_with_tokenizers, load_tokenizer

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_kd.data.chunk_dataset import ChunkDataset, write_chunk_dataset
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
 from megatron_kd.data.tokenization import LoadedTokenizer, load_tokenizer
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 

@@ -3,7 +3,7 @@
 import numpy
 import pytest
 
-from megatron_kd.data.chunk_dataset import write_chunk_dataset
+from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.planning.storage import cache_sizes, corpus_bytes, sampled_bytes, score_bytes, top_k_bytes
 from megatron_kd.teachers.cache.codec import Codec, Entries

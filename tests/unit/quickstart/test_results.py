@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from megatron_kd.config import load_config
-from megatron_kd.data.chunk_dataset import ChunkDataset, write_chunk_dataset
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import DataError
 from megatron_kd.evaluation.bigram import fit_bigram, score_bigram

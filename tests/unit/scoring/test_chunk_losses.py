@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from megatron_kd.data.chunk_dataset import write_chunk_dataset
+from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import DataError
 from megatron_kd.parallel.runtime import distributed_runtime

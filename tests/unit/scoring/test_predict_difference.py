@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_kd.config import from_mapping
-from megatron_kd.data.chunk_dataset import ChunkDataset, write_chunk_dataset
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
 from megatron_kd.data.sample_by_difference import SampleByDifferenceConfig
 from megatron_kd.data.sample_by_difference import run as sample
 from megatron_kd.data.split_dataset import SplitDatasetConfig

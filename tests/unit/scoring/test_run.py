@@ -8,7 +8,8 @@ import pytest
 from megatron_kd.config import from_mapping
 from megatron_kd.data.artefact_folder import building
 from megatron_kd.data.blend import open_data
-from megatron_kd.data.chunk_dataset import ChunkDataset, ChunkDatasetWriter
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.errors import ConfigError, DataError
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.scoring.chunk_losses import ChunkScorer

@@ -3,7 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_kd.data.chunk_dataset import ChunkDataset, ChunkDatasetWriter, write_chunk_dataset
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter, write_chunk_dataset
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import DataError
 from megatron_kd.scoring.score_file import ScoreFile, write_score_file

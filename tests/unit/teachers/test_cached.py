@@ -11,7 +11,8 @@ import torch
 from megatron_kd.config import from_mapping
 from megatron_kd.data.artefact_folder import building
 from megatron_kd.data.batch import make_batch
-from megatron_kd.data.chunk_dataset import ChunkDataset, ChunkDatasetWriter
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.manifest import read_manifest, write_manifest
 from megatron_kd.errors import ConfigError, DataError
 from megatron_kd.teachers.cache.cache_file import LogitCache

@@ -2,6 +2,7 @@
 
     python benchmarks/bench_corpus.py [--quick] [--only tokenise,loader] [--output benchmarks/results/corpus.json]
 
+A record that is there keeps the parts that are not measured now; every part says where and when it was measured.
 Every ``benchmarks/bench_corpus_<name>.py`` is one sub-benchmark: ``measure(quick, folder)`` yields its rows (plain
 mappings) as they are measured, ``describe(row)`` is the line that is printed for one. ``folder`` is empty, on the disk
 of ``--scratch``, and removed afterwards.
@@ -35,12 +36,21 @@ def main() -> None:
     chosen = options.only.split(",")
     if unknown := [name for name in chosen if name not in names]:
         parser.error(f"--only {', '.join(unknown)}: choose of {', '.join(names)}")
-    record: dict[str, Any] = {"benchmark": "corpus", "quick": options.quick, "provenance": provenance()}
-    record["results"] = {name: run_one(name, options.quick, options.scratch) for name in chosen}
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(record, indent=2) + "\n")
-    sys.exit(any(row.get("failed") for rows in record["results"].values() for row in rows))
+    measured = {}
+    for name in chosen:
+        origin = provenance()
+        measured[name] = {"quick": options.quick, "provenance": origin, "rows": run_one(name, options)}
+        if options.output is not None:
+            record(options.output, measured)
+    sys.exit(any(row.get("failed") for part in measured.values() for row in part["rows"]))
+
+
+def record(path: Path, measured: dict[str, Any]) -> None:
+    """Put parts into a record, beside or in the place of those that it has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = json.loads(path.read_text())["results"] if path.exists() else {}
+    results = dict(sorted({**before, **measured}.items()))
+    path.write_text(json.dumps({"benchmark": "corpus", "results": results}, indent=2) + "\n")
 
 
 def available() -> list[str]:
@@ -48,13 +58,13 @@ def available() -> list[str]:
     return sorted(path.stem.removeprefix(PREFIX) for path in Path(__file__).parent.glob(f"{PREFIX}*.py"))
 
 
-def run_one(name: str, quick: bool, scratch: Path | None) -> list[dict[str, Any]]:
+def run_one(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of one sub-benchmark; one that breaks does not stop the others."""
     module = importlib.import_module(f"benchmarks.{PREFIX}{name}")
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(dir=scratch, prefix=f"bench-{name}-") as folder:
+    with tempfile.TemporaryDirectory(dir=options.scratch, prefix=f"bench-{name}-") as folder:
         try:
-            for row in module.measure(quick, Path(folder)):
+            for row in module.measure(options.quick, Path(folder)):
                 rows.append(row)
                 sys.stdout.write(f"{name:<10} {module.describe(row)}\n")
                 sys.stdout.flush()

@@ -2,8 +2,8 @@
 
 Each side is a process of its own with the same weights; only one works at a time, in alternating rounds. Theirs is
 what a user writes: rows in corpus order, padded to the longest of the batch, logits, ``cross_entropy`` per position,
-mean over the mask. Ours is the scorer of ``score_corpus``. Rates count predicted tokens, so padding that is computed costs. The
-scores of both sides are compared. Targets: at least 1.4 times the rate at a lower peak memory.
+mean over the mask. Ours is the scorer of ``score_corpus``. Rates count predicted tokens, so padding that is computed
+costs. The scores of both sides are compared. Targets: at least 1.4 times the rate at a lower peak memory.
 """
 
 import multiprocessing

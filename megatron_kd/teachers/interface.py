@@ -77,6 +77,11 @@ class TeacherConfig:
             yield f"'teacher.payload' {self.payload} is for a remote teacher, not a {self.placement} one"
 
     @property
+    def gives_sparse_knowledge(self) -> bool:
+        """Whether it says a few ids a token, and the probability outside of them."""
+        return self.placement == "cached" or self.payload != "hidden"
+
+    @property
     def runs_a_model(self) -> bool:
         """Whether the teacher's forward passes are part of the run."""
         return self.placement in ("colocated", "remote")

@@ -112,6 +112,11 @@ class TrainConfig:
                 f"'distillation.method' {self.distillation.method} lets the teacher write token by token, which needs "
                 "'teacher.placement' colocated; or set minillm.teacher_mix=0, gkd.seq_kd=false"
             )
+        if self.metrics.kd_lm_gradient_ratio_interval is not None and not self.distillation.mixes_two_terms:
+            yield (
+                "'metrics.kd_lm_gradient_ratio_interval' needs a loss of an LM and a distillation term: vanilla_kd, gkd "
+                "or distillm with 'distillation.kd_ratio' between 0 and 1, and no 'distillation.pretraining_weight'"
+            )
         if self.distillation.method == "distillm":
             if self.data.eval_path is None:
                 yield "'distillation.method' distillm moves its threshold by the held-out loss: set 'data.eval_path'"

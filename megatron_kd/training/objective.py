@@ -105,6 +105,12 @@ class DistillationConfig:
             yield "'distillation.text.sampling' must be plain in minillm, whose weights are of the models' own ratios"
 
     @property
+    def mixes_two_terms(self) -> bool:
+        """Whether every batch's loss is (1 - kd_ratio) · LM + kd_ratio · divergence, neither with weight 0."""
+        ratio = _METHOD_DEFAULTS.get(self.method, (0.0, ""))[0] if self.kd_ratio is None else self.kd_ratio
+        return self.method in _METHOD_DEFAULTS and 0 < ratio < 1 and self.pretraining_weight == 0
+
+    @property
     def decodes_with_teacher(self) -> bool:
         """Whether the teacher generates token by token."""
         return (self.method == "gkd" and self.gkd.seq_kd) or (self.method == "minillm" and self.minillm.teacher_mix > 0)
@@ -145,8 +151,11 @@ class MicroBatchLoss:
         unwrap: Callable[[torch.nn.Module], HiddenStateGPTModel],
         pretraining: DistillationObjective | None = None,
         execution: LossConfig | None = None,
+        reports_tail_mass: bool = False,
     ):
         self._objective, self._pretraining = objective, pretraining or LM_ONLY
+        if reports_tail_mass:
+            self.extra = (*self.extra, "tail_mass")
         if pretraining is not None:
             self.extra = (*self.extra, "pretraining")
         self._teacher = teacher
@@ -214,6 +223,7 @@ class MicroBatchLoss:
             "lm": result.lm_sum,
             "kd": result.kd_sum,
             "teacher_entropy": result.teacher_entropy_sum,
+            "tail_mass": result.tail_mass_sum,
             "tokens": result.token_count,
         }
         return result.loss_sum, count, sums

@@ -19,7 +19,7 @@ from megatron_kd.training.build import (
 )
 from megatron_kd.training.checkpoint import Progress, load_checkpoint
 from megatron_kd.training.config import TrainConfig
-from megatron_kd.training.methods.build import build_loss, build_source
+from megatron_kd.training.methods.build import build_lm_term, build_loss, build_source
 from megatron_kd.training.methods.saved_state import restore_source
 from megatron_kd.training.optimizer import build_optimizer
 from megatron_kd.training.preflight import check_memory
@@ -57,6 +57,7 @@ def run(config: TrainConfig) -> Path:
             teacher=teacher,
             clip_grad=config.optimizer.clip_grad,
             micro_batch_loss=build_loss(config, teacher, groups),
+            lm_term=build_lm_term(config, groups),
         )
         if start:
             restore_source(source, start)

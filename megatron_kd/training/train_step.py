@@ -13,6 +13,7 @@ from megatron_kd.errors import NonFiniteLossError
 from megatron_kd.parallel.groups import is_last_stage, sum_over_group
 from megatron_kd.parallel.schedule import run_schedule
 from megatron_kd.teachers.interface import Teacher
+from megatron_kd.training.gradient_ratio import LmGradient
 from megatron_kd.training.objective import MicroBatchLoss
 from megatron_kd.training.optimizer import clipped_step, set_learning_rate
 
@@ -28,7 +29,7 @@ class StepResult:
     grad_norm: float
     tokens: int
     extra: dict[str, float] = field(default_factory=dict)
-    """Means of what the method reports beside these."""
+    """Means of what the method reports beside these; ``kd_lm_gradient_ratio`` where it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -41,28 +42,48 @@ class TrainStep:
     micro_batch_loss: MicroBatchLoss
     teacher: Teacher | None
     clip_grad: float
+    lm_term: MicroBatchLoss | None = None
+    """The LM term of ``micro_batch_loss`` alone, for the ratio of the gradients' norms."""
 
-    def __call__(self, batches: Sequence[Batch], learning_rate: float, *, scheduled: bool = True) -> StepResult:
+    def __call__(
+        self,
+        batches: Sequence[Batch],
+        learning_rate: float,
+        *,
+        scheduled: bool = True,
+        with_gradient_ratio: bool = False,
+    ) -> StepResult:
         """Update the weights with this rank's micro-batches of one global batch.
 
         Args:
             scheduled: they are the next ones of the training data's schedule (see ``Teacher.begin_step``).
+            with_gradient_ratio: report ``kd_lm_gradient_ratio`` too, which takes a pass with ``lm_term`` before.
 
         Raises:
             NonFiniteLossError: the loss or the gradient's norm is not finite; the weights are as before.
         """
+        lm_gradient = self._lm_gradient(batches) if with_gradient_ratio else None
         self._zero_gradients()
         if self.teacher is not None:
             asked = [batch for batch in batches if self.micro_batch_loss.needs_knowledge(batch)]
             self.teacher.begin_step(asked, scheduled=scheduled)
-        rows, seq_length = batches[0].tokens.shape
-        reports = run_schedule(
-            self.model, self.groups, self.micro_batch_loss, batches, seq_length=seq_length, micro_batch_size=rows
-        )
-        result = self._finish(self._reduce(reports))
+        result = self._finish(self._reduce(self._gradients(self.micro_batch_loss, batches)))
+        if lm_gradient is not None:
+            result.extra["kd_lm_gradient_ratio"] = lm_gradient.ratio(self.optimizer)
         set_learning_rate(self.optimizer, learning_rate)
         clipped_step(self.optimizer, result.grad_norm, self.clip_grad)
         return result
+
+    def _gradients(self, loss: MicroBatchLoss, batches: Sequence[Batch]) -> list[dict[str, torch.Tensor]]:
+        """Add the gradients of a loss; what it reports of each micro-batch."""
+        rows, seq_length = batches[0].tokens.shape
+        return run_schedule(self.model, self.groups, loss, batches, seq_length=seq_length, micro_batch_size=rows)
+
+    def _lm_gradient(self, batches: Sequence[Batch]) -> LmGradient:
+        self._zero_gradients()
+        self._gradients(self.lm_term, batches)
+        self.optimizer.prepare_grads()
+        return LmGradient.of_prepared(self.optimizer)
 
     def _zero_gradients(self) -> None:
         for chunk in self.model:

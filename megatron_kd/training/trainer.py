@@ -149,7 +149,8 @@ class Trainer:
         self._gather_parameters_for_text()
         try:
             made = self.source.batches(place, [batch.to(self.runtime.device) for batch in batches])
-            result = self.step(made.batches, rate, scheduled=made.scheduled)
+            measures = _is_due_now(progress.step + 1, self.config.metrics.kd_lm_gradient_ratio_interval)
+            result = self.step(made.batches, rate, scheduled=made.scheduled, with_gradient_ratio=measures)
         except NonFiniteLossError as error:
             reason = f"{error}; chunks of the batch: {chunks}"
             incidents = self.survival.skip(progress.incidents, progress.step + 1, reason)
@@ -339,4 +340,8 @@ class Trainer:
 
 
 def _is_due(step: int, interval: int | None, last: int) -> bool:
-    return step == last or bool(interval and step % interval == 0)
+    return step == last or _is_due_now(step, interval)
+
+
+def _is_due_now(step: int, interval: int | None) -> bool:
+    return bool(interval and step % interval == 0)

@@ -1,5 +1,6 @@
 """From a configuration to a method's batch source and loss."""
 
+import dataclasses
 from typing import Sequence
 
 import torch
@@ -28,7 +29,19 @@ def build_loss(config: TrainConfig, teacher: Teacher | None, groups: ProcessGrou
         pretraining = objective if settings.pretraining_weight > 0 else None
         return MiniLLMLoss(settings.minillm, objective, teacher, groups, reduction, unwrap, pretraining, settings.loss)
     pretraining = build_objective(type(settings)()) if settings.pretraining_weight > 0 else None
-    return MicroBatchLoss(objective, teacher, groups, reduction, unwrap, pretraining, settings.loss)
+    sparse = config.teacher.gives_sparse_knowledge
+    return MicroBatchLoss(
+        objective, teacher, groups, reduction, unwrap, pretraining, settings.loss, reports_tail_mass=sparse
+    )
+
+
+def build_lm_term(config: TrainConfig, groups: ProcessGroupCollection) -> MicroBatchLoss | None:
+    """The LM term of the loss with its weight, without a teacher; None unless ``metrics`` asks for gradient ratios."""
+    if config.metrics.kd_lm_gradient_ratio_interval is None:
+        return None
+    objective = dataclasses.replace(build_objective(config.distillation), kd_weight=0.0)
+    reduction = config.training.loss_reduction
+    return MicroBatchLoss(objective, None, groups, reduction, unwrap, execution=config.distillation.loss)
 
 
 def build_source(

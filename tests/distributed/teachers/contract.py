@@ -28,7 +28,9 @@ EVERY_GRADIENT = [
     "optimizer.clip_grad=0",
     "distillation.method=vanilla_kd",
     "model.name=qwen_toy_student",
+    "metrics.kd_lm_gradient_ratio_interval=1",
 ]
+REPORTED = ("loss", "lm_loss", "kd_loss", "teacher_entropy", "tail_mass", "grad_norm", "kd_lm_gradient_ratio")
 
 
 def two_steps_here(settings: list[str], stash_bytes: int | None = None) -> dict[str, Any]:
@@ -121,7 +123,8 @@ def assert_same(ours: dict[str, Any], reference: dict[str, Any], tolerance: floa
     """Losses of every step and gradients of every parameter, relative to the reference."""
     assert len(ours["losses"]) == len(reference["losses"]) == STEPS
     for row, expected in zip(ours["losses"], reference["losses"], strict=True):
-        for key in ("loss", "lm_loss", "kd_loss", "teacher_entropy", "grad_norm"):
+        assert [key for key in REPORTED if key in row] == [key for key in REPORTED if key in expected]
+        for key in (key for key in REPORTED if key in expected):
             assert abs(row[key] - expected[key]) <= tolerance * abs(expected[key]), (key, row[key], expected[key])
         assert row["tokens"] == expected["tokens"]
     assert ours["gradients"].keys() == reference["gradients"].keys()

@@ -1,6 +1,6 @@
 """What a teacher adds to a step, by placement, beside what its parts cost alone in the same run.
 
-    python -m benchmarks.bench_teachers [--quick] [--output FILE]
+    python -m benchmarks.bench_teachers [--quick] [--rounds N] [--output FILE]
 
 One thread a process. Student and teacher are ``qwen_21m`` (V = 32,000) on random ids. Two worlds:
 
@@ -35,24 +35,31 @@ PAYLOADS = ("hidden", "top_k", "sampled")
 def main() -> None:
     """Parse, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two rounds instead of ten")
+    parser.add_argument("--quick", action="store_true", help="two rounds")
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     options = parser.parse_args()
-    rounds = 2 if options.quick else 10
+    rounds = 2 if options.quick else options.rounds
+    about = {"benchmark": "teachers", "provenance": provenance(), "rounds": rounds, "model": MODEL,
+             "tokens_a_step": SEQ_LENGTH * ROWS * MICRO_BATCHES}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         prepare = Path(folder)
         in_processes(1, make_inputs, prepare)
-        (one,) = in_processes(1, one_rank, prepare, rounds)
-        results = [*one]
-        for payload in PAYLOADS:
-            results += in_processes(2, remote, prepare, payload, rounds)[0]
-    for row in results:
-        sys.stdout.write(describe(row))
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        record = {"benchmark": "teachers", "provenance": provenance(), "rounds": rounds, "model": MODEL,
-                  "tokens_a_step": SEQ_LENGTH * ROWS * MICRO_BATCHES, "results": results}  # fmt: skip
-        options.output.write_text(json.dumps(record, indent=2) + "\n")
+        results: list[dict[str, Any]] = []
+        for world, function, arguments in [(1, one_rank, ()), *((2, remote, (payload,)) for payload in PAYLOADS)]:
+            found = in_processes(world, function, prepare, *arguments, rounds)[0]
+            for row in found:
+                sys.stdout.write(describe(row))
+                sys.stdout.flush()
+            results += found
+            if options.output is not None:
+                write(options.output, {**about, "results": results})
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """The record so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -6,8 +6,7 @@ Every rank of a model calls in step with the others. Collectives: those of the l
 neighbouring stages, one all-gather of [b, v / TP] logits.
 """
 
-from contextlib import ExitStack, contextmanager
-from typing import Iterator, Sequence
+from typing import ContextManager, Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,13 +14,9 @@ from megatron.core.inference.contexts.static_context import StaticInferenceConte
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_kd.generation.decoding_mode import decoding_mode
 from megatron_kd.models.gpt import HiddenStateGPTModel
-from megatron_kd.parallel.groups import is_first_stage, is_last_stage
-
-try:
-    from megatron.core.inference.utils import InferenceMode
-except ImportError:  # Megatron-Core before 0.19 looks at the context alone
-    InferenceMode = None
+from megatron_kd.parallel.groups import is_last_stage
 
 
 class Decoder:
@@ -54,7 +49,10 @@ class Decoder:
         """Tokens in the cache."""
         return self._context.sequence_len_offset
 
-    @torch.no_grad()
+    def decoding(self) -> ContextManager[None]:
+        """The mode in which :meth:`next_token_logits` works."""
+        return decoding_mode(self._chunks)
+
     def next_token_logits(self, tokens: Tensor) -> Tensor | None:
         """Append ``tokens`` [b, n] to every sequence; fp32 logits [b, v] of what follows, None before the last stage.
 
@@ -64,8 +62,7 @@ class Decoder:
             raise ValueError(f"decoding goes on token by token, not by {tokens.shape[1]}")
         offset = self._context.sequence_len_offset
         positions = torch.arange(offset, offset + tokens.shape[1], device=tokens.device).expand_as(tokens)
-        with _inference_mode(self._chunks):
-            hidden = self._forward(tokens, positions)
+        hidden = self._forward(tokens, positions)
         self._context.sequence_len_offset += tokens.shape[1]
         self._context.enable_decode_mode()
         return None if hidden is None else self._logits(hidden)
@@ -97,20 +94,3 @@ class Decoder:
             dist.all_gather(shards, logits.contiguous(), group=group)
             logits = torch.cat(shards, dim=-1)
         return logits[:, : self.valid_vocab_size]
-
-
-@contextmanager
-def _inference_mode(chunks: Sequence[HiddenStateGPTModel]) -> Iterator[None]:
-    """Evaluation mode without sequence parallelism, which a single token cannot be split over."""
-    with ExitStack() as stack:
-        for chunk in chunks:
-            stack.callback(chunk.train, chunk.training)
-            chunk.eval()
-            for owner in (chunk.config, *chunk.modules()):
-                for name in ("sequence_parallel", "reduce_scatter_embeddings"):
-                    if getattr(owner, name, None) is True:
-                        stack.callback(setattr, owner, name, True)
-                        setattr(owner, name, False)
-        if InferenceMode is not None:
-            stack.enter_context(InferenceMode.active())
-        yield

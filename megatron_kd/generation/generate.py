@@ -38,7 +38,6 @@ class Generated:
     log_probabilities: dict[str, Tensor]
 
 
-@torch.no_grad()
 def generate(
     policy: Policy,
     prompts: Sequence[np.ndarray],
@@ -62,7 +61,15 @@ def generate(
         DataError: a prompt is empty or longer than ``max_length``.
     """
     ids, lengths = _lay_out(prompts, max_length, pad_id, device)
-    start = int(lengths.min())
+    with policy.decoding():
+        return _decode(policy, ids, lengths, seeds, eos_id, sampling)
+
+
+def _decode(
+    policy: Policy, ids: Tensor, lengths: Tensor, seeds: np.ndarray, eos_id: int | None, sampling: SamplingConfig
+) -> Generated:
+    """Fill ``ids`` [b, max_length], which holds the prompts, from left to right."""
+    start, max_length = int(lengths.min()), ids.shape[1]
     is_last = is_last_stage(policy.groups)
     records = [ids.new_zeros(ids.shape, dtype=torch.float32) for _ in policy.recorded] if is_last else []
     ends = torch.full_like(lengths, max_length)
@@ -77,7 +84,9 @@ def generate(
             _record(records, next_token, ids[:, position], writes, position)
         if eos_id is not None:
             ends = torch.where(writes & (drawn == eos_id), position + 1, ends)
-        if position + 1 == max_length or bool((ends <= position + 1).all()):
+            if bool((ends <= position + 1).all()):
+                break
+        if position + 1 == max_length:
             break
         next_token = policy.next_token(ids[:, position : position + 1])
     return Generated(ids, ends, lengths, dict(zip(policy.recorded, records)))

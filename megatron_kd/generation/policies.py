@@ -1,8 +1,9 @@
 """Who speaks: one model, or two mixed token by token."""
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ContextManager, Iterator, Protocol
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -31,6 +32,9 @@ class Policy(Protocol):
     groups: ProcessGroupCollection
     recorded: tuple[str, ...]
 
+    def decoding(self) -> ContextManager[None]:
+        """The mode in which :meth:`next_token` works."""
+
     def next_token(self, tokens: Tensor) -> NextToken | None:
         """Append ``tokens`` [b, n]; what follows on the last pipeline stage, None elsewhere."""
 
@@ -42,6 +46,10 @@ class ModelPolicy:
         self.groups = decoder.groups
         self.recorded = ("log_q",) if record else ()
         self._decoder = decoder
+
+    def decoding(self) -> ContextManager[None]:
+        """See :class:`Policy`."""
+        return self._decoder.decoding()
 
     def next_token(self, tokens: Tensor) -> NextToken | None:
         """See :class:`Policy`."""
@@ -68,6 +76,12 @@ class MixedPolicy:
         self.groups = student.groups
         self._student, self._teacher, self._alpha = student, teacher, alpha
         self._common = min(student.valid_vocab_size, teacher.valid_vocab_size)
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """See :class:`Policy`."""
+        with self._student.decoding(), self._teacher.decoding():
+            yield
 
     def next_token(self, tokens: Tensor) -> NextToken | None:
         """See :class:`Policy`."""

@@ -61,6 +61,8 @@ class SDPACoreAttention(torch.nn.Module):
         Returns:
             [sequence, batch, heads x width].
         """
+        if query.shape[0] == 1 and attention_mask is None:
+            return self._attend_with_one_query(query, key, value)
         if self._suits_blocks(query, key, attention_mask):
             return self._attend_in_blocks(query, key, value)
         mask = None if attention_mask is None else ~attention_mask
@@ -70,11 +72,24 @@ class SDPACoreAttention(torch.nn.Module):
             value.permute(1, 2, 0, 3),
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and query.shape[0] > 1,  # one query attends to all that is cached
+            is_causal=mask is None,
             scale=self.softmax_scale,
             enable_gqa=self.is_grouped,
         )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend_with_one_query(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Decoding: it attends to all that is cached. The heads of a group stand in for queries, so that its keys are
+        read once."""
+        _, batch, heads, width = query.shape
+        context = scaled_dot_product_attention(
+            query.view(batch, key.shape[2], -1, width),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.softmax_scale,
+        )
+        return context.reshape(1, batch, heads * width)
 
     def _suits_blocks(self, query: Tensor, key: Tensor, attention_mask: Tensor | None) -> bool:
         return (

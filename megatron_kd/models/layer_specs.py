@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_kd.errors import ConfigError
 from megatron_kd.models.attention import SDPACoreAttention
+from megatron_kd.models.cached_attention import CachingSelfAttention
 from megatron_kd.models.normalization import RMSNorm
 from megatron_kd.models.swiglu import SwiGLU
 
@@ -60,6 +61,7 @@ def decoder_layer_spec(
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    parts.self_attention.module = CachingSelfAttention
     attention = parts.self_attention.submodules
     attention.core_attention = SDPACoreAttention
     if config.qk_layernorm:

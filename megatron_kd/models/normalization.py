@@ -21,7 +21,18 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]."""
+        if not torch.is_grad_enabled():
+            return _normalize(hidden, self.weight, self.eps)[0]
         return _RMSNormFunction.apply(hidden, self.weight, self.eps)
+
+
+def _normalize(hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The result and the inverse RMS of every row."""
+    rows = hidden.float()
+    inverse_rms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_().div_(rows.shape[-1]).add_(eps).rsqrt_()
+    normalized = rows * inverse_rms
+    result = normalized.mul_(weight) if hidden.dtype == torch.float32 else normalized.to(hidden.dtype) * weight
+    return result, inverse_rms
 
 
 class _RMSNormFunction(torch.autograd.Function):
@@ -29,13 +40,9 @@ class _RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-        rows = hidden.float()
-        inverse_rms = (
-            torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_().div_(rows.shape[-1]).add_(eps).rsqrt_()
-        )
+        result, inverse_rms = _normalize(hidden, weight, eps)
         ctx.save_for_backward(hidden, weight, inverse_rms)
-        normalized = rows * inverse_rms
-        return normalized.mul_(weight) if hidden.dtype == torch.float32 else normalized.to(hidden.dtype) * weight
+        return result
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -29,7 +29,20 @@ def apply_rotary(values: Tensor, angles: Tensor, interleaved: bool = False) -> T
         raise NotImplementedError(
             f"rotation of interleaved pairs or of {angles.shape[-1]} of {values.shape[-1]} channels"
         )
-    return _Rotation.apply(values, *_cosine_and_sine(angles, values.dtype))
+    cosine, sine = _cosine_and_sine(angles, values.dtype)
+    if not torch.is_grad_enabled():
+        return _rotate(values, cosine, sine, 1.0)
+    return _Rotation.apply(values, cosine, sine)
+
+
+def rotate(values: Tensor, angles: Tensor, start: int, end: int) -> Tensor:
+    """As :func:`apply_rotary`, by the angles of the positions from ``start`` to ``end``; no gradient.
+
+    Args:
+        angles: of all positions, always the same object, so that their cosines are computed once.
+    """
+    cosine, sine = _cosine_and_sine(angles, values.dtype)
+    return _rotate(values, cosine[start:end], sine[start:end], 1.0)
 
 
 @functools.lru_cache(maxsize=4)

@@ -18,6 +18,9 @@ class SwiGLU(torch.nn.Module):
 
     def forward(self, gate_and_up: Tensor) -> Tensor:
         """[..., 2 · ffn] -> [..., ffn]."""
+        if not torch.is_grad_enabled():
+            gate, up = gate_and_up.chunk(2, dim=-1)
+            return torch.nn.functional.silu(gate).mul_(up)
         return _SwiGLUFunction.apply(gate_and_up)
 
     def sharded_state_dict(self, *_: object, **__: object) -> dict[str, object]:

@@ -1,22 +1,15 @@
 """The same text under every layout, greedy and sampled, with prompts of unequal lengths."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from megatron_kd.models.architecture import ModelArchitecture
 from tests.distributed.ranks import shared_ranks
+from tests.reference.one_rank import TINY
 
-FOUR_LAYERS = ModelArchitecture(
-    num_layers=4,
-    hidden_size=32,
-    ffn_hidden_size=48,
-    num_attention_heads=4,
-    num_query_groups=2,
-    vocab_size=300,
-    rope_theta=10_000.0,
-    init_std=0.2,
-)
+FOUR_LAYERS = dataclasses.replace(TINY, num_layers=4)
 LAYOUTS = {
     "one rank": (1, {}),
     "TP2": (2, {"tensor_model_parallel_size": 2}),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_kd.errors import DataError
-from megatron_kd.generation import Decoder, MixedPolicy, ModelPolicy, SamplingConfig, generate
+from megatron_kd.generation import Decoder, MixedPolicy, ModelPolicy, SamplingConfig, decoding_mode, generate
 from megatron_kd.generation.random_numbers import sequence_seeds
 from megatron_kd.models.gpt import full_logits
 from megatron_kd.parallel.runtime import distributed_runtime
@@ -50,6 +50,20 @@ def test_greedy_ids_equal_transformers(groups):
         ours = text_of(model, prompts, max_length=39, sampling=GREEDY)
     assert torch.equal(ours.tokens, theirs)
     assert len(ours.tokens[:, 9:].unique()) > 20, "the comparison needs text that varies"
+
+
+def test_megatron_cores_own_layers_give_the_same_text(monkeypatch):
+    """Those of Transformer Engine keep their forward and Megatron-Core's cache."""
+    prompts = prompts_of([3, 11, 7])
+    with distributed_runtime():
+        model = tiny_model(dataclasses.replace(TINY, qk_layernorm=True))
+        ours = text_of(model, prompts)
+        assert not any("forward" in vars(module) for module in model.modules()), "the model is left as it was"
+        monkeypatch.setattr(decoding_mode, "_forward_of", lambda module: None)
+        theirs = text_of(model, prompts)
+    assert torch.equal(ours.tokens, theirs.tokens)
+    for name, values in ours.log_probabilities.items():
+        torch.testing.assert_close(values, theirs.log_probabilities[name], atol=1e-5, rtol=1e-4)
 
 
 def test_unequal_prompts_are_continued_as_each_alone():

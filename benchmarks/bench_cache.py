@@ -9,7 +9,7 @@
     cache   a teacher's shards written, against its forward pass with its output layer alone, alternating
     step    a training step with a cached teacher against one without a teacher, alternating
 
-Ratios are medians over rounds.
+One thread a process. Ratios are medians over rounds.
 """
 
 import argparse
@@ -59,15 +59,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     silence_known_noise()
+    torch.set_num_threads(1)
     record: dict[str, Any] = {"benchmark": "cache", "provenance": provenance(), "quick": options.quick, "results": {}}
     for name in options.only.split(","):
         with tempfile.TemporaryDirectory() as folder:
             record["results"][name] = PARTS[name](options.quick, Path(folder))
         sys.stdout.write(json.dumps({name: record["results"][name]}, indent=1) + "\n")
         sys.stdout.flush()
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(record, indent=2) + "\n")
+        if options.output is not None:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def measure_size(quick: bool, folder: Path) -> list[dict[str, Any]]:
@@ -164,8 +165,8 @@ def measure_caching(quick: bool, folder: Path) -> list[dict[str, Any]]:
 
     rows = []
     for name in ("top_k 64", "sampled, 50 draws"):
-        with caching_sides(folder / name.replace(" ", "_"), CODECS[name], chunks=2 if quick else 4) as (alone, caching):
-            rows.append({"codec": name, **alternate(alone, caching, 2 if quick else 7)})
+        with caching_sides(folder / name.replace(" ", "_"), CODECS[name], chunks=2 if quick else 8) as (alone, caching):
+            rows.append({"codec": name, **alternate(alone, caching, 2 if quick else 5)})
     return rows
 
 

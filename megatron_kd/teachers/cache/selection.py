@@ -1,11 +1,14 @@
 """From a teacher's hidden states to the ids that a codec keeps, without ever holding all logits.
 
-    hidden [T, h] -> chunks of C tokens: logits [C, R] -> exponentials in place -> the codec's ids -> numpy
+    hidden [T, h] -> chunks of C tokens: logits [C, R] -> tiles of rows: exponentials -> the codec's ids -> numpy
 
-R is this rank's part of the teacher's vocabulary. Collectives over the tensor-parallel group, per chunk: the maximum
+R is this rank's part of the teacher's vocabulary. A tile is read several times, so on the CPU it is as small as keeps it
+in the processor's cache. Collectives over the tensor-parallel group, per chunk, which then is one tile: the maximum
 and the sum of the exponentials, what finds the ids (``largest.py``, ``drawing.py``), and the probability outside of them.
 Every rank of the group gets the same entries.
 """
+
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor
 from megatron_kd.errors import DataError
 from megatron_kd.losses import OutputHead
 from megatron_kd.losses.buffers import allocate
-from megatron_kd.losses.chunk_terms import gather_columns, local_columns, row_max
+from megatron_kd.losses.chunk_terms import gather_columns, local_columns, row_max, row_tiles
 from megatron_kd.losses.logits import HeadLogits
 from megatron_kd.parallel.groups import sum_over_group
 from megatron_kd.teachers.cache.codec import Codec, Entries
@@ -23,6 +26,7 @@ from megatron_kd.teachers.cache.drawing import block_sums, draw, uniform_numbers
 from megatron_kd.teachers.cache.largest import largest_over_ranks
 
 DEFAULT_CHUNK_BYTES = 256 << 20
+TILE_ELEMENTS = 1 << 20  # numbers of a tile on the CPU
 
 
 class Selection:
@@ -47,9 +51,12 @@ class Selection:
         self.codec, self._head, self._group, self._temperature = codec, head, group, temperature
         self._columns = head.rows_below(codec.vocab_size)
         self._logits = HeadLogits(head, 0, self._columns)
-        widest = -(-codec.vocab_size // (1 if group is None else group.size()))  # alike on all ranks
+        self._group_size = 1 if group is None else group.size()
+        widest = -(-codec.vocab_size // self._group_size)  # alike on all ranks
         self._chunk_tokens = max(1, chunk_bytes // (4 * widest))
+        self._in_tiles = self._group_size == 1 and not head.weight.is_cuda
         self._buffer: Tensor | None = None
+        self._tile_buffer: Tensor | None = None
 
     @torch.no_grad()
     def __call__(self, hidden: Tensor, chunk_ids: np.ndarray, positions: np.ndarray) -> Entries:
@@ -62,33 +69,59 @@ class Selection:
         Raises:
             DataError: a logit is not finite.
         """
-        parts = []
-        for start in range(0, max(1, len(hidden)), self._chunk_tokens):
-            rows = slice(start, start + self._chunk_tokens)
-            exponentials, z = self._exponentials(hidden[rows])
-            if self.codec.name == "sampled":
-                parts.append(self._drawn(exponentials, z, chunk_ids[rows], positions[rows]))
-            else:
-                parts.append(self._largest(exponentials, z))
+        parts, count = [], max(1, -(-len(hidden) // self._chunk_tokens))
+        step = max(1, -(-len(hidden) // count))  # spread evenly
+        for start in range(0, max(1, len(hidden)), step):
+            logits = self._product(hidden[start : start + step])
+            for tile in self._tiles(len(logits)):
+                rows = slice(start + tile.start, start + tile.stop)
+                parts.append(self._entries(logits[tile], chunk_ids[rows], positions[rows]))
         return _concatenate(parts)
 
-    def _exponentials(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """[C, R] exp(logit / T - max) and [C] their sums over all ranks, as fp64."""
+    def _product(self, hidden: Tensor) -> Tensor:
+        """[C, R] products of a chunk with the head's weight, in the buffer."""
         if self._buffer is None or len(self._buffer) < len(hidden):  # fresh memory costs as much as a pass over it
             self._buffer = allocate((len(hidden), self._columns), torch.float32, hidden.device)
         logits = self._buffer[: len(hidden)]
         self._logits.product(hidden.to(self._head.weight.dtype), logits)
+        return logits
+
+    def _tiles(self, rows: int) -> Iterable[slice]:
+        if rows and self._in_tiles:
+            return row_tiles(rows, self._columns, TILE_ELEMENTS)
+        return [slice(0, rows)]
+
+    def _entries(self, logits: Tensor, chunk_ids: np.ndarray, positions: np.ndarray) -> Entries:
+        exponentials, z = self._exponentials(logits)
+        if self.codec.name == "sampled":
+            return self._drawn(exponentials, z, chunk_ids, positions)
+        return self._largest(exponentials, z)
+
+    def _exponentials(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, R] exp(logit / T) by a factor of each row's own, and [n] their sums over all ranks, as fp64."""
         self._logits.finish(logits)
         if self._temperature != 1.0:
             logits.div_(self._temperature)
-        maxima = row_max(logits)
-        if self._group is not None and self._group.size() > 1:
-            dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=self._group)
-        exponentials = logits.sub_(maxima.unsqueeze(1)).exp_()
+        if self._in_tiles:
+            exponentials = torch.softmax(logits, -1, out=self._room_for(logits))  # one pass over memory, not four
+        else:
+            exponentials = self._shifted_exponentials(logits)
         z = self._over_ranks(_row_sums(exponentials))
         if not bool(torch.isfinite(z).all()):
             raise DataError("the teacher's logits are not finite: is the model damaged, or its precision too low?")
         return exponentials, z
+
+    def _room_for(self, like: Tensor) -> Tensor:
+        if self._tile_buffer is None or len(self._tile_buffer) < len(like):
+            self._tile_buffer = allocate(tuple(like.shape), like.dtype, like.device)
+        return self._tile_buffer[: len(like)]
+
+    def _shifted_exponentials(self, logits: Tensor) -> Tensor:
+        """exp(logit - max over all ranks), in place."""
+        maxima = row_max(logits)
+        if self._group_size > 1:
+            dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=self._group)
+        return logits.sub_(maxima.unsqueeze(1)).exp_()
 
     def _over_ranks(self, values: Tensor) -> Tensor:
         return values if self._group is None else sum_over_group(values, self._group)

@@ -6,6 +6,7 @@ import torch
 
 from megatron_kd.errors import DataError
 from megatron_kd.losses import OutputHead
+from megatron_kd.teachers.cache import selection
 from megatron_kd.teachers.cache.codec import Codec
 from megatron_kd.teachers.cache.selection import Selection
 
@@ -40,6 +41,18 @@ def test_top_k(teacher, temperature, chunk_bytes):
     assert np.array_equal(entries.ids.reshape(TOKENS, 12), order)
     np.testing.assert_allclose(entries.probabilities.reshape(TOKENS, 12), np.take_along_axis(p, order, 1), rtol=2e-5)
     np.testing.assert_allclose(entries.tail, 1 - np.take_along_axis(p, order, 1).sum(1), rtol=2e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("codec", [Codec("top_k", 12, VOCABULARY), Codec("sampled", 20, VOCABULARY)])
+def test_tiles_change_nothing(teacher, codec, monkeypatch):
+    """Chunks of 13 tokens in tiles of 5, against one tile."""
+    head, hidden, _ = teacher
+    whole = select(codec, head, hidden)
+    monkeypatch.setattr(selection, "TILE_ELEMENTS", 5 * VOCABULARY)
+    tiled = select(codec, head, hidden, chunk_bytes=4 * VOCABULARY * 13)
+    for name, values in vars(whole).items():
+        if values is not None:
+            np.testing.assert_allclose(getattr(tiled, name), values, rtol=1e-6, atol=1e-9, err_msg=name)
 
 
 def test_top_p_keeps_the_fewest_ids(teacher):

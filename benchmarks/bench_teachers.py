@@ -1,12 +1,15 @@
 """What a teacher adds to a step, by placement, beside what its parts cost alone in the same run.
 
-    python -m benchmarks.bench_teachers [--quick] [--rounds N] [--output FILE]
+    python -m benchmarks.bench_teachers [--quick] [--rounds N] [--only PART,…] [--output FILE]
 
-One thread a process. Student and teacher are ``qwen_21m`` (V = 32,000) on random ids. Two worlds:
+One thread a process. Student and teacher are ``qwen_21m`` (V = 32,000) on random ids.
 
-* one rank: student-only step, teacher forward with its head alone, co-located step, step with a cache;
-* one student rank and one teacher rank on processors of their own (the machine needs two): student-only step and the
-  teacher-head product while the teacher idles, then steps with payloads hidden, top_k and sampled.
+    local                   one rank: student-only step, teacher forward with its head alone, co-located step, step with
+                            a cache
+    pipeline                the same on two ranks, student and teacher pipeline parallel
+    hidden, top_k, sampled  one student rank and one teacher rank on processors of their own (the machine needs two):
+                            student-only step and the teacher-head product while the teacher idles, then steps with
+                            that payload
 
 Every round measures every side; ratios are taken within a round, then their median.
 """
@@ -29,7 +32,6 @@ import torch
 from benchmarks.provenance import provenance
 
 MODEL, VOCABULARY, SEQ_LENGTH, ROWS, MICRO_BATCHES = "qwen_21m", 32_000, 128, 4, 2
-PAYLOADS = ("hidden", "top_k", "sampled")
 
 
 def main() -> None:
@@ -37,29 +39,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two rounds")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts to run, separated by commas")
+    parser.add_argument("--output", type=Path, help="JSON file for the results; parts not measured now stay in it")
     options = parser.parse_args()
     rounds = 2 if options.quick else options.rounds
-    about = {"benchmark": "teachers", "provenance": provenance(), "rounds": rounds, "model": MODEL,
-             "tokens_a_step": SEQ_LENGTH * ROWS * MICRO_BATCHES}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         prepare = Path(folder)
         in_processes(1, make_inputs, prepare)
-        results: list[dict[str, Any]] = []
-        for world, function, arguments in [(1, one_rank, ()), *((2, remote, (payload,)) for payload in PAYLOADS)]:
-            found = in_processes(world, function, prepare, *arguments, rounds)[0]
-            for row in found:
+        for name in options.only.split(","):
+            world, function, argument = PARTS[name]
+            origin = provenance()
+            rows = in_processes(world, function, prepare, argument, rounds)[0]
+            for row in rows:
                 sys.stdout.write(describe(row))
                 sys.stdout.flush()
-            results += found
             if options.output is not None:
-                write(options.output, {**about, "results": results})
+                record(options.output, name, {"provenance": origin, "rounds": rounds, "rows": rows})
 
 
-def write(path: Path, record: dict[str, Any]) -> None:
-    """The record so far."""
+def record(path: Path, name: str, part: dict[str, Any]) -> None:
+    """Put a part into a record, beside or in the place of those that it has."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    before = json.loads(path.read_text())["results"] if path.exists() else {}
+    content = {"benchmark": "teachers", "model": MODEL, "tokens_a_step": SEQ_LENGTH * ROWS * MICRO_BATCHES,
+               "results": {**before, name: part}}  # fmt: skip
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -95,8 +99,8 @@ def _call(rank: int, world: int, port: int, function: Callable[..., Any], argume
     return function(*arguments)
 
 
-def settings(folder: Path, **teacher: Any) -> Any:
-    """The configuration of a run with a teacher."""
+def settings(folder: Path, pipeline: int = 1, **teacher: Any) -> Any:
+    """The configuration of a run on so many pipeline stages, with a teacher or without."""
     from megatron_kd.config import from_mapping
     from megatron_kd.training.config import TrainConfig
 
@@ -104,7 +108,7 @@ def settings(folder: Path, **teacher: Any) -> Any:
     return from_mapping(TrainConfig, {
         "data": {"path": str(folder / "data")}, "output": str(folder / "teacher"), "model": {"name": MODEL},
         "training": {"global_batch_size": ROWS * MICRO_BATCHES, "micro_batch_size": ROWS, "train_iters": 1_000_000},
-        **method,
+        "parallel": {"pipeline_model_parallel_size": pipeline}, **method,
     }, "benchmark")  # fmt: skip
 
 
@@ -190,14 +194,14 @@ def head_product(head: Any, tokens: int) -> None:
         part @ head.weight.t()
 
 
-def one_rank(folder: Path, rounds: int) -> list[dict[str, Any]]:
-    """Co-located and cached, in one process."""
+def local(folder: Path, pipeline: int, rounds: int) -> list[dict[str, Any]]:
+    """Co-located and cached, on as many ranks as stages."""
     from megatron_kd.parallel.runtime import distributed_runtime
 
-    colocated = settings(folder, placement="colocated", path=str(folder / "teacher"))
-    cached = settings(folder, placement="cached", cache_path=str(folder / "cache"))
+    colocated = settings(folder, pipeline, placement="colocated", path=str(folder / "teacher"))
+    cached = settings(folder, pipeline, placement="cached", cache_path=str(folder / "cache"))
     with distributed_runtime() as runtime:
-        parts = Parts(settings(folder), runtime)
+        parts = Parts(settings(folder, pipeline), runtime)
         teacher = parts.teacher(colocated)
         sides = {
             "student": parts.step(parts.config, None),
@@ -207,20 +211,22 @@ def one_rank(folder: Path, rounds: int) -> list[dict[str, Any]]:
 
         def forward(position: int) -> float:
             batches = parts.batches(position)
-            teacher.begin_step(batches)
 
             def passes() -> None:
+                teacher.begin_step(batches)
                 for batch in batches:
                     known = teacher.knowledge(batch)
-                    head_product(known.head, known.hidden.shape[0])
+                    if known is not None:
+                        head_product(known.head, known.hidden.shape[0])
+                torch.distributed.barrier()
 
             return seconds(passes)
 
         sides["teacher"] = forward
         times = measure(sides, rounds)
     return [
-        row("colocated", times, "colocated", ["student", "teacher"]),
-        row("cached", times, "cached", ["student"]),
+        row(f"colocated PP{pipeline}", times, "colocated", ["student", "teacher"]),
+        row(f"cached PP{pipeline}", times, "cached", ["student"]),
     ]
 
 
@@ -281,6 +287,14 @@ def row(side: str, times: dict[str, list[float]], with_teacher: str, alone: list
         "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
     }
 
+
+PARTS: dict[str, tuple[int, Callable[..., Any], Any]] = {
+    "local": (1, local, 1),
+    "pipeline": (2, local, 2),
+    "hidden": (2, remote, "hidden"),
+    "top_k": (2, remote, "top_k"),
+    "sampled": (2, remote, "sampled"),
+}
 
 if __name__ == "__main__":
     main()

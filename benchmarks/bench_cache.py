@@ -56,19 +56,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller inputs")
     parser.add_argument("--only", default=",".join(PARTS), help="parts to run, separated by commas")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="JSON file for the results; parts not measured now stay in it")
     options = parser.parse_args()
     silence_known_noise()
     torch.set_num_threads(1)
-    record: dict[str, Any] = {"benchmark": "cache", "provenance": provenance(), "quick": options.quick, "results": {}}
     for name in options.only.split(","):
+        origin = provenance()
         with tempfile.TemporaryDirectory() as folder:
-            record["results"][name] = PARTS[name](options.quick, Path(folder))
-        sys.stdout.write(json.dumps({name: record["results"][name]}, indent=1) + "\n")
+            rows = PARTS[name](options.quick, Path(folder))
+        sys.stdout.write(json.dumps({name: rows}, indent=1) + "\n")
         sys.stdout.flush()
         if options.output is not None:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(record, indent=2) + "\n")
+            record(options.output, name, {"quick": options.quick, "provenance": origin, "rows": rows})
+
+
+def record(path: Path, name: str, part: dict[str, Any]) -> None:
+    """Put a part into a record, beside or in the place of those that it has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = json.loads(path.read_text())["results"] if path.exists() else {}
+    path.write_text(json.dumps({"benchmark": "cache", "results": {**before, name: part}}, indent=2) + "\n")
 
 
 def measure_size(quick: bool, folder: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,6 @@
-"""What watching costs: seconds to record one step, with and without TensorBoard, beside a step at 10 steps a second.
+"""What watching costs: seconds to read the memory and record one step, beside a step at 10 steps a second.
+
+With metrics.jsonl and the console line alone, and with TensorBoard too.
 
     python benchmarks/bench_metrics.py [--quick] [--output FILE.json]
 """
@@ -10,26 +12,29 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.provenance import provenance  # noqa: E402
 from megatron_kd.metrics.config import MetricsConfig  # noqa: E402
+from megatron_kd.metrics.device import MemoryMeter  # noqa: E402
 from megatron_kd.metrics.tracker import RunTracker  # noqa: E402
 
 STEP_SECONDS = 0.1
 ROW = {"loss": 3.25, "lm_loss": 3.5, "kd_loss": 3.0, "teacher_entropy": 1.0, "grad_norm": 1.2, "learning_rate": 3e-4,
-       "step_seconds": 0.1, "tokens_per_second": 1e5, "tflops_per_second": 412.3, "memory_bytes": 3 * 2**30,
-       "train_flops": 1e18, "seconds": 100.0, "tokens": 1_000_000}
+       "step_seconds": 0.1, "tokens_per_second": 1e5, "tflops_per_second": 412.3,
+       "mfu": 0.41, "train_flops": 1e18, "seconds": 100.0, "tokens": 1_000_000}
 
 
 def measure(report_to: tuple[str, ...], rows: int) -> list[float]:
     """Seconds of each row."""
     with tempfile.TemporaryDirectory() as folder:
         tracker = RunTracker(Path(folder), rows, 0, True, "bench", MetricsConfig(report_to=report_to))
-        times = []
+        meter, times = MemoryMeter(torch.device("cuda" if torch.cuda.is_available() else "cpu")), []
         for step in range(1, rows + 1):
             started = time.perf_counter()
-            tracker.step({"step": step, **ROW})
+            tracker.step({"step": step, **ROW, "memory_bytes": meter.read()})
             times.append(time.perf_counter() - started)
         tracker.close()
     return sorted(times)

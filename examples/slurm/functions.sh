@@ -51,9 +51,15 @@ on_every_node() {
     return "$status"
 }
 
+# Preemption with a grace time: Slurm sends SIGTERM to the ranks, which save and leave, and not to the batch shell. The
+# job would count as failed then.
+preempted() {
+    scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'
+}
+
 # Back to the queue after a warning; the same job goes on from its newest checkpoint. Otherwise the status of the run.
 finish() {
-    if [ "$1" -ne 0 ] && [ "$WARNED" -eq 1 ]; then
+    if [ "$1" -ne 0 ] && { [ "$WARNED" -eq 1 ] || preempted; }; then
         echo "$(date -Is) requeued"
         scontrol requeue "$SLURM_JOB_ID"
         sleep 60  # Slurm ends this shell

@@ -24,8 +24,12 @@ def module(name: str, *arguments: str) -> None:
     subprocess.run([sys.executable, "-m", name, *arguments], check=True, cwd=REPOSITORY, env=environment())
 
 
-def write_corpus(folder: Path) -> Path:
-    """Two zstandard files of documents with ``meta.pile_set_name``; the tokenizer beside them. Returns the folder."""
+def write_corpus(folder: Path, size_limit: int = BYTES) -> Path:
+    """Two zstandard files of documents with ``meta.pile_set_name``; the tokenizer beside them. Returns the folder.
+
+    Args:
+        size_limit: characters of text.
+    """
     folder.mkdir(parents=True)
     module("megatron_kd.quickstart.text", str(folder / "text.jsonl"))
     module("megatron_kd.quickstart.tokenizer", str(folder / "text.jsonl"), str(VOCABULARY), str(folder / "tokenizer"))
@@ -35,7 +39,7 @@ def write_corpus(folder: Path) -> Path:
             text = json.loads(line)["text"]
             documents.append({"text": text, "meta": {"pile_set_name": DOMAINS[index % len(DOMAINS)]}})
             size += len(text)
-            if size > BYTES and index >= len(DOMAINS):
+            if size > size_limit and index >= len(DOMAINS):
                 break
     for half in range(2):
         raw = io.BytesIO("".join(json.dumps(d) + "\n" for d in documents[half::2]).encode())

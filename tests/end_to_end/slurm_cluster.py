@@ -1,4 +1,8 @@
-"""A real Slurm on this machine: Debian's packages, one controller, one node, no systemd and no cgroups."""
+"""A real Slurm on this machine: Debian's packages, one controller, two nodes, no systemd and no cgroups.
+
+The nodes are two slurmd on this host, called by two names that it answers to. Jobs of the partition ``urgent`` preempt
+those of ``all``, which are warned a minute before and go back to the queue.
+"""
 
 import os
 import re
@@ -12,16 +16,15 @@ CONF = """
 ClusterName=test
 SlurmctldHost={host}
 SlurmctldPort={port}
-SlurmdPort={node_port}
 AuthType=auth/munge
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
@@ -33,8 +36,12 @@ SchedulerParameters=bf_interval=1,sched_interval=5
 ReturnToService=2
 SlurmdParameters=config_overrides
 KillWait=60
-NodeName={host} CPUs=8 RealMemory={memory} State=UNKNOWN
-PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+NodeName={host} NodeHostname={host} Port={port_1} CPUs=4 RealMemory={memory} State=UNKNOWN
+NodeName=localhost NodeHostname={host} NodeAddr=127.0.0.1 Port={port_2} CPUs=4 RealMemory={memory} State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -67,19 +74,23 @@ class SlurmCluster:
     def __init__(self, folder: Path):
         self.folder, self.host = folder, socket.gethostname().split(".")[0]
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
+        self._nodes = (self.host, "localhost")
         self._munge: subprocess.Popen | None = None
 
     def __enter__(self) -> "SlurmCluster":
-        for name in ("state", "spool"):
+        for name in ("state", *(f"spool-{node}" for node in self._nodes)):
             (self.folder / name).mkdir(parents=True)
-        memory = int(re.search(r"RealMemory=(\d+)", self._output("slurmd", "-C")).group(1))
+        memory = int(re.search(r"RealMemory=(\d+)", self._output("slurmd", "-C")).group(1)) // len(self._nodes)
         (self.folder / "slurm.conf").write_text(CONF.format(
-            host=self.host, folder=self.folder, memory=memory, port=_free_port(), node_port=_free_port()))
+            host=self.host, folder=self.folder, memory=memory, port=_free_port(), port_1=_free_port(),
+            port_2=_free_port()))
         self._start_munge()
         subprocess.run(["slurmctld"], env=self.environment, check=True)
-        subprocess.run(["slurmd"], env=self.environment, check=True)
         try:
-            self.wait(lambda: "idle" in self._output("sinfo", "-h", "-o", "%T"), 60, "the node is not idle")
+            for node in self._nodes:
+                subprocess.run(["slurmd", "-N", node], env=self.environment, check=True)
+            self.wait(lambda: self._output("sinfo", "-h", "-N", "-p", "all", "-o", "%T").split() == ["idle"] * 2, 60,
+                      "the nodes are not idle")
         except BaseException:
             self.__exit__()
             raise
@@ -87,7 +98,7 @@ class SlurmCluster:
 
     def __exit__(self, *_: object) -> None:
         subprocess.run(["scancel", "--state=RUNNING,PENDING", "--me"], env=self.environment, capture_output=True)
-        for name in ("slurmd", "slurmctld"):
+        for name in (*(f"slurmd-{node}" for node in self._nodes), "slurmctld"):
             _stop(self.folder / f"{name}.pid")
         if self._munge is not None:
             self._munge.terminate()

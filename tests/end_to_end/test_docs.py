@@ -1,9 +1,6 @@
-"""docs/laptop_to_cluster.md: every command, in order, in one shell; and every configuration of the examples."""
+"""Every command of docs/, in order, in a shell; every configuration of the examples; names, links and line lengths."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,20 +11,21 @@ from megatron_kd.data.tokenize_corpus import TokenizeCorpusConfig
 from megatron_kd.planning.config import PlanRunConfig
 from megatron_kd.planning.plan import make_plan
 from megatron_kd.training.config import TrainConfig
-from tests.end_to_end.commands import REPOSITORY, environment
+from tests.end_to_end.commands import REPOSITORY
 from tests.end_to_end.pile_stand_in import train_teacher, write_corpus
+from tests.end_to_end.workshop import Material, Workshop, commands
 
+DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
+PAGES = [REPOSITORY / "README.md", *DOCS, *sorted((REPOSITORY / "examples").glob("*/README.md"))]
 PAGE = REPOSITORY / "docs/laptop_to_cluster.md"
 PILE = sorted(path for name in ("miniplm", "vanilla_kd") for path in
               (REPOSITORY / f"examples/{name}_pile_qwen").glob("*.yaml"))
 TRAINING = [path for path in PILE if path.stem not in ("tokenize_corpus", "sample_by_difference", "base")]
+WITH_COMMANDS = ["checkpoints", "corpus", "difference_sampling", "teacher_cache", "teachers"]
+"""Pages beside PAGE whose commands run here, in a folder of their own."""
+PROGRAMS = r"^\s*(?:python|torchrun|sbatch|examples/|tools/|make|pip|\.?/)[^\n]*"
 SMALL = ("training.global_batch_size=4 training.micro_batch_size=2 training.train_iters=10 training.eval_interval=2 "
          "training.save_interval=5 training.precision=fp32 optimizer.lr_warmup_iters=2")
-
-
-def commands(page: Path) -> list[str]:
-    """The bash blocks of a page."""
-    return re.findall(r"^```bash\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -59,29 +57,62 @@ def test_the_page_has_its_commands():
 
 @pytest.mark.slow
 def test_every_command_of_the_page_runs(tmp_path):
-    """In one shell with ``set -e``; ``sbatch`` notes what it is asked (a real Slurm is in test_slurm.py)."""
     corpus = write_corpus(tmp_path / "corpus")
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    notes = tmp_path / "jobs"
-    (programs / "sbatch").write_text(f'#!/bin/bash\necho "$*" >> {notes}\nwc -l < {notes} | tr -d " "\n')
-    (programs / "sbatch").chmod(0o755)
-    (programs / "python").write_text(f'#!/bin/bash\nexec "{sys.executable}" "$@"\n')
-    (programs / "python").chmod(0o755)
-    variables = {
-        **environment(), "PATH": f"{programs}:{os.environ['PATH']}", "RANKS": "1", "SIZE": "500m",
-        "CORPUS": f"{corpus}/*.jsonl.zst", "TEACHER": str(train_teacher(corpus, tmp_path / "teacher")),
-        "DATA": str(tmp_path / "data"), "RUNS": str(tmp_path / "runs"),
-        "TOKENIZE_OPTIONS": "heldout_fraction=0.05 reference_fraction=0.2", "TRAIN_OPTIONS": SMALL,
-        "REFERENCE_OPTIONS": "model.name=qwen_toy_reference", "STUDENT_OPTIONS": "model.name=qwen_toy_student",
-    }
+    workshop = Workshop(tmp_path, few_steps={})
+    workshop.run(
+        PAGE, 1500, RANKS="1", SIZE="500m", CORPUS=f"{corpus}/*.jsonl.zst",
+        TEACHER=str(train_teacher(corpus, tmp_path / "teacher")), DATA=str(tmp_path / "data"),
+        RUNS=str(tmp_path / "runs"), TOKENIZE_OPTIONS="heldout_fraction=0.05 reference_fraction=0.2",
+        TRAIN_OPTIONS=SMALL, REFERENCE_OPTIONS="model.name=qwen_toy_reference",
+        STUDENT_OPTIONS="model.name=qwen_toy_student",
+    )
     logs = tmp_path / "logs"
-    script = "set -euo pipefail\nset -x\n" + "\n".join(commands(PAGE)).replace("logs/", f"{logs}/")
-    logs.mkdir()
-    ended = subprocess.run(["bash", "-c", script], env=variables, cwd=REPOSITORY, capture_output=True, text=True,
-                           timeout=570)
-    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     for made in ("plan.json", "runs.png", "heldout.json", "law/scaling_law.png", "law_500m/scaling_law.json"):
         assert (logs / made).stat().st_size > 0, made
-    jobs = notes.read_text()
+    jobs = workshop.notes.read_text()
     assert jobs.count("examples/slurm/") >= 10 and "remote_teacher.sbatch" in jobs
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    return Material.make(tmp_path_factory.mktemp("material"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", WITH_COMMANDS)
+def test_every_command_of_the_other_pages_runs(page, material, tmp_path):
+    workshop = Workshop(tmp_path)
+    workshop.stock(material)
+    workshop.run(REPOSITORY / f"docs/{page}.md", 1200)
+
+
+def test_no_command_is_left_out():
+    """What looks like a command is in a bash block, and every page with such a block is run above."""
+    assert {page.stem for page in DOCS if commands(page)} == {*WITH_COMMANDS, PAGE.stem}
+    for page in DOCS:
+        others = re.sub(r"^```bash\n.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for block in re.findall(r"^```[^\n]*\n(.*?)^```$", others, flags=re.MULTILINE | re.DOTALL):
+            assert not re.search(PROGRAMS, block, flags=re.MULTILINE), f"{page.name}:\n{block}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_files_and_links_that_a_page_names_are_there(page):
+    text = page.read_text(encoding="utf-8")
+    roots = (REPOSITORY, REPOSITORY / "megatron_kd", REPOSITORY / "examples", page.parent)
+    named = re.findall(r"`((?:\w[\w.-]*/)+[\w*.-]+\.(?:py|md|sh|sbatch|yaml))`", text)
+    named = [name for name in named if not name.startswith("runs/")]
+    named += re.findall(r"\]\(([^)#:]+)\)", text)
+    missing = [name for name in named if not any(list(root.glob(name)) for root in roots)]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/laptop_to_cluster.md", "docs/installation.md", "docs/scaling.md"])
+def test_lines_fit_a_terminal(page):
+    lines = (REPOSITORY / page).read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]
+
+
+def test_the_readme_starts_with_what_to_type():
+    lines = (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()
+    first = next(number for number, line in enumerate(lines, 1) if line.startswith("```"))
+    assert first <= 20 and "make quickstart" in "\n".join(lines[first:first + 5])

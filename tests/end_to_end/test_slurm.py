@@ -1,10 +1,12 @@
-"""The sbatch files under a real Slurm: warned, requeued and resumed; preempted; arrays; a job that waits for another.
+"""The sbatch files under a real Slurm: warned, preempted, requeued and resumed; arrays; a teacher on a node of its own;
+submit.sh with every step after those that it needs.
 
-Not here: remote_teacher.sbatch, since Slurm puts the components of a heterogeneous job on different nodes.
 Slow: installs Slurm from Debian's packages where it is missing, and is skipped with the reason where it cannot.
 """
 
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,10 +17,13 @@ import torch
 
 from megatron_kd.metrics.tracker import read_metrics
 from tests.end_to_end.commands import REPOSITORY, SMALL, run
+from tests.end_to_end.pile_stand_in import train_teacher, write_corpus
 from tests.end_to_end.slurm_cluster import CannotRunSlurm, SlurmCluster, install
 
 pytestmark = pytest.mark.slow
 STEPS = 600
+TOY_TRAINING = ("training.global_batch_size=4 training.micro_batch_size=2 training.train_iters=4 "
+                "training.eval_interval=2 training.save_interval=2 training.precision=fp32 optimizer.lr_warmup_iters=2")
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +77,22 @@ def assert_same(ours, whole):
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize("by", ["warning", "preemption"])
+def interrupt(cluster, job, by, folder):
+    if by == "warning":  # what Slurm does before the time limit (#SBATCH --signal=B:USR1@…)
+        cluster.command("scancel", "--signal=USR1", "--batch", str(job))
+    elif by == "requeue":
+        cluster.command("scontrol", "requeue", str(job))
+    else:  # a job of higher priority wants the nodes
+        cluster.submit("--partition=urgent", "--exclusive", "--nodes=2", f"--output={folder}/urgent.log",
+                       "--wrap=sleep 1")
+
+
+@pytest.mark.parametrize("by", ["warning", "requeue", "preemption"])
 def test_a_job_that_is_told_to_stop_goes_on_where_it_was(cluster, dataset, whole, tmp_path, by):
     folder, log = tmp_path / "run", tmp_path / "job.log"
     job = train_job(cluster, log, dataset, folder)
     cluster.wait(lambda: len(rows_of(folder)) >= 3, 300, "no step done")
-    if by == "warning":  # what Slurm does before the time limit (#SBATCH --signal=B:USR1@…)
-        cluster.command("scancel", "--signal=USR1", "--batch", str(job))
-    else:
-        cluster.command("scontrol", "requeue", str(job))
+    interrupt(cluster, job, by, tmp_path)
     cluster.wait(lambda: cluster.state(job) == "PENDING", 90, "not requeued")
     done = len(rows_of(folder))
     assert 3 <= done < STEPS, "it ended before it was told to stop"
@@ -110,6 +122,55 @@ def test_a_line_that_is_not_there(cluster, tmp_path):
                  options=["--array=1-1", "--no-requeue"])
     cluster.wait(lambda: cluster.state(job) == "FAILED", 60, "not failed")
     assert "has no line 2" in Path(tmp_path / "x.log").read_text()
+
+
+@pytest.mark.parametrize("by", [None, "warning"])
+def test_a_teacher_on_a_node_of_its_own(cluster, dataset, teacher, tmp_path, by):
+    """remote_teacher.sbatch: the student's node and the teacher's are a heterogeneous job, one torchrun world."""
+    keys = [f"data.path={dataset.path}", *SMALL, "training.train_iters=200", "training.save_interval=10000",
+            "distillation.method=vanilla_kd", "teacher.placement=remote", "teacher.num_ranks=1",
+            f"teacher.path={teacher}"]
+    alone, folder, log = tmp_path / "alone", tmp_path / "run", tmp_path / "job.log"
+    ended = run("train", *keys, f"output={alone}", ranks=2)
+    assert ended.status == 0, ended.stderr
+    job = submit(cluster, log, "examples/slurm/remote_teacher.sbatch", "train", *keys, f"output={folder}",
+                 options=["--nodes=1", ":", "--nodes=1"])
+    if by is not None:
+        cluster.wait(lambda: len(rows_of(folder)) >= 3, 300, "no step done")
+        interrupt(cluster, job, by, tmp_path)
+        cluster.wait(lambda: cluster.state(job) == "PENDING", 90, "not requeued")
+        assert 3 <= len(rows_of(folder)) < 200, "it ended before it was told to stop"
+        cluster.start_now(job)
+    finish(cluster, job, log)
+    assert_same(folder, alone)
+
+
+def test_submit_runs_every_step_after_those_that_it_needs(cluster, tmp_path):
+    """examples/miniplm_pile_qwen/submit.sh as it is; the variables of paths.sh make it small."""
+    corpus = write_corpus(tmp_path / "corpus")
+    options = f"--nodes=1 --output={tmp_path}/%x.log"
+    variables = {
+        **cluster.environment, "SIZE": "200m", "CORPUS": f"{corpus}/*.jsonl.zst",
+        "TEACHER": str(train_teacher(corpus, tmp_path / "teacher")),
+        "DATA": str(tmp_path / "data"), "RUNS": str(tmp_path / "runs"), "SBATCH_GPU": options, "SBATCH_CPU": options,
+        "TOKENIZE_OPTIONS": "heldout_fraction=0.05 reference_fraction=0.2", "TRAIN_OPTIONS": TOY_TRAINING,
+        "REFERENCE_OPTIONS": "model.name=qwen_toy_reference", "STUDENT_OPTIONS": "model.name=qwen_toy_student",
+    }
+    ended = subprocess.run([str(REPOSITORY / "examples/miniplm_pile_qwen/submit.sh")], env=variables, text=True,
+                           capture_output=True)
+    assert ended.returncode == 0, ended.stderr
+    jobs = dict(re.findall(r"^(\w+): job (\d+)", ended.stdout, flags=re.MULTILINE))
+    assert len(jobs) == 8
+    last = int(jobs["heldout_200m"])
+    assert cluster.state(last) == "PENDING" and "afterok" in cluster.show(last)
+    cluster.wait(lambda: cluster.state(last) not in ("PENDING", "RUNNING") or "Never" in cluster.show(last), 500,
+                 "not done")
+    logs = "\n".join(f"{name}: {cluster.state(int(job))}\n{(tmp_path / f'{name}.log').read_text()[-1000:]}"
+                     for name, job in jobs.items() if (tmp_path / f"{name}.log").exists())
+    assert cluster.state(last) == "COMPLETED", logs
+    assert 0 < json.loads((tmp_path / "runs/miniplm_200m/heldout.json").read_text())["bits_per_byte"] < 8
+    finish(cluster, int(jobs["export_200m"]), tmp_path / "export_200m.log")
+    assert (tmp_path / "runs/hf/miniplm_200m/model.safetensors").exists()
 
 
 def test_two_torchrun_agents_are_two_nodes(dataset, tmp_path):

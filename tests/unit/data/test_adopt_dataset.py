@@ -1,11 +1,9 @@
 import os
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
-from torch import from_numpy
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_kd.config import from_mapping
 from megatron_kd.data.adopt_dataset import AdoptDatasetConfig, run
@@ -15,8 +13,7 @@ from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.copy_chunks import copy_chunks
 from megatron_kd.data.tokenization import LoadedTokenizer
 from megatron_kd.errors import DataError
-
-EOS = 0
+from tests.reference.shards import EOS, sequences, write_megatron, write_miniplm
 
 
 def config(folder: Path, tokenizer: Path, **changes: object) -> AdoptDatasetConfig:
@@ -25,30 +22,6 @@ def config(folder: Path, tokenizer: Path, **changes: object) -> AdoptDatasetConf
         "output": str(folder / "out"), "data": {"seq_length": 16},
     }  # fmt: skip
     return from_mapping(AdoptDatasetConfig, {**tree, **changes}, "test")
-
-
-def sequences(seed: int, count: int, longest: int) -> list[np.ndarray]:
-    generator = np.random.default_rng(seed)
-    return [np.append(generator.integers(1, 600, generator.integers(1, longest)), EOS) for _ in range(count)]
-
-
-def write_miniplm(prefix: Path, chunks: list[np.ndarray]) -> None:
-    """A released shard: Megatron's header and arrays, but a document part of one entry that the header counts as n."""
-    lengths = np.array([len(chunk) for chunk in chunks], np.int32)
-    pointers = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)[:-1] * 2]).astype(np.int64)
-    prefix.with_suffix(".bin").write_bytes(np.concatenate(chunks).astype(np.uint16).tobytes())
-    header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, len(chunks), len(chunks))
-    prefix.with_suffix(".idx").write_bytes(
-        header + lengths.tobytes() + pointers.tobytes() + np.zeros(1, "<i8").tobytes()
-    )
-
-
-def write_megatron(prefix: Path, documents: list[np.ndarray]) -> None:
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for ids in documents:
-        builder.add_item(from_numpy(ids.astype(np.int64)))
-        builder.end_document()
-    builder.finalize(f"{prefix}.idx")
 
 
 def test_released_chunks_are_used_where_they_are(

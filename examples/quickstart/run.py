@@ -79,7 +79,7 @@ def report(schedule: Schedule, seconds: float, all_methods: bool) -> int:
     for check in checks:
         sys.stdout.write(f"{'ok ' if check.holds else 'NOT SO'} {check.claim}\n")
     skipped = f", {len(schedule.skipped)} steps done before" if schedule.skipped else ""
-    sys.stdout.write(f"\n{plan.ROOT / 'report.md'}, report.json, report.png; {seconds:.0f} s{skipped}\n")
+    sys.stdout.write(f"\n{plan.ROOT / 'report.md'}, report.json, report.png, training.png; {seconds:.0f} s{skipped}\n")
     return 0 if all(check.holds for check in checks) else 1
 
 

@@ -3,7 +3,7 @@
     text → tokenizer → tokenize ─┬→ teacher ──┬→ score_teacher ──┐
                                  │            └→ vanilla_kd      ├→ sample ─┬→ miniplm
                                  ├→ reference ─→ score_reference ┘          └→ miniplm_vanilla_kd (and the teacher)
-                                 └→ pretrain, pretrain_seed2                       every student → export
+                                 └→ pretrain, pretrain_seed2                       every student → export, plot
 
 Every step but the first two is a verb of ``tools/`` with a file of ``examples/quickstart``; the paths in those files
 are relative to the folder where the quickstart runs.
@@ -21,6 +21,7 @@ ROOT = Path("runs/quickstart")
 TEXT, TOKENIZER = ROOT / "data/corpus.jsonl", ROOT / "data/tokenizer"
 TRAIN_DATA, HELDOUT_DATA, REFERENCE_DATA = (ROOT / f"data/{split}" for split in ("train", "heldout", "reference"))
 SAMPLED_DATA = ROOT / "data/sampled"
+CHARTS = ROOT / "training.png"
 VOCAB_SIZE = 512
 SECOND_SEED = 11
 
@@ -104,6 +105,8 @@ def quickstart_steps(repository: Path, all_methods: bool = False) -> list[Step]:
         *(_verb(repository, configs, f"export_{student.step}", "convert_to_hf", None, (student.step,),
                 (hf_folder(student.step),), 12, f"input={run_folder(student.step)}",
                 f"output={hf_folder(student.step)}") for student in students),
+        _verb(repository, configs, "plot", "plot", None, tuple(student.step for student in students), (CHARTS,), 3,
+              *(str(run_folder(student.step)) for student in students), "x=flops", f"output={CHARTS}"),
     ]
 
 

@@ -50,6 +50,14 @@ def test_each_path_that_a_step_reads_is_what_a_step_before_it_makes() -> None:
     assert {*corpus.input, corpus.tokenizer, corpus.output, corpus.heldout_output, corpus.reference_output} <= made
 
 
+@pytest.mark.parametrize("all_methods", [False, True])
+def test_every_student_is_in_the_charts(all_methods: bool) -> None:
+    plot = next(step for step in plan.quickstart_steps(REPOSITORY, all_methods) if step.name == "plot")
+    students = plan.chosen_students(all_methods)
+    assert {str(plan.run_folder(student.step)) for student in students} < set(plot.command)
+    assert set(plot.needs) == {student.step for student in students} and plot.outputs == (plan.CHARTS,)
+
+
 @pytest.mark.parametrize("name", ["student_vanilla_kd", "student_miniplm", "student_miniplm_vanilla_kd"])
 def test_students_cost_what_the_baseline_costs(name: str) -> None:
     baseline, config = training_config("student_pretrain"), training_config(name)

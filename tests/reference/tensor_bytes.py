@@ -64,7 +64,7 @@ def measure_step(settings: list[str]) -> dict[str, float]:
         teacher = build_teacher(config, architecture, data, layout, groups, runtime)
         model = build_student(config, architecture, data, layout, groups, runtime)
         optimizer = build_optimizer(config.optimizer, model, groups, bf16=config.training.precision == "bf16")
-        peaks = _one_step(config, data, groups, teacher, model, unwrap, optimizer)
+        peaks = _one_step(config, data, groups, teacher, model, unwrap, optimizer, runtime.device)
         return {
             "weights": _bytes(p for chunk in model for p in chunk.parameters()),
             "gradients": float(sum(b.grad_data.nbytes for chunk in model
@@ -75,7 +75,9 @@ def measure_step(settings: list[str]) -> dict[str, float]:
         }
 
 
-def _one_step(config: Any, data: Any, groups: Any, teacher: Any, model: Any, unwrap: Any, optimizer: Any) -> dict:
+def _one_step(
+    config: Any, data: Any, groups: Any, teacher: Any, model: Any, unwrap: Any, optimizer: Any, device: torch.device
+) -> dict:
     from megatron_kd.teachers.control import Action, Decision
     from megatron_kd.training.objective import MicroBatchLoss, build_objective
     from megatron_kd.training.train_step import TrainStep
@@ -83,7 +85,8 @@ def _one_step(config: Any, data: Any, groups: Any, teacher: Any, model: Any, unw
     settings = config.training
     order = BatchSchedule(ChunkOrder(data.num_chunks, seed=1, shuffle=False), settings.global_batch_size)
     rows = order.micro_batches(0, groups.dp.rank(), groups.dp.size(), settings.micro_batch_size)
-    batches = [make_batch(data, indices, config.data.seq_length or data.seq_length) for indices in rows]
+    length = config.data.seq_length or data.seq_length
+    batches = [make_batch(data, indices, length).to(device) for indices in rows]
     step = TrainStep(
         model=model, optimizer=optimizer, groups=groups, teacher=teacher,
         clip_grad=1.0,
@@ -96,8 +99,13 @@ def _one_step(config: Any, data: Any, groups: Any, teacher: Any, model: Any, unw
                     | {b.grad_data.untyped_storage().data_ptr() for chunk in model for b in chunk.buffers})
     with torch.autograd.graph.saved_tensors_hooks(lambda t: _Kept(t, ledger), lambda kept: kept.tensor):
         step(batches, 1e-3)
+    peak = {}
+    if device.type == "cuda":  # of a second step: the first one makes the optimizer's state
+        torch.cuda.reset_peak_memory_stats()
+        step(batches, 1e-3)
+        peak = {"peak": float(torch.cuda.max_memory_allocated())}
     kept = step.micro_batch_loss._workspace._kept.values()
-    return {"saved": float(ledger.peak), "loss_chunks": float(sum(buffer.nbytes for buffer in kept))}
+    return {"saved": float(ledger.peak), "loss_chunks": float(sum(buffer.nbytes for buffer in kept)), **peak}
 
 
 def _teacher_bytes(teacher: Any) -> float:

@@ -1,7 +1,12 @@
 """The plan's memory against the bytes of the tensors of a real step, by category, on every rank of several layouts."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy
 import pytest
+import torch
 
 from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
@@ -13,6 +18,7 @@ from tests.distributed.ranks import shared_ranks
 from tests.distributed.training.runs import train_in_ranks
 from tests.reference.tensor_bytes import measure_step
 
+REPOSITORY = Path(__file__).resolve().parents[3]
 WITHIN = 0.10
 VOCABULARY, SEQ_LENGTH = 3000, 128
 BATCH, MICRO_BATCH = 16, 2
@@ -91,6 +97,22 @@ def test_every_part_is_within_ten_per_cent(case, precision, rows, big_teacher, t
         if with_teacher:
             frozen = teacher_memory(teacher, layout, own, rank, **sizes)
             assert_within(frozen.teacher_weights, found["teacher_weights"], f"{where}, teacher's weights")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_total_is_within_ten_per_cent_of_the_peak_on_a_gpu(rows, tmp_path):
+    """``max_memory_allocated`` of a step in a process of its own; layers of 200M, so that little else counts."""
+    settings = [f"data.path={rows.path}", f"output={tmp_path}", "model.name=qwen_200m", "training.precision=bf16",
+                f"training.global_batch_size={BATCH}", f"training.micro_batch_size={BATCH}"]
+    code = "import sys; from tests.reference.tensor_bytes import measure_step; print(measure_step(sys.argv[1:])['peak'])"
+    ended = subprocess.run([sys.executable, "-c", code, *settings], capture_output=True, text=True, cwd=REPOSITORY)
+    assert ended.returncode == 0, ended.stderr
+    student = architecture_by_name("qwen_200m").with_vocab_size(VOCABULARY)
+    layout = ParallelLayout.for_world(ParallelConfig(), 1)
+    planned = student_memory(student, layout, 0, precision="bf16", micro_batch_size=BATCH, seq_length=SEQ_LENGTH,
+                             micro_batches=1)
+    assert_within(planned.total, float(ended.stdout.split()[-1]), "peak")
 
 
 def test_the_parameters_of_all_ranks_are_the_model():

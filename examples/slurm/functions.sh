@@ -54,7 +54,7 @@ on_every_node() {
 # Preemption with a grace time: Slurm sends SIGTERM to the ranks, which save and leave, and not to the batch shell. The
 # job would count as failed then.
 preempted() {
-    scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'
+    [[ "$(scontrol show job "$SLURM_JOB_ID")" == *PreemptTime=[0-9]* ]]
 }
 
 # Back to the queue after a warning; the same job goes on from its newest checkpoint. Otherwise the status of the run.

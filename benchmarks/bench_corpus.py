@@ -1,6 +1,6 @@
 """The corpus tools' speed and memory, side by side with what they stand beside; one module per question.
 
-    python benchmarks/bench_corpus.py [--quick] [--only tokenise,loader] [--output benchmarks/results/corpus.json]
+    python benchmarks/bench_corpus.py [--quick] [--only tokenise,select] [--output benchmarks/results/corpus.json]
 
 A record that is there keeps the parts that are not measured now; every part says where and when it was measured.
 Every ``benchmarks/bench_corpus_<name>.py`` is one sub-benchmark: ``measure(quick, folder)`` yields its rows (plain

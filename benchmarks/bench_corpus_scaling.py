@@ -72,14 +72,16 @@ def draw(tools: dict[str, list[dict[str, Any]]], path: Path) -> None:
         label = f"{name}: 1x is {rows[0]['input']:.3g} {rows[0]['unit']}"
         (line,) = cost_axes.loglog(factors, [row["cost"] for row in rows], f"{marker}-", label=label)
         linear = [rows[0]["cost"] * factor for factor in factors]
-        cost_axes.loglog(factors, linear, ":", color=line.get_color(), label="linear from 1x")
+        cost_axes.loglog(factors, linear, ":", color=line.get_color())
         memory_axes.semilogx(factors, [row["peak_memory_mib"] for row in rows], f"{marker}-", label=name.split(" (")[0])
+    cost_axes.plot([], [], ":", color="grey", label="linear from 1x")
+    cost_axes.set_ylim(top=10 * cost_axes.get_ylim()[1])  # room for the legend
     memory_axes.axhline(2048, ls="--", color="grey", label="limit")
     for axes, title, unit in ((cost_axes, "cost", "seconds"), (memory_axes, "peak memory, all processes", "MiB")):
         axes.set_xticks(FACTORS, [f"{factor}x" for factor in FACTORS])
         axes.minorticks_off()
         axes.set(xlabel="input", ylabel=unit, title=title)
-        axes.legend(frameon=False, fontsize="small")
+        axes.legend(frameon=False, fontsize="small", loc="upper left" if axes is cost_axes else "best")
     memory_axes.set_ylim(0, None)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -47,7 +47,7 @@ def read_pieces(path: str, piece_bytes: int = PIECE_BYTES) -> Iterator[tuple[byt
 def read_line_range(path: str, start: int, stop: int, piece_bytes: int = PIECE_BYTES) -> Iterator[tuple[bytes, int]]:
     """Pieces of the lines of an uncompressed file that begin at byte ``start`` or later and before byte ``stop``."""
     with open(path, "rb") as file:
-        place, end = _line_start(file, start, piece_bytes), _line_start(file, stop, piece_bytes)
+        place, end = _line_start(file, start), _line_start(file, stop)
         file.seek(place)
         while place < end and (piece := file.read(min(piece_bytes, end - place))):
             place += len(piece)
@@ -66,12 +66,12 @@ def lines_before(path: str, place: int) -> int:
     return count
 
 
-def _line_start(file: BinaryIO, place: int, piece_bytes: int) -> int:
+def _line_start(file: BinaryIO, place: int) -> int:
     """Where the first line begins at ``place`` or later; the end of the file if none does."""
     if place == 0:
         return 0
     file.seek(place - 1)
-    while piece := file.read(piece_bytes):
+    while piece := file.read(_RAW_PIECE_BYTES):
         found = piece.find(b"\n")
         if found >= 0:
             return file.tell() - len(piece) + found + 1

@@ -36,7 +36,7 @@ from megatron_kd.data.documents import BadLine, Documents
 from megatron_kd.data.encoded_parts import EncodedBlock, PartFolder, PartWriter, Unit, read_part
 from megatron_kd.data.encoder import DocumentEncoder
 from megatron_kd.data.prefetch import prefetch
-from megatron_kd.data.tokenization import append_eos, load_tokenizer
+from megatron_kd.data.tokenization import documents_of, load_tokenizer
 from megatron_kd.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -233,36 +233,27 @@ def _encode_block(work: _Work, job: EncodingJob) -> EncodedBlock:
 def _encode_documents(documents: Documents, block: LoadedBlock, unit_start: int, job: EncodingJob) -> EncodedBlock:
     encoder, eos_id = _encoder_of(job)
     encoder.spot_check(documents.texts)
-    ids, lengths = encoder.encode(documents.texts)
-    prompt_lengths = np.zeros(0, dtype=np.int32)
-    if documents.responses is not None:
-        prompt_lengths = lengths.astype(np.int32)
-        ids, lengths = _interleave((ids, lengths), encoder.encode(documents.responses))
-    ids, lengths = append_eos(ids, lengths, eos_id)
+    pieces = encoder.pieces(documents.texts)
+    responses = None if documents.responses is None else encoder.pieces(documents.responses)
+    prompt_lengths = [] if responses is None else [len(prompt) for prompt in pieces]
+    ids, lengths = documents_of(
+        zip(pieces) if responses is None else zip(pieces, responses, strict=True), eos_id, job.dtype
+    )
     texts = [*documents.texts, *(documents.responses or ())]
     bad = [BadLine(line.path, line.line - block.first_line + 1, line.reason) for line in documents.bad]
     return EncodedBlock(
         documents.path,
         unit_start,
         block.num_lines,
-        ids.astype(job.dtype),
+        ids,
         lengths,
         documents.domains,
         _split_hashes(documents.texts, job.split_seed),
-        prompt_lengths,
+        np.array(prompt_lengths, dtype=np.int32),
         bad,
         sum(len(text) if text.isascii() else len(text.encode("utf-8")) for text in texts),
         block.raw_bytes,
     )
-
-
-def _interleave(
-    prompts: tuple[np.ndarray, np.ndarray], responses: tuple[np.ndarray, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, lengths) of prompts and of responses to those of the documents: each prompt and its response."""
-    parts = [np.split(ids, np.cumsum(lengths)[:-1]) for ids, lengths in (prompts, responses)]
-    together = [piece for pair in zip(*parts, strict=True) for piece in pair]
-    return np.concatenate(together) if together else prompts[0], prompts[1] + responses[1]
 
 
 @lru_cache(maxsize=1)

@@ -144,6 +144,7 @@ def parse_block(
         response_field: key of what follows the text, where the text is a prompt, dotted.
     """
     documents = Documents(block.path, responses=[] if response_field else None)
+    is_plain = response_field is None and "." not in text_field + (domain_field or "")
     text_keys = text_field.split(".")
     domain_keys = domain_field.split(".") if domain_field else []
     data = block.data.removeprefix(_BOM) if block.first_line == 1 and block.begins_file else block.data
@@ -152,6 +153,13 @@ def parse_block(
             continue
         try:
             row = _load(line)
+            if is_plain and type(row) is dict:  # most lines of most corpora, without a call a field
+                text, domain = row.get(text_field), row.get(domain_field, "") if domain_field else ""
+                if type(text) is str and text.isascii() and type(domain) is str and (domain or not domain_field):
+                    documents.texts.append(text)
+                    documents.domains.append(domain)
+                    documents.lines.append(number)
+                    continue
             text = _text_of(row, text_keys, text_field)
             domain = _domain_of(row, domain_keys, domain_field) if domain_keys else ""
             response = _text_of(row, response_field.split("."), response_field) if response_field else ""

@@ -17,6 +17,8 @@ from megatron_kd.data.tokenization import (
     TOKENIZER_JSON,
     LoadedTokenizer,
     encode_with_tokenizers,
+    joined,
+    pieces_of_tokenizers,
 )
 from megatron_kd.errors import DataError
 
@@ -82,13 +84,16 @@ class DocumentEncoder:
             else:
                 self._gigatoken = gigatoken.Tokenizer.from_json(files[TOKENIZER_JSON].decode("utf-8"))
 
+    def pieces(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each document, uint32."""
+        if self._gigatoken is None:
+            return pieces_of_tokenizers(self._backend, texts)
+        # On one thread a call a document is as fast as one for all, and awkward need not be loaded (0.3 s a process).
+        return [self._gigatoken.encode(text) for text in texts]
+
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """ids uint32 ``[sum]`` one document after another, and lengths int64 ``[n]``."""
-        if self._gigatoken is None or not texts:
-            return encode_with_tokenizers(self._backend, texts)
-        # On one thread a call a document is as fast as one for all, and awkward need not be loaded (0.3 s a process).
-        pieces = [self._gigatoken.encode(text) for text in texts]
-        return np.concatenate(pieces), np.array([len(piece) for piece in pieces], dtype=np.int64)
+        return joined(self.pieces(texts))
 
     def spot_check(self, texts: Sequence[str]) -> None:
         """Compare the engine with ``tokenizers`` on the middle of one document: about 1% of a block's encoding time.

@@ -239,21 +239,41 @@ def encode_with_tokenizers(
     backend: Tokenizer | SentencePieceTokenizer, texts: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Encode without special tokens: ids uint32 ``[sum]`` one document after another, lengths int64 ``[n]``."""
+    return joined(pieces_of_tokenizers(backend, texts))
+
+
+def pieces_of_tokenizers(backend: Tokenizer | SentencePieceTokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """Encode without special tokens: the ids of each document, uint32."""
     encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
-    parts = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
-    lengths = np.array([len(part) for part in parts], dtype=np.int64)
-    return np.concatenate(parts) if parts else np.zeros(0, np.uint32), lengths
+    return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
 
-def append_eos(ids: np.ndarray, lengths: np.ndarray, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Put ``eos_id`` after every document: ids ``[sum + n]``, lengths ``[n]`` one larger each."""
-    longer = lengths + 1
-    result = np.empty(len(ids) + len(lengths), dtype=ids.dtype)
-    is_text = np.ones(len(result), dtype=bool)
-    is_text[np.cumsum(longer) - 1] = False
-    result[is_text] = ids
-    result[~is_text] = eos_id
-    return result, longer
+def joined(pieces: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """ids uint32 ``[sum]`` of n pieces one after another, and their lengths int64 ``[n]``."""
+    lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
+    return np.concatenate(pieces) if len(pieces) else np.zeros(0, np.uint32), lengths
+
+
+def documents_of(
+    documents: Iterable[Sequence[np.ndarray]], eos_id: int, dtype: np.dtype | str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Documents' ids one after another, each with ``eos_id`` behind it.
+
+    Args:
+        documents: the pieces of each of n documents (a text; a prompt and a response).
+        dtype: of the ids handed back; the vocabulary must fit.
+
+    Returns:
+        ids ``[sum + n]``, and lengths int64 ``[n]`` with eos counted.
+    """
+    eos = np.array([eos_id], dtype=dtype)
+    flat: list[np.ndarray] = []
+    lengths: list[int] = []
+    for pieces in documents:
+        flat += [*pieces, eos]
+        lengths.append(sum(map(len, pieces)) + 1)
+    ids = np.concatenate(flat, dtype=dtype, casting="unsafe") if flat else eos[:0]
+    return ids, np.array(lengths, dtype=np.int64)
 
 
 def _read_files(path: Path) -> dict[str, bytes]:

@@ -15,7 +15,7 @@ from megatron_kd.data.corpus_encoder import EncodingJob, encode_corpus, read_par
 from megatron_kd.data.document_format import DocumentFormat, read_blocks
 from megatron_kd.data.documents import BadLine
 from megatron_kd.data.encoded_parts import EncodedBlock, PartFolder
-from megatron_kd.data.tokenization import LoadedTokenizer, append_eos, encode_with_tokenizers
+from megatron_kd.data.tokenization import LoadedTokenizer, documents_of, pieces_of_tokenizers
 from megatron_kd.errors import DataError
 from tests.unit.data.conftest import write_jsonl
 
@@ -70,7 +70,7 @@ def test_documents_become_ids_and_eos(
 ) -> None:
     blocks = encode_files(files, job(tokenizer_folder), workers=1)
     everything = [*texts, *texts[::-1]]
-    ids, lengths = append_eos(*encode_with_tokenizers(tokenizer.backend, everything), 0)
+    ids, lengths = documents_of(zip(pieces_of_tokenizers(tokenizer.backend, everything)), 0, np.uint32)
     found = summary(blocks)
     assert found[0] == ids.tolist() and found[1] == lengths.tolist()
     assert found[2][:4] == ["a", "b", "c", "a"]

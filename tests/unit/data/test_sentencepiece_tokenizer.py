@@ -7,7 +7,7 @@ import sentencepiece
 
 from megatron_kd.data.chunking import Chunker, SentenceEnds
 from megatron_kd.data.encoder import DocumentEncoder, choose_engine
-from megatron_kd.data.tokenization import append_eos, encode_with_tokenizers, load_tokenizer
+from megatron_kd.data.tokenization import documents_of, encode_with_tokenizers, load_tokenizer, pieces_of_tokenizers
 from megatron_kd.errors import DataError
 from tests.unit.data.literal_chunking import LiteralBuffer
 
@@ -54,7 +54,7 @@ def test_bytes_per_token_count_the_text(model: Path) -> None:
 def test_sentence_ends_against_the_literal_rule_on_real_text(model: Path, texts: list[str], bos: bool) -> None:
     """Decoding a pair is not decoding two ids here: a piece's leading space shows only after another piece."""
     tokenizer = load_tokenizer(model)
-    ids, lengths = append_eos(*encode_with_tokenizers(tokenizer.backend, texts), tokenizer.info.eos_id)
+    ids, lengths = documents_of(zip(pieces_of_tokenizers(tokenizer.backend, texts)), tokenizer.info.eos_id, np.uint32)
     bos_id = tokenizer.bos_id if bos else None
     chunks = Chunker(65, SentenceEnds.of(tokenizer), bos_id).add(ids, lengths, [""] * len(lengths))
     decode = lambda pair: tokenizer.backend.decode(pair, skip_special_tokens=False)  # noqa: E731

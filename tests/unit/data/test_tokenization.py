@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from megatron_kd.data.encoder import HARD_TEXTS
 from megatron_kd.data.tokenization import (
     LoadedTokenizer,
-    append_eos,
+    documents_of,
     encode_with_tokenizers,
     load_tokenizer,
     token_byte_lengths,
@@ -141,12 +141,17 @@ def test_too_small_a_vocabulary_or_too_little_text_is_refused(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-@given(lengths=st.lists(st.integers(0, 6), max_size=12))
-def test_append_eos(lengths: list[int]) -> None:
+@given(lengths=st.lists(st.integers(0, 6), max_size=12), dtype=st.sampled_from(["uint16", "int32"]))
+def test_every_document_ends_in_eos(lengths: list[int], dtype: str) -> None:
     ids = np.arange(1, sum(lengths) + 1, dtype=np.uint32)
-    result, longer = append_eos(ids, np.array(lengths, dtype=np.int64), 0)
-    expected: list[int] = []
-    for part in np.split(ids, np.cumsum(lengths).astype(int)[:-1]) if lengths else []:
-        expected += [*part.tolist(), 0]
-    assert result.tolist() == expected
+    pieces = np.split(ids, np.cumsum(lengths).astype(int)[:-1]) if lengths else []
+    result, longer = documents_of(zip(pieces), 0, dtype)
+    assert result.dtype == dtype
+    assert result.tolist() == [token for part in pieces for token in [*part.tolist(), 0]]
     assert longer.tolist() == [length + 1 for length in lengths]
+
+
+def test_a_prompt_and_its_response_are_one_document() -> None:
+    pieces = [np.array([1, 2], np.uint32), np.array([3], np.uint32), np.array([], np.uint32)]
+    ids, lengths = documents_of(zip(pieces, reversed(pieces), strict=True), 9, "uint16")
+    assert ids.tolist() == [1, 2, 9, 3, 3, 9, 1, 2, 9] and lengths.tolist() == [3, 3, 3]

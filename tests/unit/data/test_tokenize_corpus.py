@@ -22,7 +22,7 @@ from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.copy_chunks import copy_chunks
 from megatron_kd.data.manifest import MANIFEST_NAME
-from megatron_kd.data.tokenization import LoadedTokenizer, append_eos, encode_with_tokenizers, load_tokenizer
+from megatron_kd.data.tokenization import LoadedTokenizer, documents_of, load_tokenizer, pieces_of_tokenizers
 from megatron_kd.data.tokenize_corpus import TokenizeCorpusConfig, run
 from megatron_kd.errors import ConfigError, DataError
 from tests.unit.data.conftest import write_jsonl
@@ -49,7 +49,7 @@ def test_packed_without_shuffle_is_the_corpus_cut(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     run(config(corpus, tokenizer_folder, tmp_path / "out", shuffle=False, flush_leftovers=True))
-    stream, _ = append_eos(*encode_with_tokenizers(tokenizer.backend, texts), 0)
+    stream, _ = documents_of(zip(pieces_of_tokenizers(tokenizer.backend, texts)), 0, np.uint32)
     dataset = ChunkDataset.open(tmp_path / "out")
     expected = [stream[start : start + 65].tolist() for start in range(0, len(stream), 65)]
     assert contents(dataset) == expected

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_kd.data.mixing import mix64, mix_int
 
-BLOCK = 256
+BLOCK = 128
 
 
 def uniform_numbers(seed: int, chunk_ids: np.ndarray, positions: np.ndarray, draws: int) -> np.ndarray:

@@ -9,7 +9,9 @@ alone (two of logits, two of gradients), whole or in chunks, whichever is faster
 keeps its own in a ``Workspace``, as training does. Runs of all rows alternate; times are medians. Memory is the peak of
 torch's allocations during one more call that makes its buffers anew, without inputs, the two gradients and
 ``main_grad``; workspace inside of libraries is not seen. Peers are used as installed from PyPI; the rows of absent
-ones, and CUDA rows on a machine without a GPU, say 'not measured'.
+ones, and CUDA rows on a machine without a GPU, say 'not measured'. Install them beside the project with
+``pip install --no-deps nvidia-modelopt torchtune`` and, for CUDA, ``liger-kernel``. Under 'holds': whether our rows are
+within the limits that the project sets itself (the full shapes only).
 """
 
 import argparse
@@ -69,6 +71,8 @@ class Shape:
 
 CPU_SHAPE = Shape(1024, 1024, 2048, 151_936)
 CPU_MEMORY_SHAPES = [Shape(n, 1024, 2048, 151_936) for n in (512, 1024, 4096)] + [Shape(1024, 1024, 2048, 32_000)]
+TIMES_FLOOR_LIMIT = {"cpu": 1.05, "cuda": 1.25}
+CUDA_MEMORY_LIMIT_MIB = 1024
 QUICK_SHAPE = Shape(256, 128, 256, 8_192)
 QUICK_MEMORY_SHAPES = [Shape(n, 128, 256, 8_192) for n in (128, 256, 1024)] + [Shape(256, 128, 256, 2_048)]
 CUDA_SHAPE = Shape(8192, 4096, 4096, 128_256, torch.bfloat16)
@@ -123,7 +127,7 @@ def bare_products(inputs: Inputs, chunk: int) -> Call:
     return call
 
 
-def fused(inputs: Inputs, divergence: str, workspace: Workspace | None = None) -> Call:
+def fused(inputs: Inputs, divergence: str, workspace: Workspace | None = None, backend: str = "torch") -> Call:
     """This project's loss: LM and the divergence."""
     objective = DistillationObjective(0.5, 0.5, divergence_from_config(divergence))
     head = OutputHead(inputs.weight, inputs.shape.vocabulary)
@@ -131,7 +135,8 @@ def fused(inputs: Inputs, divergence: str, workspace: Workspace | None = None) -
 
     def call() -> None:
         linear_distillation_loss(
-            inputs.hidden, head, inputs.labels, inputs.token_weights, objective, knowledge, workspace=workspace
+            inputs.hidden, head, inputs.labels, inputs.token_weights, objective, knowledge, workspace=workspace,
+            backend=backend,
         ).loss_sum.backward()
 
     return call
@@ -251,6 +256,8 @@ def time_table(shape: Shape, repeats: int, device: str, all_divergences: bool) -
     floors = list(calls)
     for divergence in DIVERGENCES if all_divergences else DIVERGENCES[:1]:
         calls[f"ours, LM + {divergence}"] = fused(inputs, divergence, Workspace())
+        if device == "cuda":
+            calls[f"ours, Triton, LM + {divergence}"] = fused(inputs, divergence, backend="triton")
     calls["log_softmax + kl_div, whole logits"] = plain_torch(inputs)
     calls["ModelOpt LogitsKLLoss"] = modelopt(inputs)
     calls["torchtune ForwardKLWithChunkedOutputLoss"] = torchtune(inputs)
@@ -267,8 +274,12 @@ def time_table(shape: Shape, repeats: int, device: str, all_divergences: bool) -
             row.update(seconds=round(median, 4), times_floor=round(median / floor, 3), runs=len(times[name]))
             row["fastest"], row["slowest"] = round(min(times[name]), 4), round(max(times[name]), 4)
             if name.startswith("ours"):  # with its buffers made in the call that is measured
-                call = fused(inputs, name.removeprefix("ours, LM + "))
+                backend = "triton" if "Triton" in name else "torch"
+                call = fused(inputs, name.rpartition(" + ")[2], backend=backend)
             row["memory_mib"] = None if name in floors else round(memory_beyond_gradients(call, inputs), 1)
+            if name.startswith("ours") and shape in (CPU_SHAPE, CUDA_SHAPE):
+                limit = DEFAULT_CHUNK_BYTES["cpu"] / MIB if device == "cpu" else CUDA_MEMORY_LIMIT_MIB
+                row["holds"] = row["times_floor"] <= TIMES_FLOOR_LIMIT[device] and row["memory_mib"] <= limit
         rows.append(row)
     return rows
 
@@ -312,7 +323,7 @@ def main() -> None:
     shape = QUICK_SHAPE if arguments.quick else CPU_SHAPE
     shapes = QUICK_MEMORY_SHAPES if arguments.quick else CPU_MEMORY_SHAPES
     rows = time_table(shape, repeats, "cpu", arguments.all_divergences or arguments.quick)
-    columns = ("loss", "seconds", "times_floor", "memory_mib")
+    columns = ("loss", "seconds", "times_floor", "memory_mib", "holds")
     print_table(f"CPU: {shape.describe()}; medians of {repeats}", rows, columns)
     memory = memory_table(shapes, "cpu")
     print_table("CPU: memory beyond inputs and gradients", memory,

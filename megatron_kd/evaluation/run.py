@@ -13,9 +13,11 @@ from typing import Any, Iterator
 
 from megatron_kd.data.artefact_folder import write_file
 from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.errors import LayoutError
 from megatron_kd.evaluation.calibration import calibration
 from megatron_kd.evaluation.exposure_bias import ExposureConfig, exposure_bias
 from megatron_kd.evaluation.harness import HarnessConfig, run_harness
+from megatron_kd.models.gpt import padded_vocab_size
 from megatron_kd.models.loading import LoadedModel, ScoredModelConfig, load_for_inference
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.parallel.runtime import Runtime, distributed_runtime
@@ -112,6 +114,7 @@ def _exposure_figures(
 ) -> dict[str, float]:
     given = dataclasses.replace(config.model, path=config.teacher)
     teacher = load_for_inference(given, config.parallel, dataset, runtime)
+    _check_same_rows(loaded, teacher, config.parallel.tensor_model_parallel_size)
     found = exposure_bias(
         loaded.chunks,
         teacher.chunks,
@@ -126,3 +129,14 @@ def _exposure_figures(
         "kl_on_teacher_text": found.on_teacher_text,
         "excess_accumulated_error_percent": found.excess_accumulated_error,
     }
+
+
+def _check_same_rows(student: LoadedModel, teacher: LoadedModel, tensor_parallel_size: int) -> None:
+    """Both output layers must be split at the same ids, on every rank alike."""
+    sizes = [model.info.architecture.vocab_size for model in (student, teacher)]
+    rows = [padded_vocab_size(size, tensor_parallel_size) for size in sizes]
+    if tensor_parallel_size > 1 and rows[0] != rows[1]:
+        raise LayoutError(
+            f"the exposure bias compares vocabularies of {sizes[0]} and {sizes[1]} ids, which "
+            f"'parallel.tensor_model_parallel_size' {tensor_parallel_size} splits at different ids: use 1"
+        )

@@ -7,7 +7,8 @@ student's logits z is
 
 and a function needs to give only the rows of F summed over this rank's ids, and r. A weighted mixture is the weighted
 sum of both. Shapes: log p and log q [rows, R] fp32, summed result [rows], slope [rows, R]. Masked ids are not among
-the R columns. The functions do no collectives: the caller adds up over the tensor-parallel group what they return.
+the R columns, and both are finite: the caller raises logits of -inf to a floor whose exponential is 0. The functions do
+no collectives: the caller adds up over the tensor-parallel group what they return.
 
 ``raw_sums`` marks the two divergences whose value can be had from the same pass that sums the exponentials, before
 log p and log q are known: they need one all-reduce less.
@@ -24,8 +25,6 @@ import torch
 from torch import Tensor
 
 from megatron_kd.errors import ConfigError
-
-LOG_FLOOR = -1.0e5  # log-probabilities below are raised to it: exp gives 0 exactly, and 0 * LOG_FLOOR is 0, not NaN
 
 
 class Divergence(Protocol):

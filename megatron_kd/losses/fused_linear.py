@@ -33,7 +33,7 @@ from megatron_kd.losses.types import (
 )
 from megatron_kd.losses.weight_gradient import WeightGradient
 
-DEFAULT_CHUNK_BYTES = {"cuda": 896 << 20, "cpu": 640 << 20}  # few chunks: each reads all weights and main_grad
+DEFAULT_CHUNK_BYTES = {"cuda": 896 << 20, "cpu": 1280 << 20}  # few chunks: each reads all weights and main_grad
 BACKENDS = ("auto", "torch", "triton")
 
 
@@ -300,8 +300,9 @@ class _Run:
             return None if values is None else (torch.where(counted, values, 0.0) * weights).sum()
 
         lm_sum, kd_sum = total(losses.lm), total(losses.kd)
-        loss_sum = lm_sum * objective.lm_weight
-        if kd_sum is not None:
+        # a term without weight is left out: it may be infinite (a label that the student does not have)
+        loss_sum = lm_sum * objective.lm_weight if objective.lm_weight else torch.zeros_like(lm_sum)
+        if kd_sum is not None and objective.kd_weight:
             loss_sum = loss_sum + kd_sum * objective.kd_factor
         tail = self.knowledge.tail_mass if isinstance(self.knowledge, SparseKnowledge) else None
         self.output = LossOutput(
@@ -323,6 +324,8 @@ def _problem(
         objective = replace(objective, temperature=1.0)
     if isinstance(knowledge, DenseKnowledge):
         common = min(common, knowledge.head.valid_vocab_size)
+    if isinstance(knowledge, SparseKnowledge) and knowledge.vocab_size is not None:
+        common = min(common, knowledge.vocab_size)
     return Problem(
         objective, head.vocab_start, head.valid_vocab_size, common, head.rows_below(common),
         head.scale, head.final_softcap, gradient_scale,

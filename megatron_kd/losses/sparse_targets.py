@@ -10,7 +10,8 @@ With q the student's distribution, M = sum of t, Q = sum of q over the K ids, ta
 ``sampled`` (counts over draws, so M = 1) and ``weighted`` (importance weights, M random) are unbiased estimates of
 the cross-entropy with the full teacher; they are reported as such, since a sample does not determine the teacher's
 entropy. ``ghost`` treats the tail as one more id. ``renormalised`` teaches the student that nothing lies outside of
-the K ids. Entries with an id of -1, or that the student does not have, count as absent.
+the K ids. Entries with an id of -1 count as absent. q is over the ids that both models have; weights on ids that the
+student does not have are left out, so M is smaller by them (what of the tail lies there is not known and stays in tau).
 
 Each function is over the rows of a chunk; 1 - Q is summed over the other ids, not formed by subtraction.
 """

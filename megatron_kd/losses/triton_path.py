@@ -29,7 +29,8 @@ from megatron_kd.losses.types import DenseKnowledge, SparseKnowledge
 
 BLOCK = 4096
 WARPS = 8
-VERIFIED_ON_CUDA = False  # becomes True with a recorded run of the tests on a GPU; until then `auto` stays on PyTorch
+# Becomes True with a recorded run of tests/unit/losses/test_on_cuda.py; until then `auto` stays on PyTorch.
+VERIFIED_ON_CUDA = False
 _log = logging.getLogger(__name__)
 
 

@@ -85,12 +85,15 @@ class SparseKnowledge:
             importance weights of draws (weighted).
         tail_mass: [n] fp32, the teacher's probability outside of ``ids``.
         kind: which loss is made of them, see :mod:`megatron_kd.losses.sparse_targets`.
+        vocab_size: the teacher's ids are 0 to vocab_size - 1; the KD term is over those that the student has too. None
+            means the student's own.
     """
 
     ids: Tensor
     weights: Tensor
     tail_mass: Tensor
     kind: SparseTargetKind
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in SPARSE_TARGET_KINDS:

@@ -79,6 +79,7 @@ class HiddenStateGPTModel(GPTModel):
             weight=weight,
             valid_vocab_size=self.valid_vocab_size,
             vocab_start=self.pg_collection.tp.rank() * weight.shape[0],
+            bias=self.output_layer.bias,
         )
 
 

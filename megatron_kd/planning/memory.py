@@ -19,7 +19,7 @@ GRADIENT_BYTES = 4
 ADAM_BYTES = 8
 MASTER_BYTES = {"fp32": 0, "bf16": 4}
 VOCABULARY_MULTIPLE = 128
-LOSS_CHUNK_BYTES = {"cuda": 896 << 20, "cpu": 640 << 20}
+LOSS_CHUNK_BYTES = {"cuda": 896 << 20, "cpu": 1280 << 20}
 """As losses/fused_linear.py; a test compares them."""
 LOGIT_BYTES = 4
 LOSS_TEMPORARY_BYTES = 32 << 20

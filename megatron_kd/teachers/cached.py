@@ -78,6 +78,7 @@ class CachedTeacher:
             weights=weights.to(device, non_blocking=True),
             tail_mass=tail.to(device, non_blocking=True),
             kind=self._kind,
+            vocab_size=self._cache.codec.vocab_size,
         )
 
     def follow(self, decision: Any) -> None:

@@ -133,12 +133,15 @@ def reshard_head(
         The head on a rank of the student's last stages (``own`` itself if nothing moves); else None.
 
     Raises:
-        ConfigError: the head has a bias, which is not moved.
+        ConfigError: the head has a bias, a scale or a softcap, which are not moved.
     """
     if carrier is None:
         return own
-    if own is not None and own.bias is not None:
-        raise ConfigError("the teacher's output layer has a bias, which cannot be moved to another layout yet")
+    if own is not None and (own.bias is not None or own.scale != 1.0 or own.final_softcap is not None):
+        raise ConfigError(
+            "the teacher's output layer has a bias, a scale or a softcap, which cannot be moved to another layout yet: "
+            "give the teacher the student's layout"
+        )
     teacher_rows = padded_vocab_size(valid_vocab_size, routing.teacher.tensor) // routing.teacher.tensor
     rank, head, transfers = carrier.rank, None, []
     for data_rank in range(routing.student.data):

@@ -56,4 +56,5 @@ class SparseEntries:
             weights=weights[:, :-1].contiguous(),
             tail_mass=weights[:, -1].contiguous(),
             kind=self._kind,
+            vocab_size=self._codec.vocab_size,
         )

@@ -38,8 +38,8 @@ class LossConfig:
     backend: Literal["auto", "torch", "triton"] = "auto"
     """auto is triton on CUDA once a recorded run has verified its kernels there (docs/losses.md), else torch."""
     chunk_megabytes: int | None = None
-    """Budget for the logits of a chunk of tokens, of both models, and their temporaries; None is 896 on CUDA and 640 on
-    a CPU. Fewer megabytes, more chunks, each of which reads both output weights again."""
+    """Budget for the logits of a chunk of tokens, of both models, and their temporaries; None is 896 on CUDA and 1280
+    on a CPU. Fewer megabytes, more chunks, each of which reads both output weights again."""
 
     def validate(self) -> Iterator[str]:
         """Faults in the values, one message each."""

@@ -3,7 +3,7 @@
 A case is made from its seed alone, so every process of a distributed test builds the same tensors.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,10 @@ MODES = {"some": 0.7, "all": 1.0, "none": 0.0}
 
 @dataclass(frozen=True)
 class LossCase:
-    """``target`` is ``lm``, a divergence, a mixture or a sparse target. ``rows`` are padded vocabulary sizes."""
+    """``target`` is ``lm``, a divergence, a mixture or a sparse target. ``rows`` are padded vocabulary sizes.
+
+    ``whole_teacher``: every tensor-parallel rank has all rows of the teacher's weight, from id 0 on.
+    """
 
     target: str = "forward_kl"
     tokens: int = 23
@@ -46,6 +49,9 @@ class LossCase:
     teacher_softcap: float | None = None
     scale: float = 1.0
     bias: bool = False
+    teacher_scale: float = 1.0
+    teacher_bias: bool = False
+    whole_teacher: bool = False
     unmasked: str = "some"
     lm_weight: float = 0.4
     kd_weight: float = 0.6
@@ -83,6 +89,7 @@ class LossInputs:
     labels: Tensor
     weights: Tensor
     sparse: SparseKnowledge | None
+    teacher_bias: Tensor | None = None
 
 
 def build(case: LossCase) -> LossInputs:
@@ -105,14 +112,28 @@ def build(case: LossCase) -> LossInputs:
         weights=torch.where(keep, 0.5 + torch.rand(n, generator=generator), 0.0),
         sparse=None,
     )
+    if case.teacher_bias:
+        inputs.teacher_bias = normal(case.teacher_rows)
     if case.knowledge_kind == "sparse":
         inputs.sparse = _sparse(case, inputs, generator)
     return inputs
 
 
+def on_device(inputs: LossInputs, device: str) -> LossInputs:
+    """The same inputs elsewhere."""
+    moved = {f.name: getattr(inputs, f.name) for f in fields(LossInputs)}
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in moved.items()}
+    if inputs.sparse is not None:
+        s = inputs.sparse
+        moved["sparse"] = replace(
+            s, ids=s.ids.to(device), weights=s.weights.to(device), tail_mass=s.tail_mass.to(device)
+        )
+    return LossInputs(**moved)
+
+
 def _sparse(case: LossCase, inputs: LossInputs, generator: torch.Generator) -> SparseKnowledge:
     z = naive_losses.logits(inputs.teacher_hidden, inputs.teacher_weight, None, 1.0, case.teacher_softcap)
-    p = naive_losses.masked_log_softmax(z, case.vocab).exp()
+    p = naive_losses.masked_log_softmax(z, case.teacher_vocab).exp()
     weights, ids = p.topk(case.entries)
     if case.target == "sampled":
         draws = torch.multinomial(p, 16, replacement=True, generator=generator)
@@ -127,7 +148,7 @@ def _sparse(case: LossCase, inputs: LossInputs, generator: torch.Generator) -> S
     ids = torch.where(absent, -1, ids)
     tail = (1 - torch.where(absent, 0.0, weights).sum(-1)).clamp_min(0.0)
     weights = torch.where(absent, 0.125, weights)  # what an absent entry holds must not matter
-    return SparseKnowledge(ids, weights.float(), tail.float(), case.target)
+    return SparseKnowledge(ids, weights.float(), tail.float(), case.target, case.teacher_vocab)
 
 
 def reference(case: LossCase, inputs: LossInputs) -> dict[str, Tensor | None]:
@@ -140,10 +161,13 @@ def reference(case: LossCase, inputs: LossInputs) -> dict[str, Tensor | None]:
     elif case.knowledge_kind == "sparse":
         s = inputs.sparse
         result = naive_losses.sparse(
-            z_s, case.vocab, s.ids, s.weights, s.tail_mass, inputs.labels, case.target, case.temperature
-        )
+            z_s, case.vocab, s.ids, s.weights, s.tail_mass, inputs.labels, case.target, case.temperature,
+            case.teacher_vocab,
+        )  # fmt: skip
     else:
-        z_t = naive_losses.logits(inputs.teacher_hidden, inputs.teacher_weight, None, 1.0, case.teacher_softcap)
+        z_t = naive_losses.logits(
+            inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias, case.teacher_scale, case.teacher_softcap
+        )
         result = naive_losses.dense(
             z_s, case.vocab, z_t, case.teacher_vocab, inputs.labels, case.target, case.temperature, case.beta,
             case.skew_alpha,
@@ -188,11 +212,13 @@ def run_fused(
     head = OutputHead(weight, case.vocab, rows.start, bias, case.scale, case.softcap)
     knowledge: DenseKnowledge | SparseKnowledge | None = inputs.sparse
     if case.knowledge_kind == "dense":
-        if size == 1:
-            teacher_weight, start = inputs.teacher_weight, 0
-        else:
-            teacher_weight, start = inputs.teacher_weight[rows], rows.start
-        teacher = OutputHead(teacher_weight, case.teacher_vocab, start, final_softcap=case.teacher_softcap)
+        whole = size == 1 or case.whole_teacher
+        teacher_rows = slice(0, case.teacher_rows) if whole else rows
+        teacher = OutputHead(
+            inputs.teacher_weight[teacher_rows], case.teacher_vocab, teacher_rows.start,
+            None if inputs.teacher_bias is None else inputs.teacher_bias[teacher_rows], case.teacher_scale,
+            case.teacher_softcap,
+        )  # fmt: skip
         knowledge = DenseKnowledge(inputs.teacher_hidden, teacher)
     options.setdefault("chunk_bytes", -(-case.chunk_tokens * share * 8 * 4 // 3))  # fp32 with a dense teacher
     output = linear_distillation_loss(

@@ -132,8 +132,9 @@ def dense(
 
 def sparse(
     z_s: Tensor, valid_s: int, ids: Tensor, weights: Tensor, tail: Tensor, labels: Tensor, kind: str,
-    temperature: float = 1.0,
+    temperature: float = 1.0, valid_t: int | None = None,
 ) -> NaiveResult:  # fmt: skip
-    """LM and a sparse target from whole logits."""
-    kd, entropy = sparse_loss(kind, ids, weights, tail, masked_log_softmax(z_s / temperature, valid_s))
+    """LM over the student's vocabulary and a sparse target over the common one, from whole logits."""
+    common = valid_s if valid_t is None else min(valid_s, valid_t)
+    kd, entropy = sparse_loss(kind, ids, weights, tail, masked_log_softmax(z_s / temperature, common))
     return NaiveResult(lm_loss(z_s, valid_s, labels), kd, entropy)

@@ -24,6 +24,10 @@ CASES += [
     LossCase("reverse_kl", tokens=24, vocab=70, teacher_vocab=83),  # ids that only the teacher has
     LossCase("forward_kl", tokens=24, softcap=5.0, teacher_softcap=4.0, bias=True, scale=0.7),
     LossCase("ghost", tokens=24, vocab=20, teacher_vocab=20),
+    LossCase("ghost", tokens=24, vocab=83, teacher_vocab=70),
+    LossCase("sampled", tokens=24, vocab=70, teacher_vocab=83),
+    LossCase("forward_kl", tokens=24, whole_teacher=True, teacher_rows=128, teacher_bias=True, teacher_scale=0.7),
+    LossCase("jsd", tokens=24, whole_teacher=True, teacher_rows=128, teacher_vocab=90, softcap=5.0, temperature=2.0),
     LossCase("skew_reverse_kl", tokens=24, unmasked="none"),
     LossCase("forward_kl", tokens=24, unmasked="none"),
     LossCase("forward_kl", tokens=24, logit_size=2e3),

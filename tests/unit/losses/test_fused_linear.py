@@ -18,6 +18,7 @@ from tests.reference.loss_cases import TARGETS, LossCase, assert_agrees, build, 
 from tests.reference.peak_memory import measure
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-5, torch.bfloat16: 3e-2}
+SMOOTH = [target for target in TARGETS if "tvd" not in target]  # TVD has a kink where p = q
 SHAPES = {
     "tokens not divisible by the chunk": {},
     "one token": {"tokens": 1, "unmasked": "all"},
@@ -30,6 +31,10 @@ SHAPES = {
     "temperature": {"temperature": 2.5},
     "temperature squared": {"temperature": 0.7, "temperature_squared": True},
     "softcap, scale and bias": {"softcap": 3.0, "teacher_softcap": 4.0, "scale": 0.8, "bias": True},
+    "softcap and temperature, ids that only the student has": {
+        "softcap": 3.0, "temperature": 2.0, "teacher_rows": 64, "teacher_vocab": 61,
+    },
+    "the teacher's bias and scale": {"teacher_bias": True, "teacher_scale": 1.3},
     "kd alone": {"lm_weight": 0.0, "kd_weight": 1.0},
 }
 
@@ -47,8 +52,6 @@ def compare(case: LossCase, tolerance: float) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_the_reference(target, dtype, shape):
     case = LossCase(target, dtype=dtype, **SHAPES[shape])
-    if case.knowledge_kind == "sparse":  # the cache's teacher has the student's ids
-        case = replace(case, teacher_vocab=case.vocab, teacher_rows=max(case.rows, case.teacher_rows))
     compare(case, TOLERANCE[dtype] * (3 if dtype == torch.bfloat16 and case.softcap else 1))
 
 
@@ -94,10 +97,11 @@ def test_a_teacher_probability_of_zero_stays_finite(target, temperature):
     assert torch.isfinite(output.loss_sum) and torch.isfinite(weight.grad).all()
 
 
-@pytest.mark.parametrize("target", ["lm", "forward_kl", "jsd", "ghost"])
-def test_gradients_of_the_fp64_loss_pass_gradcheck(target):
+@pytest.mark.parametrize("softcap", [2.0, None])
+@pytest.mark.parametrize("target", SMOOTH)
+def test_gradients_of_the_fp64_loss_pass_gradcheck(target, softcap):
     case = LossCase(target, tokens=5, hidden=4, rows=11, vocab=9, teacher_rows=11, teacher_vocab=9,
-                    dtype=torch.float64, entries=3, softcap=2.0)  # fmt: skip
+                    dtype=torch.float64, entries=3, softcap=softcap, temperature=1.7 if softcap else 1.0)  # fmt: skip
     inputs = build(case)
 
     def loss(hidden, weight):
@@ -208,6 +212,36 @@ def test_an_unmasked_label_that_the_student_does_not_have_is_an_infinite_loss():
     assert run_fused(case, inputs)["loss_sum"].item() == float("inf")
 
 
+def test_a_term_without_weight_does_not_count_however_large():
+    """A label that the student does not have is an infinite LM loss, which distillation alone does not ask for."""
+    case = LossCase("forward_kl", unmasked="all", lm_weight=0.0, kd_weight=1.0)
+    inputs = build(case)
+    inputs.labels[2] = case.vocab
+    got = run_fused(case, inputs)
+    assert torch.equal(got["loss_sum"], got["kd_sum"]) and torch.isfinite(got["loss_sum"])
+    assert got["lm_sum"].item() == float("inf")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_main_grad_takes_the_declared_scale_in_every_term(target, temperature):
+    case = LossCase(target, temperature=temperature)
+    inputs = build(case)
+    expected = reference(case, inputs)
+    hidden, weight = inputs.hidden.clone().requires_grad_(), torch.nn.Parameter(inputs.weight.clone())
+    weight.main_grad = torch.zeros_like(weight)
+    knowledge = inputs.sparse
+    if case.knowledge_kind == "dense":
+        knowledge = DenseKnowledge(inputs.teacher_hidden, OutputHead(inputs.teacher_weight, case.teacher_vocab))
+    loss = linear_distillation_loss(
+        hidden, OutputHead(weight, case.vocab), inputs.labels, inputs.weights, case.objective, knowledge,
+        gradient_scale=8.0,
+    ).loss_sum  # fmt: skip
+    (8.0 * loss).backward()
+    got = {"grad_hidden": hidden.grad / 8, "grad_weight": weight.main_grad / 8}
+    assert_agrees(case, got, {key: expected[key] for key in got}, 2e-5)
+
+
 @pytest.mark.parametrize(
     ("target", "dtype"),
     [("lm", torch.float32), ("forward_kl", torch.float32), ("jsd", torch.float32), ("ghost", torch.float32),
@@ -235,7 +269,6 @@ def test_memory_stays_within_the_byte_budget_in_tokens_and_in_vocabulary(target,
         per_token = 64 * tokens * 8  # labels, masks, statistics, losses; K = 6 entries of the sparse target
         assert used.peak - gradients <= budget + per_token, (tokens, vocabulary)
         assert used.largest <= max(budget, gradients)
-        assert used.largest < tokens * vocabulary * 4
 
 
 def small() -> dict:

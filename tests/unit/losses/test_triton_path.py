@@ -4,6 +4,7 @@ Triton decides at its import whether it interprets, so the kernels run in a proc
 """
 
 import importlib.util
+import itertools
 import logging
 from collections.abc import Iterator
 from unittest import mock
@@ -29,6 +30,8 @@ CASES = {
     "temperature": {"temperature": 2.0, "temperature_squared": True},
     "softcap, scale and bias": {"softcap": 3.0, "teacher_softcap": 4.0, "scale": 0.8, "bias": True},
     "ids that only the student has": {"teacher_rows": 64, "teacher_vocab": 61},
+    "softcap and temperature": {"softcap": 3.0, "temperature": 2.0, "teacher_rows": 64, "teacher_vocab": 61},
+    "ids that only the teacher has": {"rows": 64, "vocab": 61},
     "large logits": {"logit_size": 4e3},
     "bf16": {"dtype": torch.bfloat16},
 }
@@ -103,24 +106,26 @@ def compile_kernels() -> list[int]:
     from megatron_kd.losses import triton_kernels as kernels
 
     sizes = []
-    for kernel, constants in (
+    variants = [
         (kernels.statistics_kernel, {"HAS_TEACHER": True, "SEPARATE_LM": True}),
         (kernels.statistics_kernel, {"HAS_TEACHER": False, "SEPARATE_LM": False}),
-        (kernels.divergence_kernel, {"KIND": 1}),
-        (kernels.divergence_kernel, {"KIND": 3}),
-        (kernels.gradient_kernel, {"HAS_TEACHER": True, "KIND": 0}),
         (kernels.gradient_kernel, {"HAS_TEACHER": False, "KIND": 0}),
-    ):
-        constants["BLOCK"] = triton_path.BLOCK
-        signature = {name: _argument_type(name, constants) for name in kernel.arg_names}
+        *((kernels.divergence_kernel, {"KIND": kind}) for kind in (1, 2, 3, 4)),
+        *((kernels.gradient_kernel, {"HAS_TEACHER": True, "KIND": kind}) for kind in range(5)),
+    ]
+    for (kernel, variant), logits in itertools.product(variants, ("*fp32", "*bf16")):
+        constants = {**variant, "BLOCK": triton_path.BLOCK}
+        signature = {name: _argument_type(name, constants, logits) for name in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
         sizes.append(len(triton_compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]))
     return sizes
 
 
-def _argument_type(name: str, constants: dict) -> str:
+def _argument_type(name: str, constants: dict, logits: str) -> str:
     if name in constants:
         return "constexpr"
+    if name in ("student", "teacher"):
+        return logits
     if name == "label_columns":
         return "*i64"
     if name in ("first", "second") or name.startswith("inverse"):

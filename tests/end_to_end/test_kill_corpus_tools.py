@@ -63,9 +63,9 @@ class Scenario:
         out = self.folder / "out"
         return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
 
-    def is_writing(self) -> bool:
-        """Whether something under construction is on the disk; after a kill: whether it struck inside a write."""
-        return any(self.folder.glob("out.tmp-*")) or any(self.folder.glob("out.parts/part.tmp-*"))
+    def half_written(self) -> set[Path]:
+        """What is under construction, or was when its writer was killed; every writer has names of its own."""
+        return {*self.folder.glob("out.tmp-*"), *self.folder.glob("out.parts/part.tmp-*")}
 
     def make(self) -> None:
         for command in self.commands:
@@ -139,10 +139,11 @@ def scenario(corpus, tmp_path_factory):
 
 def strike(scenario, command, chance):
     """Start a command and kill it: inside a write three times of four; whether it struck, and inside a write."""
+    left = scenario.half_written()
     process = start(command[0], *command, program=scenario.program())
     try:
         if chance.random() < 0.75:
-            while process.poll() is None and not scenario.is_writing():
+            while process.poll() is None and not scenario.half_written() - left:
                 time.sleep(0.005)
             time.sleep(chance.uniform(0, 0.5))
         else:
@@ -151,7 +152,7 @@ def strike(scenario, command, chance):
         assert struck or process.returncode == 0, process.stderr.read()
     finally:
         kill(process)
-    return struck, struck and scenario.is_writing()
+    return struck, struck and bool(scenario.half_written() - left)
 
 
 def survive(scenario, kills, inside_wanted):
@@ -167,7 +168,7 @@ def survive(scenario, kills, inside_wanted):
             ended = run(command[0], *command, program=scenario.program())
             assert ended.status == 0, ended.stderr
         assert scenario.files() == scenario.expected
-        assert not scenario.is_writing() and not (scenario.folder / "out.parts").exists()
+        assert not scenario.half_written() and not (scenario.folder / "out.parts").exists()
         shutil.rmtree(scenario.folder / "out")
         if struck >= kills:
             break

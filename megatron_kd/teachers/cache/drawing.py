@@ -23,18 +23,25 @@ def uniform_numbers(seed: int, chunk_ids: np.ndarray, positions: np.ndarray, dra
     return (numbers >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def draw(weights: Tensor, uniforms: Tensor, first_id: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+def draw(
+    weights: Tensor,
+    uniforms: Tensor,
+    first_id: int,
+    group: dist.ProcessGroup | None,
+    sums: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Draw ids with probabilities proportional to ``weights``. Collective over ``group``.
 
     Args:
         weights: [n, R] >= 0, this rank's columns.
         uniforms: float64 [n, N] in [0, 1), the same on every rank.
         first_id: id of column 0.
+        sums: ``block_sums(weights)`` where they are known.
 
     Returns:
         ids int64 [n, N], and [n] the sum of the weights over all ranks; the same on every rank.
     """
-    sums = block_sums(weights)
+    sums = block_sums(weights) if sums is None else sums
     cumulative = sums.double().cumsum(-1)
     own = cumulative[:, -1] if cumulative.shape[1] else uniforms.new_zeros(len(weights))
     before, upto, totals = _intervals(own, group)

@@ -2,9 +2,9 @@
 
     hidden [T, h] -> chunks of C tokens: logits [C, R] -> tiles of rows: exponentials -> the codec's ids -> numpy
 
-R is this rank's part of the teacher's vocabulary. A tile is read several times, so on the CPU it is as small as keeps it
-in the processor's cache. Collectives over the tensor-parallel group, per chunk, which then is one tile: the maximum
-and the sum of the exponentials, what finds the ids (``largest.py``, ``drawing.py``), and the probability outside of them.
+R is this rank's part of the teacher's vocabulary. A tile is read several times, so on the CPU it is so small that it
+stays in the processor's cache. Collectives over the tensor-parallel group, per chunk, which is one tile: the maximum
+and the sum of the exponentials, what finds the ids (``largest.py``, ``drawing.py``), the probability outside of them.
 Every rank of the group gets the same entries.
 """
 
@@ -26,7 +26,7 @@ from megatron_kd.teachers.cache.drawing import block_sums, draw, uniform_numbers
 from megatron_kd.teachers.cache.largest import largest_over_ranks
 
 DEFAULT_CHUNK_BYTES = 640 << 20  # few chunks: each product reads all of the head's weight
-TILE_ELEMENTS = 1 << 20  # numbers of a tile on the CPU
+TILE_ELEMENTS = 2 << 20  # numbers of a tile on the CPU
 
 
 class Selection:
@@ -92,13 +92,13 @@ class Selection:
         return [slice(0, rows)]
 
     def _entries(self, logits: Tensor, chunk_ids: np.ndarray, positions: np.ndarray) -> Entries:
-        exponentials, z = self._exponentials(logits)
+        exponentials, sums, z = self._exponentials(logits)
         if self.codec.name == "sampled":
-            return self._drawn(exponentials, z, chunk_ids, positions)
+            return self._drawn(exponentials, sums, z, chunk_ids, positions)
         return self._largest(exponentials, z)
 
-    def _exponentials(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """[n, R] exp(logit / T) by a factor of each row's own, and [n] their sums over all ranks, as fp64."""
+    def _exponentials(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[n, R] exp(logit / T) by a factor of each row's own, their sums in blocks, and [n] in all, as fp64."""
         self._logits.finish(logits)
         if self._temperature != 1.0:
             logits.div_(self._temperature)
@@ -106,10 +106,11 @@ class Selection:
             exponentials = torch.softmax(logits, -1, out=self._room_for(logits))  # one pass over memory, not four
         else:
             exponentials = self._shifted_exponentials(logits)
-        z = self._over_ranks(_row_sums(exponentials))
+        sums = block_sums(exponentials)
+        z = self._over_ranks(_total(sums))
         if not bool(torch.isfinite(z).all()):
             raise DataError("the teacher's logits are not finite: is the model damaged, or its precision too low?")
-        return exponentials, z
+        return exponentials, sums, z
 
     def _room_for(self, like: Tensor) -> Tensor:
         if self._tile_buffer is None or len(self._tile_buffer) < len(like):
@@ -143,12 +144,14 @@ class Selection:
             probabilities=probabilities[kept].float().cpu().numpy(),
         )
 
-    def _drawn(self, exponentials: Tensor, z: Tensor, chunk_ids: np.ndarray, positions: np.ndarray) -> Entries:
+    def _drawn(
+        self, exponentials: Tensor, sums: Tensor, z: Tensor, chunk_ids: np.ndarray, positions: np.ndarray
+    ) -> Entries:
         numbers = uniform_numbers(self.codec.seed, chunk_ids, positions, self.codec.max_ids)
         exponent = self.codec.proposal_exponent
-        proposal = exponentials if exponent == 1.0 else exponentials.pow(exponent)
+        proposal, known = (exponentials, sums) if exponent == 1.0 else (exponentials.pow(exponent), None)
         uniforms = torch.from_numpy(numbers).to(z.device)
-        ids, total = draw(proposal, uniforms, self._head.vocab_start, self._group)
+        ids, total = draw(proposal, uniforms, self._head.vocab_start, self._group, known)
         ids = ids.sort(-1).values
         first = torch.ones_like(ids, dtype=torch.bool)
         first[:, 1:] = ids[:, 1:] != ids[:, :-1]
@@ -178,12 +181,12 @@ class Selection:
         if self._columns:
             zero_where_owned = torch.where(owned, 0.0, torch.inf).to(exponentials.dtype)
             exponentials.scatter_reduce_(-1, columns, zero_where_owned, "amin")
-        return self._over_ranks(_row_sums(exponentials))
+        return self._over_ranks(_total(block_sums(exponentials)))
 
 
-def _row_sums(values: Tensor) -> Tensor:
-    """[n] fp64: fp32 inside blocks of columns, which is as exact and much faster than fp64 throughout."""
-    return block_sums(values).sum(-1, dtype=torch.float64)
+def _total(sums: Tensor) -> Tensor:
+    """[n] fp64 of sums in blocks: fp32 inside them is as exact and much faster than fp64 throughout."""
+    return sums.sum(-1, dtype=torch.float64)
 
 
 def _concatenate(parts: list[Entries]) -> Entries:

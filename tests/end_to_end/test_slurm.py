@@ -124,10 +124,9 @@ def test_a_line_that_is_not_there(cluster, tmp_path):
     assert "has no line 2" in Path(tmp_path / "x.log").read_text()
 
 
-@pytest.mark.parametrize("by", [None, "warning"])
-def test_a_teacher_on_a_node_of_its_own(cluster, dataset, teacher, tmp_path, by):
+def test_a_teacher_on_a_node_of_its_own(cluster, dataset, teacher, tmp_path):
     """remote_teacher.sbatch: the student's node and the teacher's are a heterogeneous job, one torchrun world."""
-    keys = [f"data.path={dataset.path}", *SMALL, "training.train_iters=200", "training.save_interval=10000",
+    keys = [f"data.path={dataset.path}", *SMALL, "training.train_iters=20", "training.save_interval=10000",
             "distillation.method=vanilla_kd", "teacher.placement=remote", "teacher.num_ranks=1",
             f"teacher.path={teacher}"]
     alone, folder, log = tmp_path / "alone", tmp_path / "run", tmp_path / "job.log"
@@ -135,12 +134,6 @@ def test_a_teacher_on_a_node_of_its_own(cluster, dataset, teacher, tmp_path, by)
     assert ended.status == 0, ended.stderr
     job = submit(cluster, log, "examples/slurm/remote_teacher.sbatch", "train", *keys, f"output={folder}",
                  options=["--nodes=1", ":", "--nodes=1"])
-    if by is not None:
-        cluster.wait(lambda: len(rows_of(folder)) >= 3, 300, "no step done")
-        interrupt(cluster, job, by, tmp_path)
-        cluster.wait(lambda: cluster.state(job) == "PENDING", 90, "not requeued")
-        assert 3 <= len(rows_of(folder)) < 200, "it ended before it was told to stop"
-        cluster.start_now(job)
     finish(cluster, job, log)
     assert_same(folder, alone)
 

@@ -26,7 +26,7 @@ from megatron_kd.teachers.cache.drawing import block_sums, draw, uniform_numbers
 from megatron_kd.teachers.cache.largest import largest_over_ranks
 
 DEFAULT_CHUNK_BYTES = 640 << 20  # few chunks: each product reads all of the head's weight
-TILE_ELEMENTS = 2 << 20  # numbers of a tile on the CPU
+TILE_ELEMENTS = 1 << 20  # numbers of a tile on the CPU
 
 
 class Selection:

@@ -22,6 +22,9 @@ from megatron_kd.parallel.groups import is_last_stage, sum_over_group
 from megatron_kd.parallel.schedule import forward_only
 from megatron_kd.scoring.micro_batches import MicroBatch, MicroBatchPlan, width_multiple
 
+CPU_CHUNK_BYTES = 256 << 20
+"""Of logits at a time: without gradients a pass over the weights is cheap beside the product, so chunks stay small."""
+
 
 @dataclass(frozen=True)
 class ChunkLosses:
@@ -114,6 +117,7 @@ class ChunkScorer:
             batch.loss_mask.transpose(0, 1).reshape(-1),
             tp_group=self._groups.tp,
             sequence_parallel=model.config.sequence_parallel,
+            chunk_bytes=CPU_CHUNK_BYTES if self._device.type == "cpu" else None,
             workspace=self._workspace,
         )
         rows, length = batch.tokens.shape

@@ -30,7 +30,7 @@ SECOND_SEED = 11
 class Student:
     """A student: its step's and configuration file's name, the method's name, and what it needs beside data.
 
-    ``overrides`` are laid over the file.
+    ``overrides`` are laid over the file. ``continues``: the method is meant to continue a trained student.
     """
 
     step: str
@@ -39,6 +39,7 @@ class Student:
     needs: tuple[str, ...]
     seconds: float
     overrides: tuple[str, ...] = ()
+    continues: bool = False
 
 
 STUDENTS = (
@@ -52,9 +53,9 @@ STUDENTS = (
 _FROM_SCRATCH = ("model.init_from=null", "optimizer.lr=8e-3")
 STUDENTS_WITH_TEXT = (
     Student("seqkd", "SeqKD", "../seqkd_quickstart/student.yaml", ("generate_seqkd",), 65),
-    Student("gkd", "GKD", "../gkd_quickstart/student.yaml", ("teacher",), 150),
-    Student("minillm", "MiniLLM", "../minillm_quickstart/student.yaml", ("teacher",), 200, _FROM_SCRATCH),
-    Student("distillm", "DistiLLM", "../distillm_quickstart/student.yaml", ("teacher",), 90, _FROM_SCRATCH),
+    Student("gkd", "GKD", "../gkd_quickstart/student.yaml", ("teacher",), 80, (), True),
+    Student("minillm", "MiniLLM", "../minillm_quickstart/student.yaml", ("teacher",), 100, _FROM_SCRATCH, True),
+    Student("distillm", "DistiLLM", "../distillm_quickstart/student.yaml", ("teacher",), 70, _FROM_SCRATCH, True),
 )
 GENERATED_DATA = ROOT / "data/seqkd"
 SECOND_SEED_RUN = Student("pretrain_seed2", "Pre-Train w/o KD", "student_pretrain.yaml", ("tokenize",), 65)
@@ -98,7 +99,7 @@ def quickstart_steps(repository: Path, all_methods: bool = False) -> list[Step]:
         _verb(repository, configs, "sample", "sample_by_difference", "sample_by_difference.yaml",
               ("score_teacher", "score_reference"), (SAMPLED_DATA,), 2),
         *([_verb(repository, configs, "generate_seqkd", "generate_corpus", "../seqkd_quickstart/generate_corpus.yaml",
-                 ("teacher",), (GENERATED_DATA,), 120)] if all_methods else []),
+                 ("teacher",), (GENERATED_DATA,), 50)] if all_methods else []),
         *(_training(repository, configs, student.step, student.config, student.needs, student.seconds,
                     *student.overrides)
           for student in students if student.step != "pretrain"),

@@ -79,6 +79,7 @@ def collect_report(seconds: float, skipped_steps: int = 0, all_methods: bool = F
     return Report(
         heldout=str(plan.HELDOUT_DATA), students=students, second_seed=second_seed, teacher=teacher,
         reference=reference, bigram_loss=bigram.loss, bigram_bits_per_byte=bigram.bits_per_byte, seconds=seconds,
+        continuing=tuple(student.method for student in plan.chosen_students(all_methods) if student.continues),
         facts={"steps done before": skipped_steps, **_facts(corpus, heldout, bigram.tokens)},
     )
 

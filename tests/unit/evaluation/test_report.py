@@ -74,6 +74,8 @@ def test_json_keeps_the_contract(report: Report) -> None:
         ({"teacher": result("Teacher", 3.795)}, [False, True, True]),
         ({"reference": result("Reference", 3.4)}, [True, False, True]),
         ({"bigram_loss": 4.049}, [True, True, False]),  # the second seed counts as a student too
+        ({"bigram_loss": 4.0, "continuing": ("Pre-Train w/o KD",)}, [True, True, False]),  # Vanilla KD is above
+        ({"bigram_loss": 4.045, "continuing": ("Pre-Train w/o KD",)}, [True, True, True]),
     ],
 )
 def test_checks(report: Report, change: dict, holds: list[bool]) -> None:

@@ -7,7 +7,6 @@ to stop and goes on when started again; 1 for anything else.
 """
 
 import argparse
-import errno
 import importlib
 import json
 import os
@@ -17,7 +16,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 from megatron_kd.config import dump_yaml, load_config
-from megatron_kd.errors import EXIT_BAD_INPUT, ConfigError, UserError
+from megatron_kd.errors import EXIT_BAD_INPUT, ConfigError, UserError, disk_full
 from megatron_kd.quiet import silence_known_noise
 
 
@@ -116,23 +115,31 @@ def _run_verb(name: str, arguments: Sequence[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="check and print the resolved configuration, do nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the file, dotted keys")
     silence_known_noise()
-    try:
+
+    def load_and_run() -> None:
         module = importlib.import_module(verb.module)
         options = parser.parse_intermixed_args(_spell_out_flags(arguments, getattr(module, verb.config)))
         config = load_config(getattr(module, verb.config), options.config, _with_positional(verb, options.overrides))
         if options.dry_run:
             sys.stdout.write(dump_yaml(config))
-            return 0
+            return
         run: Callable[[Any], Any] = getattr(module, verb.run)
         run(config)
+
+    return status_of(name, load_and_run)
+
+
+def status_of(name: str, action: Callable[[], Any]) -> int:
+    """Do it; the exit status, with one line on stderr, headed by ``name``, for what the user can mend."""
+    try:
+        action()
     except UserError as error:
         return _refuse(name, str(error), error.is_reported, error.exit_status)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return _refuse(
-                name, f"the disk is full while writing {error.filename or 'the output'}: free space and run again"
-            )
-        raise
+        full = disk_full(error)
+        if full is None:
+            raise
+        return _refuse(name, str(full))
     return 0
 
 

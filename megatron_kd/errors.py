@@ -3,6 +3,7 @@
 Anything else that is raised is a fault of this project and shows its traceback.
 """
 
+import errno
 
 EXIT_BAD_INPUT = 2
 EXIT_REQUEUE = 75
@@ -37,6 +38,17 @@ class LayoutError(ConfigError):
 
 class NonFiniteLossError(UserError):
     """A loss or gradient norm that is not finite: training stopped before the optimizer step."""
+
+
+class DiskFullError(UserError):
+    """A file could not be written because the disk is full, or because it may not grow."""
+
+
+def disk_full(error: OSError) -> DiskFullError | None:
+    """What to tell the user where ``error`` says that the disk is full; None where it is another fault."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return None
+    return DiskFullError(f"the disk is full while writing {error.filename or 'the output'}: free space and run again")
 
 
 class Preempted(UserError):

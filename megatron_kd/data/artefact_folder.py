@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from megatron_kd.errors import DataError
 
 LOCK_NAME = ".writer.lock"
@@ -87,11 +89,29 @@ def glob_escape(name: str) -> str:
 def write_file(path: Path, data: bytes | str) -> None:
     """Write a small file whole: temporary name, flush to the disk, rename."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data.encode("utf-8") if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.filename is None:
+            error.filename = str(path)  # a failed write does not say where
+        raise
+
+
+def write_array(path: Path, values: np.ndarray) -> None:
+    """Write an array as ``np.save`` does, but with an error that says why where the disk is full.
+
+    Raises:
+        OSError: with ``errno``, which that of ``np.save`` lacks after a short write.
+    """
+    values = np.ascontiguousarray(values)
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
+        file.write(values.reshape(-1).view(np.uint8))
 
 
 def fsync_folder(folder: Path) -> None:

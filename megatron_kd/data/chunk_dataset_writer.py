@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_kd.data.artefact_folder import building
+from megatron_kd.data.artefact_folder import building, write_array
 from megatron_kd.data.checksums import Checksums, FileChecksums
 from megatron_kd.data.chunk_dataset import CHUNK_IDS_NAME, DOMAINS_NAME, KIND, TOKEN_BYTES_NAME, ChunkDataset
 from megatron_kd.data.indexed_dataset import IndexedDatasetWriter, dtype_for_vocab
@@ -121,7 +121,7 @@ class ChunkDatasetWriter:
 
     def add_array(self, name: str, values: np.ndarray) -> None:
         """Write an array into the dataset; it is part of the fingerprint."""
-        np.save(self.folder / name, values)
+        write_array(self.folder / name, values)
         self._checksums.add_file(self.folder, name)
 
     def finish(
@@ -155,9 +155,9 @@ class ChunkDatasetWriter:
         if self.mask_prompts:
             facts["mask_prompts"] = True
         if chunk_ids is not None:
-            np.save(self.folder / CHUNK_IDS_NAME, np.asarray(chunk_ids, dtype=np.int64))
+            write_array(self.folder / CHUNK_IDS_NAME, np.asarray(chunk_ids, dtype=np.int64))
             self._checksums.add_file(self.folder, CHUNK_IDS_NAME)
-        np.save(self.folder / TOKEN_BYTES_NAME, self.tokenizer.token_byte_lengths.astype(np.int32))
+        write_array(self.folder / TOKEN_BYTES_NAME, self.tokenizer.token_byte_lengths.astype(np.int32))
         self._checksums.add_file(self.folder, TOKEN_BYTES_NAME)
         fingerprint = fingerprint_of({**facts, "root": root_fingerprint}, self._checksums)
         for name in [*self._extra_files, *self.tokenizer.copy_files(self.folder)]:

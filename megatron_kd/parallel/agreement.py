@@ -4,7 +4,7 @@ from typing import Any, Callable
 
 import torch.distributed as dist
 
-from megatron_kd.errors import UserError
+from megatron_kd.errors import UserError, disk_full
 
 _FAILURES_KEY = "megatron_kd/failures"
 
@@ -13,7 +13,7 @@ def on_main_rank(action: Callable[[], Any]) -> Any:
     """``action()`` on rank 0; its value on every rank. Collective over the world.
 
     Raises:
-        UserError: rank 0 raised one, or an OSError (on every rank, of the same type and text).
+        UserError: rank 0 raised one (on every rank, of the same type and text), or an OSError.
     """
     outcome: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -22,7 +22,8 @@ def on_main_rank(action: Callable[[], Any]) -> Any:
         except UserError as error:
             outcome = [("error", error)]
         except OSError as error:
-            outcome = [("error", UserError(f"{error.strerror or error} ({error.filename or 'output'})"))]
+            other = UserError(f"{error.strerror or error} ({error.filename or 'output'})")
+            outcome = [("error", disk_full(error) or other)]
     dist.broadcast_object_list(outcome, src=0)
     kind, value = outcome[0]
     if kind == "error":

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_kd.errors import LayoutError, UserError
+from megatron_kd.errors import LayoutError, UserError, disk_full
 from megatron_kd.parallel import cpu_backend
 from megatron_kd.parallel.agreement import another_rank_failed, first_to_fail
 from megatron_kd.parallel.liveness import Liveness
@@ -85,12 +85,18 @@ def _split_runtime(device: torch.device, timeout: timedelta, teacher_ranks: int)
 
 @contextmanager
 def _one_reports(store: dist.Store | None = None) -> Iterator[None]:
-    """Of the ranks that stop on bad input, the first reports it."""
+    """Of the ranks that stop on bad input or a full disk, the first reports it."""
     try:
         yield
     except UserError as error:
         error.is_reported = not first_to_fail(store)
         raise
+    except OSError as error:
+        full = disk_full(error)
+        if full is None:
+            raise
+        full.is_reported = not first_to_fail(store)
+        raise full from error
     except RuntimeError as error:  # a collective whose other end is gone
         if not another_rank_failed(store):
             raise

@@ -6,6 +6,7 @@ Scored chunks keep the r that was measured; the proxy predicts the others. A ten
 how well the proxy ranks them is printed and recorded. Finished units survive a kill, as in ``score_corpus``.
 """
 
+import io
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_kd.config import to_mapping
+from megatron_kd.data.artefact_folder import write_file
 from megatron_kd.data.batch import make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.manifest import already_made, recipe_of
@@ -124,8 +126,9 @@ def _trained_proxy(
 
 def _save(proxy: DifferenceProxy, path: Path) -> None:
     tensors = {name: value for name, value in proxy.state_dict().items() if isinstance(value, torch.Tensor)}
-    torch.save(tensors, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").rename(path)
+    buffer = io.BytesIO()  # torch's own writing to a file does not say that the disk is full
+    torch.save(tensors, buffer)
+    write_file(path, buffer.getvalue())
 
 
 def _predict(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_kd.data.artefact_folder import building
+from megatron_kd.data.artefact_folder import building, write_array
 from megatron_kd.data.checksums import Checksums
 from megatron_kd.data.chunk_dataset import MASK_RULE, ChunkDataset
 from megatron_kd.data.manifest import fingerprint_of, read_manifest, versions, write_manifest
@@ -141,7 +141,7 @@ def write_score_file(
     unscored = _unscored(scores, dataset, f"{output} (model {model.get('path', '?')})")
     facts = _facts(dataset, model, compute_dtype, unscored, reset_attention_mask, reset_position_ids)
     with building(output) as folder:
-        np.save(folder / SCORES_NAME, scores)
+        write_array(folder / SCORES_NAME, scores)
         checksums = Checksums()
         checksums.add_file(folder, SCORES_NAME)
         scored = {"kind": "chunk_dataset", "path": str(dataset.path), "fingerprint": dataset.fingerprint}

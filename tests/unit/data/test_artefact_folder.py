@@ -3,9 +3,10 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from megatron_kd.data.artefact_folder import building, write_file
+from megatron_kd.data.artefact_folder import building, write_array, write_file
 from megatron_kd.errors import DataError
 
 # the forked children use numpy and files alone, never the threads of the parent
@@ -27,6 +28,17 @@ def test_an_error_leaves_nothing_and_says_where_the_disk_was_full(tmp_path: Path
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.filename == str(tmp_path / "output")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "values",
+    [np.arange(5), np.zeros((0,), np.float32), np.asfortranarray(np.arange(6.0).reshape(2, 3)), np.arange(9)[::2]],
+    ids=["whole", "empty", "columns first", "every other"],
+)
+def test_an_array_is_written_as_numpy_does(tmp_path: Path, values: np.ndarray) -> None:
+    write_array(tmp_path / "ours.npy", values)
+    np.save(tmp_path / "theirs.npy", np.ascontiguousarray(values))
+    assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "theirs.npy").read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])

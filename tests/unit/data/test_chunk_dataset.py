@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_kd.data.artefact_folder import building
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter, write_chunk_dataset
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import DataError
+from tests.reference.full_disk import said_on_a_full_disk
 from tests.unit.data.conftest import die_at_call
 
 # the forked children use numpy and files alone, never the threads of the parent
@@ -31,6 +33,17 @@ def test_reads_what_was_written(dataset: ChunkDataset, chunks: list[np.ndarray])
     assert dataset.root_ids(np.array([3, 1])).tolist() == [3, 1]
     assert (dataset.seq_length, dataset.vocab_size, dataset.eos_id, dataset.pad_id) == (16, 100, 0, 0)
     dataset.verify()
+
+
+def test_a_disk_that_fills_with_the_chunk_ids_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    def write() -> None:
+        with building(tmp_path / "selection") as folder:
+            writer = ChunkDatasetWriter(folder, plain_tokenizer_info(10), 8)
+            writer.add(np.arange(10), np.array([5, 5]))
+            writer.finish({"tool": "test"}, chunk_ids=np.arange(2000))
+
+    assert said_on_a_full_disk(write, 5000) == "full"
+    assert not list(tmp_path.iterdir())
 
 
 @settings(deadline=None, max_examples=30)

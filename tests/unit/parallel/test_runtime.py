@@ -1,5 +1,6 @@
 """The world of one: joined and left, seeds, and who reports a failure."""
 
+import errno
 import random
 
 import numpy
@@ -54,7 +55,12 @@ def test_work_of_the_main_rank():
     def fail() -> None:
         raise FileNotFoundError(2, "No such file or directory", "/there")
 
+    def fill() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     with distributed_runtime():
         assert on_main_rank(lambda: 7) == 7
         with pytest.raises(UserError, match=r"No such file or directory \(/there\)"):
             on_main_rank(fail)
+        with pytest.raises(UserError, match="the disk is full while writing the output: free space"):
+            on_main_rank(fill)

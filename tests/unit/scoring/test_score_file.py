@@ -8,6 +8,10 @@ from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter, write_chun
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import DataError
 from megatron_kd.scoring.score_file import ScoreFile, write_score_file
+from tests.reference.full_disk import said_on_a_full_disk
+
+# the forked child uses numpy and files alone, never the threads of the parent
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 MODEL = {"path": "models/teacher", "fingerprint": "f00d"}
 CHUNKS = [np.array([1, 2, 3]), np.array([7]), np.array([0, 0, 5]), np.array([4, 0, 6])]  # 1 and 2 have nothing to score
@@ -34,6 +38,12 @@ def test_round_trip(tmp_path: Path, scored: ChunkDataset) -> None:
     assert found.view == {"mask_rule": "input_is_not_pad", "reset_attention_mask": False, "reset_position_ids": False}
     assert np.load(tmp_path / "scores" / "scores.npy").shape == (4,)
     found.check_matches(scored)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    many = write_chunk_dataset(tmp_path / "many", [np.array([1, 2])] * 2000, plain_tokenizer_info(10), 8)
+    assert said_on_a_full_disk(lambda: write(tmp_path / "scores", [1.5] * 2000, many), 5000) == "full"
+    assert [path.name for path in tmp_path.iterdir()] == ["many"]
 
 
 def test_its_identity_is_its_contents(tmp_path: Path, scored: ChunkDataset) -> None:

@@ -27,6 +27,7 @@ from megatron_kd.conversion.rules import expand, mcore_to_hf
 from megatron_kd.conversion.safetensors_file import SafetensorsWriter, TensorSpec, parse_size
 from megatron_kd.conversion.sharded_state import meta_state, stream_tensors, tensors_of
 from megatron_kd.data.artefact_folder import building, refuse_existing
+from megatron_kd.data.tokenization import hashes_in_folder
 from megatron_kd.data.tokenizer_info import is_tokenizer_file
 from megatron_kd.errors import CheckpointError
 from megatron_kd.models.architecture import ModelArchitecture
@@ -61,7 +62,7 @@ def run(config: ConvertToHFConfig) -> Path:
 
     Raises:
         CheckpointError: the checkpoint or its tokenizer cannot be read, or the logits do not agree.
-        DataError: the output exists.
+        DataError: the output exists, or the tokenizer is not readable.
     """
     output = Path(config.output)
     refuse_existing(output)
@@ -170,13 +171,20 @@ def tokenizer_folder(given: str | None, info: CheckpointInfo) -> Path:
     """Where the tokenizer's files are: as told, or as the checkpoint says (a relative path is inside it).
 
     Raises:
-        CheckpointError: there is no tokenizer.json.
+        CheckpointError: there is no tokenizer.json, or it is not the tokenizer that the model was trained with.
+        DataError: it cannot be read.
     """
     folder = given or (info.manifest.get("tokenizer_path") and info.path / info.manifest["tokenizer_path"])
     if not folder or not (Path(folder) / "tokenizer.json").is_file():
         raise CheckpointError(
             f"{folder}: no tokenizer.json there, where the checkpoint's dataset kept its tokenizer; "
             "give 'tokenizer=FOLDER'"
+        )
+    hashes = hashes_in_folder(Path(folder), info.manifest["eos_id"])
+    if info.tokenizer_hash not in hashes:
+        raise CheckpointError(
+            f"{folder} holds the tokenizer {' or '.join(hashes)}, but {info.path} was trained with "
+            f"{info.tokenizer_hash}: give that one with 'tokenizer=FOLDER'"
         )
     return Path(folder)
 

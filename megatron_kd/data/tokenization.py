@@ -70,8 +70,7 @@ class LoadedTokenizer:
     @property
     def _hash(self) -> str:
         if SENTENCEPIECE_MODEL in self.files:
-            content = self.files[SENTENCEPIECE_MODEL] + f"|eos_id={self.eos_id}".encode()
-            return hashlib.sha256(content).hexdigest()[:32]
+            return _sentencepiece_hash(self.files[SENTENCEPIECE_MODEL], self.eos_id)
         return tokenizer_hash(json.loads(self.files[TOKENIZER_JSON]), self.eos_id)
 
     @cached_property
@@ -170,6 +169,28 @@ def tokenizer_hash(content: dict[str, Any], eos_id: int) -> str:
     }
     text = json.dumps(kept, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def hashes_in_folder(folder: Path, eos_id: int) -> list[str]:
+    """The content hashes, with this eos id, of every form in which a folder holds its tokenizer.
+
+    Raises:
+        DataError: its ``tokenizer.json`` is not readable.
+    """
+    found = []
+    if (folder / TOKENIZER_JSON).is_file():
+        try:
+            content = json.loads((folder / TOKENIZER_JSON).read_text(encoding="utf-8"))
+            found.append(tokenizer_hash(content, eos_id))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{folder / TOKENIZER_JSON}: not a readable tokenizer ({error})") from None
+    if (folder / SENTENCEPIECE_MODEL).is_file():
+        found.append(_sentencepiece_hash((folder / SENTENCEPIECE_MODEL).read_bytes(), eos_id))
+    return found
+
+
+def _sentencepiece_hash(model: bytes, eos_id: int) -> str:
+    return hashlib.sha256(model + f"|eos_id={eos_id}".encode()).hexdigest()[:32]
 
 
 def token_byte_lengths(backend: Tokenizer | SentencePieceTokenizer) -> np.ndarray:

@@ -89,6 +89,23 @@ def test_a_wrong_rotary_scaling_is_found(tmp_path):
             compare_logits(model, source, "the")
 
 
+def test_another_tokenizer_is_not_exported(tmp_path):
+    source, other = make_hf_folder(tmp_path / "hf", "Qwen2.5 tied"), tmp_path / "other"
+    checkpoint = import_folder(source, tmp_path / "checkpoint", verify=False)
+    trained_with = open_checkpoint(checkpoint).tokenizer_hash
+    other.mkdir()
+    content = json.loads((source / "tokenizer.json").read_text())
+    first, second = [token for token, number in content["model"]["vocab"].items() if number in (7, 8)]
+    vocabulary = content["model"]["vocab"]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=f"other holds the tokenizer .*was trained with {trained_with}: give"):
+        export_folder(checkpoint, tmp_path / "again", tokenizer=str(other))
+    assert not (tmp_path / "again").exists()
+    (other / "tokenizer.json").write_text((source / "tokenizer.json").read_text())
+    export_folder(checkpoint, tmp_path / "again", tokenizer=str(other), verify=False)
+
+
 @pytest.fixture
 def folder(tmp_path):
     """One folder to break."""

@@ -23,7 +23,7 @@ from megatron_kd.training.methods.build import build_lm_term, build_loss, build_
 from megatron_kd.training.methods.saved_state import restore_source
 from megatron_kd.training.optimizer import build_optimizer
 from megatron_kd.training.preflight import check_memory
-from megatron_kd.training.run_folder import announce, checkpoint_to_resume, prepare_run_folder
+from megatron_kd.training.run_folder import announce, checkpoint_to_resume, prepare_run_folder, sole_writer
 from megatron_kd.training.teacher_ranks import run_teacher_ranks
 from megatron_kd.training.train_step import TrainStep
 from megatron_kd.training.trainer import Trainer
@@ -42,28 +42,29 @@ def run(config: TrainConfig) -> Path:
         layout = plan_layout(config, architecture, data, runtime)
         seq_length = config.data.seq_length or data.seq_length
         check_memory(config, architecture, layout, running_teacher(config), seq_length, runtime.device)
-        start = checkpoint_to_resume(config, architecture, data)
-        groups = create_process_groups(layout)
-        teacher = build_teacher(config, architecture, data, layout, groups, runtime)
-        model = build_student(config, architecture, data, layout, groups, runtime)
-        optimizer = build_optimizer(config.optimizer, model, groups, bf16=config.training.precision == "bf16")
-        source = build_source(config, data, groups, model, teacher, runtime.device)
-        folder = prepare_run_folder(config)
-        progress = load_checkpoint(start, model, optimizer, groups) if start else Progress()
-        step = TrainStep(
-            model=model,
-            optimizer=optimizer,
-            groups=groups,
-            teacher=teacher,
-            clip_grad=config.optimizer.clip_grad,
-            micro_batch_loss=build_loss(config, teacher, groups),
-            lm_term=build_lm_term(config, groups),
-        )
-        if start:
-            restore_source(source, start)
-        announce(config, architecture, layout, model, data, runtime, progress)
-        trainer = Trainer(
-            config, runtime, folder, data, heldout, architecture, layout, groups, model, optimizer, step, source
-        )
-        trainer.run(progress)
-        return folder
+        with sole_writer(Path(config.output)):
+            start = checkpoint_to_resume(config, architecture, data)
+            groups = create_process_groups(layout)
+            teacher = build_teacher(config, architecture, data, layout, groups, runtime)
+            model = build_student(config, architecture, data, layout, groups, runtime)
+            optimizer = build_optimizer(config.optimizer, model, groups, bf16=config.training.precision == "bf16")
+            source = build_source(config, data, groups, model, teacher, runtime.device)
+            folder = prepare_run_folder(config)
+            progress = load_checkpoint(start, model, optimizer, groups) if start else Progress()
+            step = TrainStep(
+                model=model,
+                optimizer=optimizer,
+                groups=groups,
+                teacher=teacher,
+                clip_grad=config.optimizer.clip_grad,
+                micro_batch_loss=build_loss(config, teacher, groups),
+                lm_term=build_lm_term(config, groups),
+            )
+            if start:
+                restore_source(source, start)
+            announce(config, architecture, layout, model, data, runtime, progress)
+            trainer = Trainer(
+                config, runtime, folder, data, heldout, architecture, layout, groups, model, optimizer, step, source
+            )
+            trainer.run(progress)
+            return folder

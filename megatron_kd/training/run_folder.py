@@ -1,17 +1,20 @@
-"""The run folder: whether a run can start or go on there, from which step, and what it says at its start."""
+"""The run folder: who writes there, whether a run can start or go on there, from which step, and what it then says."""
 
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Iterator
 
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_kd.config import dump_yaml
 from megatron_kd.data.artefact_folder import write_file
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.errors import CheckpointError, ConfigError
+from megatron_kd.errors import CheckpointError
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.models.gpt import parameter_count
 from megatron_kd.models.layer_specs import choose_layer_spec
+from megatron_kd.models.loading import check_same_tokenizer
 from megatron_kd.models.weights import CheckpointInfo, check_same_architecture
 from megatron_kd.parallel.agreement import on_main_rank
 from megatron_kd.parallel.layout import ParallelLayout
@@ -19,6 +22,7 @@ from megatron_kd.parallel.runtime import Runtime
 from megatron_kd.training import accelerated
 from megatron_kd.training.checkpoint import Progress, newest_whole_checkpoint
 from megatron_kd.training.config import TrainConfig
+from megatron_kd.training.run_lock import RunLock, cannot_be_a_run_folder, refuse_what_is_no_folder
 
 _SAME_TRAINING_KEYS = ("seed", "global_batch_size")
 
@@ -30,14 +34,15 @@ def checkpoint_to_resume(
 
     Raises:
         ConfigError: ``output`` is something else than a folder.
-        CheckpointError: the run was made with another dataset, order, batch size or model, or all are damaged.
+        CheckpointError: the run was made with another tokenizer, dataset, order, batch size or model, or all are
+            damaged.
     """
     folder = Path(config.output)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output {folder} is not a folder: choose another run folder")
+    refuse_what_is_no_folder(folder)
     info = newest_whole_checkpoint(folder / "checkpoints")
     if info is None:
         return None
+    check_same_tokenizer(info, data)
     before = info.manifest["config"]
     pairs = [
         ("data.shuffle", before["data"]["shuffle"], config.data.shuffle),
@@ -58,15 +63,30 @@ def checkpoint_to_resume(
     return info
 
 
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold the run folder's lock: no other process trains there meanwhile. Collective over the world.
+
+    A folder that was made for the lock and got nothing else goes again.
+
+    Raises:
+        ConfigError: another run writes there, or ``folder`` cannot be a run folder.
+    """
+    lock = RunLock(folder)
+    on_main_rank(lock.take)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def prepare_run_folder(config: TrainConfig) -> Path:
     """Create the run folder with its ``config.yaml``. Collective over the world."""
     folder = Path(config.output)
 
     def create() -> None:
-        try:
+        with cannot_be_a_run_folder(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise ConfigError(f"output {folder} cannot be a run folder: {error.strerror}") from None
         write_file(folder / "config.yaml", dump_yaml(config))
 
     on_main_rank(create)

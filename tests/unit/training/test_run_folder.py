@@ -4,10 +4,12 @@ import dataclasses
 
 import pytest
 
+from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
+from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import CheckpointError, ConfigError
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.training.checkpoint import Progress, save_checkpoint
-from megatron_kd.training.run_folder import checkpoint_to_resume, prepare_run_folder
+from megatron_kd.training.run_folder import checkpoint_to_resume, prepare_run_folder, sole_writer
 from tests.distributed.training.runs import make_dataset
 from tests.reference.one_rank import TrainingParts, train_config
 
@@ -27,6 +29,7 @@ def run_folder(dataset, tmp_path_factory):
             architecture=parts.architecture,
             about={
                 "dataset_fingerprint": dataset.fingerprint,
+                "tokenizer_hash": dataset.tokenizer_hash,
                 "seq_length": dataset.seq_length,
                 "config": dataclasses.asdict(parts.config),
             },
@@ -75,6 +78,13 @@ def test_another_dataset_is_taken_where_told(dataset, run_folder, tmp_path):
     assert resumed(other, run_folder, training=told).manifest["progress"]["step"] == 3
 
 
+def test_a_dataset_of_another_tokenizer_is_never_taken(dataset, run_folder, tmp_path):
+    other = write_chunk_dataset(tmp_path / "other", ([1] * 20 for _ in range(8)), plain_tokenizer_info(300, 5), 32)
+    told = {"global_batch_size": 4, "micro_batch_size": 4, "allow_other_data": True}
+    with pytest.raises(CheckpointError, match="trained with tokenizer plain-300-0, but the dataset .* plain-300-5"):
+        resumed(other, run_folder, training=told)
+
+
 def test_another_model_is_refused(dataset, run_folder):
     with distributed_runtime() as runtime:
         architecture = dataclasses.replace(TrainingParts(dataset, runtime).architecture, num_layers=1, rope_theta=5.0)
@@ -86,8 +96,12 @@ def test_output_that_is_a_file(dataset, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigError, match="is not a folder"):
         resumed(dataset, tmp_path / "file")
-    with distributed_runtime(), pytest.raises(ConfigError, match="cannot be a run folder"):
-        prepare_run_folder(train_config(dataset, tmp_path / "file" / "below"))
+    with distributed_runtime():
+        with pytest.raises(ConfigError, match="cannot be a run folder"):
+            prepare_run_folder(train_config(dataset, tmp_path / "file" / "below"))
+        for folder, reason in ((tmp_path / "file", "is not a folder"), (tmp_path / "file" / "a", "cannot be a run")):
+            with pytest.raises(ConfigError, match=reason), sole_writer(folder):
+                pass
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -96,3 +110,15 @@ def test_the_folder_holds_the_resolved_configuration(dataset, tmp_path):
         folder = prepare_run_folder(train_config(dataset, tmp_path / "a" / "run"))
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]
     assert "method: none" in (folder / "config.yaml").read_text()
+
+
+def test_one_writer_and_nothing_left_of_its_lock(tmp_path):
+    folder = tmp_path / "a" / "run"
+    with distributed_runtime():
+        with sole_writer(folder), pytest.raises(ConfigError, match="another run is training there"):
+            with sole_writer(folder):
+                pass
+        assert list(tmp_path.iterdir()) == []
+        with pytest.raises(CheckpointError), sole_writer(folder):
+            raise CheckpointError("of another model")
+    assert list(tmp_path.iterdir()) == []

@@ -205,7 +205,7 @@ def test_several_ranks_say_one_line(ranks, arguments, message, dataset, tmp_path
     assert not output.exists()
 
 
-def test_layers_that_do_not_divide_by_stages_and_a_real_process(dataset, tmp_path):
+def test_a_real_process_says_one_line_of_a_batch_that_does_not_divide(dataset, tmp_path):
     ended = run(
         "train",
         f"data.path={dataset.path}",

@@ -226,7 +226,11 @@ def _all_keys(schema: type, prefix: str = "") -> Iterator[str]:
 
 
 def _nearest(key: str, schema: type, prefix: str) -> str:
-    candidates = {full.rsplit(".", 1)[-1]: full for full in _all_keys(schema, prefix)}
+    candidates: dict[str, str] = {}
+    for full in _all_keys(schema, prefix):
+        leaf = full.rsplit(".", 1)[-1]
+        if leaf not in candidates or full.count(".") < candidates[leaf].count("."):
+            candidates[leaf] = full  # of several sections' keys of one name the shallowest, then the first
     match = difflib.get_close_matches(key, candidates, n=1, cutoff=0.5)
     return f" (did you mean '{candidates[match[0]]}'?)" if match else ""
 

@@ -8,6 +8,7 @@ import yaml
 
 from megatron_kd.config import dump_yaml, from_mapping, load_config, to_mapping
 from megatron_kd.errors import ConfigError
+from megatron_kd.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def test_a_round_trip_through_yaml(tmp_path: Path) -> None:
     [
         (["stesp=4"], "unknown key 'stesp' (did you mean 'steps'?)"),
         (["inner.pth=4"], "unknown key 'inner.pth' (did you mean 'inner.path'?)"),
-        (["rate=4"], "unknown key 'rate' (did you mean 'optional.rate'?)"),
+        (["rate=4"], "unknown key 'rate' (did you mean 'inner.rate'?)"),
         (["zzzzqqq=4"], "unknown key 'zzzzqqq'"),
         (["steps=many"], "'steps' must be of type int, not 'many'"),
         (["steps=1.5"], "'steps' must be of type int, not 1.5"),
@@ -158,3 +159,14 @@ def test_an_override_of_a_list_in_a_file_that_is_given_keys(tmp_path: Path) -> N
     write(tmp_path / "base.yaml", {**GOOD, "names": ["x"]})
     with pytest.raises(ConfigError, match="top.yaml: "):
         load_config(Outer, write(tmp_path / "top.yaml", {"base": "base.yaml", "names": {"first": 1}}))
+
+
+def test_of_two_sections_with_the_same_key_the_first_is_named() -> None:
+    keys = ["data.path=d", "output=o"]
+    for wrong, right in (
+        ("tensor_model_parallel_size=2", "parallel.tensor_model_parallel_size"),
+        ("pipline_model_parallel_size=2", "parallel.pipeline_model_parallel_size"),
+        ("teacher.tensor_model_parallel_siz=2", "teacher.tensor_model_parallel_size"),
+    ):
+        with pytest.raises(ConfigError, match=rf"unknown key '{wrong[:-2]}' \(did you mean '{right}'\?\)"):
+            load_config(TrainConfig, None, [*keys, wrong])

@@ -31,6 +31,7 @@ from megatron_kd.data.manifest import already_made, recipe_of
 from megatron_kd.data.tokenization import LoadedTokenizer, load_tokenizer
 from megatron_kd.data.tokenize_corpus import ChunkLengthConfig
 from megatron_kd.errors import DataError
+from megatron_kd.processors import cpu_count
 
 SEGMENT_BYTES = 16 * BLOCK_BYTES
 _EOS_SAMPLE = 1000
@@ -145,7 +146,7 @@ class _Source:
             bar.update(len(piece))
             return stream.finish().blocks
 
-        with ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0)))) as pool:
+        with ThreadPoolExecutor(min(16, cpu_count())) as pool:
             blocks = list(pool.map(segment, starts))
         return FileChecksums(len(buffer), np.concatenate(blocks) if blocks else np.zeros(0, np.uint32))
 

@@ -7,7 +7,6 @@ Chunk i of the result is chunk i of the input. ``source_chunk_ids.npy`` holds ea
 of another tokenizer are another root, so that scores and caches of the old ids are never taken for theirs.
 """
 
-import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +25,7 @@ from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.manifest import already_made, recipe_of
 from megatron_kd.data.tokenization import LoadedTokenizer, load_tokenizer
 from megatron_kd.errors import DataError
+from megatron_kd.processors import cpu_count
 
 SOURCE_IDS_NAME = "source_chunk_ids.npy"
 BLOCK_CHUNKS = 512
@@ -157,7 +157,7 @@ def _convert(config: ConvertTokenizationConfig, dataset: ChunkDataset, seq_lengt
     """Write all chunks in order; how many ids were cut off."""
     settings = (str(dataset.path), config.tokenizer, config.eos_token, seq_length + 1, config.prepend_bos)
     starts = range(0, len(dataset), BLOCK_CHUNKS)
-    workers = min(config.workers or len(os.sched_getaffinity(0)), len(starts))
+    workers = min(config.workers or cpu_count(), len(starts))
     num_cut = 0
     with tqdm(total=len(dataset), unit="chunk", unit_scale=True, desc="convert", disable=None) as bar:
         for ids, lengths, cut in _in_order(settings, starts, workers):

@@ -20,6 +20,7 @@ from megatron_kd.data.checksums import BLOCK_BYTES, ChecksumStream, FileChecksum
 from megatron_kd.data.chunk_dataset import PROMPT_LENGTHS_NAME, ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.indexed_dataset import write_index
+from megatron_kd.processors import cpu_count
 
 SEGMENT_BYTES = 16 * BLOCK_BYTES
 MAX_THREADS = 16
@@ -39,7 +40,7 @@ def copy_chunks(dataset: ChunkDataset, kept: np.ndarray, writer: ChunkDatasetWri
     """
     writer.dtype = dataset.dtype
     per_shard = writer.chunks_per_shard
-    threads = threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
+    threads = threads or min(MAX_THREADS, cpu_count())
     with (
         ThreadPoolExecutor(threads) as pool,
         tqdm(total=len(kept), unit="chunk", unit_scale=True, desc="copy", disable=None) as bar,

@@ -34,9 +34,10 @@ from megatron_kd.data.documents import BadLine, expand_inputs
 from megatron_kd.data.encoded_parts import EncodedBlock, PartFolder, Unit
 from megatron_kd.data.encoder import SAMPLE_BYTES, Engine, EngineCheck, choose_engine
 from megatron_kd.data.indexed_dataset import dtype_for_vocab
-from megatron_kd.data.manifest import MANIFEST_NAME, already_made, recipe_of
+from megatron_kd.data.manifest import already_made, recipe_of
 from megatron_kd.data.tokenization import LoadedTokenizer, load_tokenizer
 from megatron_kd.errors import DataError
+from megatron_kd.processors import cpu_count
 
 SMALL_CORPUS_BYTES = 64 << 20
 _COMPRESSION_GUESS = 4
@@ -242,6 +243,7 @@ def _make_outputs(
 ) -> None:
     """Encode what is not encoded yet (nothing with ``merge``), chunk everything and write the datasets."""
     counts = Counts()
+    inputs = _described(paths)
     total = _bytes_of(units)
     with CorpusOutputs(_output_settings(config), to_make, tokenizer, _expected_bytes(paths)).opened() as outputs:
         if config.merge:
@@ -256,7 +258,7 @@ def _make_outputs(
         if not counts.documents:
             raise DataError(f"{', '.join(config.input)}: the corpus holds no document")
         bad = [{"path": line.path, "line": line.line, "reason": line.reason} for line in counts.bad]
-        summaries = outputs.finish(_producer(config, paths, check, counts), bad, recipe)
+        summaries = outputs.finish(_producer(config, inputs, check, counts), bad, recipe)
     skipped = f", {len(counts.bad)} bad lines skipped" if counts.bad else ""
     kept = [f"{path} was already made" for role, path in config.outputs.items() if role not in to_make]
     _say(
@@ -305,13 +307,13 @@ def _recipe(config: TokenizeCorpusConfig, paths: list[str], tokenizer: LoadedTok
 def _is_made(output: str, recipe: str, paths: list[str]) -> bool:
     if not already_made(output, KIND, recipe):
         return False
-    made_at = (Path(output) / MANIFEST_NAME).stat().st_mtime_ns
-    newer = [path for path in paths if os.stat(path).st_mtime_ns > made_at]
-    if newer:
+    made_from = ChunkDataset.open(output).manifest["producer"]["inputs"]
+    changed = [path for path, before in zip(paths, made_from) if before.get("mtime_ns") != os.stat(path).st_mtime_ns]
+    if changed:
         raise DataError(
-            f"{output}: already exists, made before {newer[0]} was last changed; remove it to make it again"
+            f"{output}: already exists, made from {changed[0]} as it was at another time (its size is the same, its "
+            "time of change is not); remove it to make it again"
         )
-    ChunkDataset.open(output)
     return True
 
 
@@ -330,11 +332,18 @@ def _sample(config: TokenizeCorpusConfig, paths: list[str]) -> list[str]:
     return texts
 
 
-def _producer(config: TokenizeCorpusConfig, paths: list[str], check: EngineCheck, counts: Counts) -> dict[str, Any]:
+def _described(paths: list[str]) -> list[dict[str, Any]]:
+    """The input files as the manifest records them."""
+    return [{"path": path, "bytes": os.path.getsize(path), "mtime_ns": os.stat(path).st_mtime_ns} for path in paths]
+
+
+def _producer(
+    config: TokenizeCorpusConfig, inputs: list[dict[str, Any]], check: EngineCheck, counts: Counts
+) -> dict[str, Any]:
     return {
         "tool": "tokenize_corpus",
         "config": to_mapping(replace(config, **_HOW_IT_RUNS)),
-        "inputs": [{"path": path, "bytes": os.path.getsize(path)} for path in paths],
+        "inputs": inputs,
         "engine_check": check.as_mapping(),
         "documents": counts.documents,
         "text_bytes": counts.text_bytes,
@@ -346,7 +355,7 @@ def _producer(config: TokenizeCorpusConfig, paths: list[str], check: EngineCheck
 def _num_workers(workers: int, total_bytes: int) -> int:
     if workers:
         return workers
-    return 1 if total_bytes < SMALL_CORPUS_BYTES else len(os.sched_getaffinity(0))
+    return 1 if total_bytes < SMALL_CORPUS_BYTES else cpu_count()
 
 
 def _bytes_of(units: list[Unit]) -> int:

@@ -1,7 +1,6 @@
 """From the quickstart's run folders to a :class:`~megatron_kd.evaluation.report.Report`."""
 
 import json
-import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from megatron_kd.evaluation.report import CurvePoint, ModelResult, Report
 from megatron_kd.metrics.tracker import read_metrics
 from megatron_kd.models.weights import open_checkpoint
 from megatron_kd.planning.flops import difference_sampling_flops
+from megatron_kd.processors import cpu_count
 from megatron_kd.quickstart import plan
 
 # Whole steps cannot match exactly: half a step of the dearest method is the most that rounding costs.
@@ -108,6 +108,6 @@ def _facts(corpus: ChunkDataset, heldout: ChunkDataset, heldout_predictions: int
         "held-out split": f"{heldout_predictions:,} predicted tokens",
         "vocabulary": f"{corpus.vocab_size:,} ids",
         "student precision": config["training"]["precision"],
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "machine": f"{platform.machine()}, {cpu_count()} cores",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }

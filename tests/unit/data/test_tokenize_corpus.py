@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,9 +127,13 @@ def test_what_is_already_made_is_kept_and_anything_else_refused(
     run(config(corpus, tokenizer_folder, tmp_path / "out", **settings))
     assert files_of(tmp_path) == before
     assert (tmp_path / "heldout" / MANIFEST_NAME).stat().st_mtime_ns == stamp
-    os.utime(corpus, (time.time() + 5, time.time() + 5))
-    with pytest.raises(DataError, match="made before .*corpus.jsonl was last changed"):
-        run(config(corpus, tokenizer_folder, tmp_path / "out", **settings))
+    made_from = json.loads((tmp_path / "out" / MANIFEST_NAME).read_text())["producer"]["inputs"]
+    changed_at = made_from[0]["mtime_ns"]
+    assert made_from == [{"path": str(corpus), "bytes": corpus.stat().st_size, "mtime_ns": corpus.stat().st_mtime_ns}]
+    for other in (changed_at + 5_000_000_000, changed_at - 1):  # written later, or moved here from elsewhere
+        os.utime(corpus, ns=(other, other))
+        with pytest.raises(DataError, match="made from .*corpus.jsonl as it was at another time"):
+            run(config(corpus, tokenizer_folder, tmp_path / "out", **settings))
 
 
 def test_bad_lines_go_to_quarantine_up_to_a_limit(

@@ -9,6 +9,7 @@ examples/quickstart/*.yaml for their settings, and runs/quickstart/logs for what
 import argparse
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,9 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-from megatron_kd.errors import UserError  # noqa: E402 - the checkout comes first, installed or not
+# the checkout comes first, installed or not
+from megatron_kd.errors import EXIT_BAD_INPUT, UserError, disk_full  # noqa: E402
+from megatron_kd.processors import cpu_count  # noqa: E402
 from megatron_kd.quickstart import plan  # noqa: E402
 from megatron_kd.quickstart.progress import ProgressDisplay  # noqa: E402
 from megatron_kd.quickstart.steps import Schedule, StepFailed, StepRunner  # noqa: E402
@@ -33,22 +36,38 @@ def main() -> int:
     """Run, report, and say whether the table means anything; the exit status is 1 if not."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path.cwd(), help="folder that gets runs/quickstart (default: .)")
-    parser.add_argument("--processes", type=int, default=min(MAX_PROCESSES, len(os.sched_getaffinity(0))))
+    parser.add_argument("--processes", type=int, default=min(MAX_PROCESSES, cpu_count()))
     parser.add_argument("--all-methods", action="store_true", help="also SeqKD, GKD, MiniLLM and DistiLLM: minutes more")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     os.chdir(options.output)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         return quickstart(max(1, options.processes), options.all_methods)
     except StepFailed as failure:
         sys.stderr.write(f"\nquickstart: {failure}\n")
         return failure.status or 1
     except UserError as error:
-        sys.stderr.write(f"\nquickstart: {error}\n")
-        return 2
-    except KeyboardInterrupt:
+        return refuse(error)
+    except OSError as error:
+        full = disk_full(error)
+        if full is None:
+            raise
+        return refuse(full)
+    except KeyboardInterrupt as stop:
         sys.stderr.write("\nquickstart: stopped; run it again to continue\n")
-        return 130
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+
+
+def interrupt(number: int, _: object) -> None:
+    """Stop as on Ctrl-C, with the steps that are running."""
+    raise KeyboardInterrupt(number)
+
+
+def refuse(error: UserError) -> int:
+    """One line for what the user can mend; the exit status."""
+    sys.stderr.write(f"\nquickstart: {error}\n")
+    return EXIT_BAD_INPUT
 
 
 def quickstart(processes: int, all_methods: bool) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Callable, Mapping, Sequence
 
 from megatron_kd.data.artefact_folder import write_file
-from megatron_kd.errors import UserError
+from megatron_kd.errors import EXIT_BAD_INPUT, UserError
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 10
@@ -50,16 +50,19 @@ class Step:
 
 
 class StepFailed(UserError):
-    """A step exited with an error; the message holds the end of its log."""
+    """A step exited with an error; the message holds the end of its log, or its last line if it refused its input."""
 
     def __init__(self, step: Step, status: int, log: Path):
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        self.status = status
+        if status == EXIT_BAD_INPUT and tail:
+            super().__init__(f"step '{step.name}' stopped: {tail[-1].strip()} (its log: {log})")
+            return
         super().__init__(
             f"step '{step.name}' failed with exit status {status}. The end of {log}:\n"
             + "\n".join(f"    {line}" for line in tail)
             + f"\nIts command: {' '.join(step.command)}"
         )
-        self.status = status
 
 
 @dataclass

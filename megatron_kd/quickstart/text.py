@@ -16,6 +16,7 @@ import sysconfig
 from pathlib import Path
 from typing import Iterator
 
+from megatron_kd.cli import status_of
 from megatron_kd.data.artefact_folder import write_file
 from megatron_kd.errors import DataError
 
@@ -96,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status_of("quickstart.text", main))

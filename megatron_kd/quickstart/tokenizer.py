@@ -6,6 +6,7 @@
 import sys
 from pathlib import Path
 
+from megatron_kd.cli import status_of
 from megatron_kd.data.tokenization import train_byte_level_bpe
 from megatron_kd.quickstart.text import read_texts
 
@@ -18,4 +19,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status_of("quickstart.tokenizer", main))

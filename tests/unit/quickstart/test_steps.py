@@ -83,13 +83,22 @@ def test_an_interrupted_step_continues_only_if_it_can(tmp_path: Path, resumable:
 
 def test_a_failure_shows_the_log_and_stops_the_others(tmp_path: Path) -> None:
     steps = [python("slow", "time.sleep(60)", tmp_path),
-             python("bad", "[print('line', i) for i in range(100)]; raise SystemExit(2)", tmp_path),
+             python("bad", "[print('line', i) for i in range(100)]; raise SystemExit(3)", tmp_path),
              python("never", "OUT.touch()", tmp_path, needs=("bad",))]
-    with pytest.raises(StepFailed, match="(?s)'bad' failed with exit status 2.*line 99") as failure:
+    with pytest.raises(StepFailed, match="(?s)'bad' failed with exit status 3.*line 99") as failure:
         runner(steps, tmp_path).run()
-    assert failure.value.status == 2 and "line 10\n" not in str(failure.value)
+    assert failure.value.status == 3 and "line 10\n" not in str(failure.value)
     assert "slow-" not in events(tmp_path) and "never+" not in events(tmp_path)
     assert json.loads((tmp_path / "state" / "bad.json").read_text())["seconds"] is None
+
+
+def test_a_step_that_refuses_its_input_is_told_in_one_line(tmp_path: Path) -> None:
+    step = python("bad", "print('half'); print('train: no such dataset'); raise SystemExit(2)", tmp_path)
+    with pytest.raises(StepFailed) as failure:
+        runner([step], tmp_path).run()
+    log = tmp_path / "logs" / "bad.log"
+    assert str(failure.value) == f"step 'bad' stopped: train: no such dataset (its log: {log})"
+    assert failure.value.status == 2
 
 
 def test_a_step_that_leaves_nothing_has_failed(tmp_path: Path) -> None:

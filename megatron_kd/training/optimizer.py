@@ -18,7 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The ``optimizer.*`` keys. Defaults are MiniPLM's (algorithm facts in docs/architecture.md) except the rate."""
+    """The ``optimizer.*`` keys. Defaults are MiniPLM's (arXiv 2410.17215) except the rate."""
 
     lr: float = 1e-3
     min_lr: float | None = None

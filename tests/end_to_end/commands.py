@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -50,6 +51,23 @@ def start(verb: str, *arguments: str, ranks: int = 1, program: Path | None = Non
         start_new_session=True,
         **options,
     )
+
+
+def start_ranks(verb: str, *arguments: str, ranks: int, logs: Path) -> list[subprocess.Popen]:
+    """Start every rank as a process of its own, without torchrun; each writes its stderr to ``logs/stderr-<rank>``."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        variables = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
+                         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+        with open(logs / f"stderr-{rank}", "w") as log:
+            processes.append(subprocess.Popen(
+                [sys.executable, f"tools/{verb}.py", *arguments], cwd=REPOSITORY, env={**environment(), **variables},
+                stdout=subprocess.DEVNULL, stderr=log, start_new_session=True,
+            ))  # fmt: skip
+    return processes
 
 
 def run(

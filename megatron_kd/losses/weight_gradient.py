@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_kd.losses.buffers import allocate
 from megatron_kd.losses.logits import is_narrow, work_dtype
 
+
 @functools.cache
 def fused_kernel() -> ModuleType | None:
     """Apex's fused accumulation kernel, or None where it is not installed."""

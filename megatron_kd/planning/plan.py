@@ -10,8 +10,8 @@ from megatron_kd.planning.config import PlanRunConfig
 from megatron_kd.planning.flops import (
     METHOD_FLOPS,
     difference_sampling_flops,
-    forward_flops,
     formula_text,
+    forward_flops,
     matched_steps,
     training_flops,
 )

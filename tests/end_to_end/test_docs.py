@@ -1,7 +1,6 @@
 """Every command of docs/, in order, in a shell; every configuration of the examples; names, links and line lengths."""
 
 import re
-from pathlib import Path
 
 import pytest
 

@@ -15,6 +15,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_kd.training.optimizer_state import save_state_at_its_place
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -84,7 +86,10 @@ def build_optimizer(
     for group in optimizer.param_groups:  # Megatron-Core leaves this to its own scheduler, which is not used here
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
     for part in optimizer.chained_optimizers:
-        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW):
+        if not isinstance(part, DistributedOptimizer):
+            continue
+        save_state_at_its_place(part)
+        if isinstance(part.optimizer, torch.optim.AdamW):
             use_fused_kernel(part.optimizer)
             make_torch_adam_checkpointable(part)
     return optimizer

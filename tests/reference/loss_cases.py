@@ -25,6 +25,16 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_rever
 MIXTURES = ("0.7*forward_kl+0.3*reverse_kl", "0.5*jsd+0.25*reverse_kl+0.25*tvd")
 TARGETS = ("lm", *DIVERGENCES, *MIXTURES, *SPARSE_TARGET_KINDS)
 IGNORED_LABEL = -100
+KERNEL_SHAPES = {
+    "plain": {},
+    "one token": {"tokens": 1, "unmasked": "all"},
+    "masked": {"unmasked": "none"},
+    "temperature": {"temperature": 2.0, "temperature_squared": True},
+    "softcap, scale and bias": {"softcap": 3.0, "teacher_softcap": 4.0, "scale": 0.8, "bias": True},
+    "ids that only the student has": {"teacher_rows": 64, "teacher_vocab": 61},
+    "ids that only the teacher has": {"rows": 64, "vocab": 61},
+}
+"""What the kernels' tests go through, interpreted and on a GPU."""
 MODES = {"some": 0.7, "all": 1.0, "none": 0.0}
 
 

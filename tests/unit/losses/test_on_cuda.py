@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from megatron_kd.losses import DenseKnowledge, OutputHead, linear_distillation_loss
-from tests.reference.loss_cases import TARGETS, LossCase, assert_agrees, build, on_device, reference, run_fused
+from tests.reference.loss_cases import (
+    KERNEL_SHAPES,
+    TARGETS,
+    LossCase,
+    assert_agrees,
+    build,
+    on_device,
+    reference,
+    run_fused,
+)
 
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU here", allow_module_level=True)
@@ -18,15 +27,6 @@ BACKENDS = [
     "torch",
     pytest.param("triton", marks=pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")),
 ]
-SHAPES = {
-    "plain": {},
-    "one token": {"tokens": 1, "unmasked": "all"},
-    "masked": {"unmasked": "none"},
-    "temperature": {"temperature": 2.0, "temperature_squared": True},
-    "softcap, scale and bias": {"softcap": 3.0, "teacher_softcap": 4.0, "scale": 0.8, "bias": True},
-    "ids that only the student has": {"teacher_rows": 64, "teacher_vocab": 61},
-    "ids that only the teacher has": {"rows": 64, "vocab": 61},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +40,9 @@ def _whole_fp32_products():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", KERNEL_SHAPES)
 def test_matches_the_reference(shape, target, dtype, backend):
-    case = LossCase(target, dtype=dtype, **SHAPES[shape])
+    case = LossCase(target, dtype=dtype, **KERNEL_SHAPES[shape])
     inputs = build(case)
     got = run_fused(case, on_device(inputs, "cuda"), backend=backend)
     got = {key: None if value is None else value.cpu() for key, value in got.items()}

@@ -16,7 +16,15 @@ import torch.distributed as dist
 from megatron_kd.errors import ConfigError
 from megatron_kd.losses import triton_path
 from tests.distributed.ranks import Ranks
-from tests.reference.loss_cases import DIVERGENCES, LossCase, assert_agrees, build, reference, run_fused
+from tests.reference.loss_cases import (
+    DIVERGENCES,
+    KERNEL_SHAPES,
+    LossCase,
+    assert_agrees,
+    build,
+    reference,
+    run_fused,
+)
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
@@ -24,14 +32,8 @@ needs_triton = pytest.mark.skipif(
 )
 
 CASES = {
-    "plain": {},
-    "one token": {"tokens": 1, "unmasked": "all"},
-    "masked": {"unmasked": "none"},
-    "temperature": {"temperature": 2.0, "temperature_squared": True},
-    "softcap, scale and bias": {"softcap": 3.0, "teacher_softcap": 4.0, "scale": 0.8, "bias": True},
-    "ids that only the student has": {"teacher_rows": 64, "teacher_vocab": 61},
+    **KERNEL_SHAPES,
     "softcap and temperature": {"softcap": 3.0, "temperature": 2.0, "teacher_rows": 64, "teacher_vocab": 61},
-    "ids that only the teacher has": {"rows": 64, "vocab": 61},
     "large logits": {"logit_size": 4e3},
     "bf16": {"dtype": torch.bfloat16},
 }

@@ -57,7 +57,7 @@ def build_source(
     Raises:
         LayoutError: the method decodes with a teacher that is laid out otherwise than the student.
     """
-    settings, size = config.distillation, config.training.global_batch_size
+    settings = config.distillation
     if settings.method not in METHODS_WITH_TEXT:
         return DatasetSource()
     writer = TextWriter(
@@ -68,35 +68,7 @@ def build_source(
         seed=config.training.seed,
         device=device,
     )
-    chunks = [unwrap(chunk) for chunk in model]
-    ids = data.vocab_size
-
-    def student(rows: int, length: int) -> Decoder:
-        return Decoder(chunks, groups, rows, length, vocab_size=ids)
-
-    source: BatchSource
-    if settings.method == "gkd":
-        speaker = _teacher_policy(teacher, groups, ids) if settings.gkd.seq_kd else None
-        source = GKDSource(
-            settings.gkd,
-            writer,
-            lambda rows, length: ModelPolicy(student(rows, length)),
-            speaker,
-            seed=config.training.seed,
-            global_batch_size=size,
-        )
-    elif settings.method == "distillm":
-        source = DistiLLMSource(
-            settings.distillm,
-            writer,
-            lambda rows, length: ModelPolicy(student(rows, length)),
-            groups,
-            seed=config.training.seed,
-            global_batch_size=size,
-        )
-    else:
-        policy = _rollout_policy(settings.minillm.teacher_mix, student, teacher, groups, ids)
-        source = MiniLLMSource(settings.minillm, writer, policy, teacher, groups, global_batch_size=size)
+    source = _text_source(config, writer, data.vocab_size, groups, [unwrap(chunk) for chunk in model], teacher)
     if settings.pretraining_weight == 0:
         return source
     reduction = config.training.loss_reduction
@@ -108,6 +80,32 @@ def build_source(
         return main_count(batch, settings.minillm) if settings.method == "minillm" else auxiliary_count(batch)
 
     return PretrainingBeside(source, settings.pretraining_weight, groups, count, auxiliary_count)
+
+
+def _text_source(
+    config: TrainConfig,
+    writer: TextWriter,
+    ids: int,
+    groups: ProcessGroupCollection,
+    chunks: Sequence[torch.nn.Module],
+    teacher: Teacher | None,
+) -> BatchSource:
+    """The batches of generated text; ``ids`` is how many of the vocabulary may be drawn."""
+    settings, size, seed = config.distillation, config.training.global_batch_size, config.training.seed
+
+    def student(rows: int, length: int) -> Decoder:
+        return Decoder(chunks, groups, rows, length, vocab_size=ids)
+
+    def speaks(rows: int, length: int) -> ModelPolicy:
+        return ModelPolicy(student(rows, length))
+
+    if settings.method == "gkd":
+        teacher_speaks = _teacher_policy(teacher, groups, ids) if settings.gkd.seq_kd else None
+        return GKDSource(settings.gkd, writer, speaks, teacher_speaks, seed=seed, global_batch_size=size)
+    if settings.method == "distillm":
+        return DistiLLMSource(settings.distillm, writer, speaks, groups, seed=seed, global_batch_size=size)
+    policy = _rollout_policy(settings.minillm.teacher_mix, student, teacher, groups, ids)
+    return MiniLLMSource(settings.minillm, writer, policy, teacher, groups, global_batch_size=size)
 
 
 def _teacher_decoder(

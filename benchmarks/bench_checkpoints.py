@@ -193,7 +193,7 @@ def main() -> None:
     scale, rounds = (0.02, 1) if options.quick else (options.scale, options.rounds)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         conversion = bench_conversion(Path(name), scale, rounds)
-        save = bench_save(Path(name), rounds, "qwen_toy_student" if options.quick else "qwen_104m")
+        save = bench_save(Path(name), rounds, "qwen_toy_student" if options.quick else "qwen_200m")
     report = {"provenance": provenance(), "conversion": conversion, "save": save}
     sys.stdout.write(json.dumps(report, indent=1) + "\n")
     if options.output is not None:

@@ -6,11 +6,10 @@
     finish()   collective: ``.metadata``, or why it failed
 
 Megatron-Core's own writer loads everything that a rank writes into memory and, in 0.16, hands it to forked processes
-(one that is killed leaves the run waiting for ever). Here torch's writer asks for one tensor at a time, and a tensor
+(one that is killed leaves the run waiting for ever). Here one tensor at a time is asked for (``rank_file.py``), and it
 may be made when it is asked for (conversion from Hugging Face).
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any, Callable
 
@@ -18,15 +17,17 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
 from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StoragePrefix
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_kd.data.checksums import Checksums
+from megatron_kd.models.rank_file import write_rank_file
 
 Resolve = Callable[[WriteItem], torch.Tensor]
 """A tensor of the plan, named by ``item.index`` (key and offset), when it is its turn to be written."""
+Staging = dict[MetadataIndex, torch.Tensor]
+"""Memory for copies, kept from one save to the next: fresh memory costs several times what the copy does."""
 
 
 class ShardedSave(megatron_torch.TorchDistSaveShardedStrategy):
@@ -34,11 +35,12 @@ class ShardedSave(megatron_torch.TorchDistSaveShardedStrategy):
 
     Args:
         resolve: gives the tensors of a state that has only their shapes; None takes them from the state.
+        staging: where ``stage`` copies to; filled at first use.
     """
 
-    def __init__(self, resolve: Resolve | None = None):
+    def __init__(self, resolve: Resolve | None = None, staging: Staging | None = None):
         super().__init__("torch_dist", 1)
-        self._given = resolve
+        self._given, self._staging = resolve, {} if staging is None else staging
         self._writer: FileSystemWriter | None = None
         self._planner: _Planner | None = None
         self._plan: SavePlan | None = None
@@ -46,13 +48,14 @@ class ShardedSave(megatron_torch.TorchDistSaveShardedStrategy):
         self._results: list[WriteResult] = []
         self._checksums = Checksums()
         self._failure: str | None = "it was never written"
+        self._file_name = f"__{dist.get_rank()}_0.distcp"
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
         """Plan who writes what. Megatron-Core calls this; nothing is written yet. Collective over the world."""
         by_key, _, _ = megatron_torch._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         self._planner = _Planner(self._given)
-        self._writer = FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True, thread_count=1)
-        is_main, rank = dist.get_rank() == 0, dist.get_rank()
+        self._writer = FileSystemWriter(checkpoint_dir, sync_files=True)
+        is_main = dist.get_rank() == 0
         self._planner.set_up_planner(megatron_torch.mcore_to_pyt_state_dict(by_key, False), is_coordinator=is_main)
         self._writer.set_up_storage_writer(is_main)
         plan = self._writer.prepare_local_plan(self._planner.create_local_plan())
@@ -60,24 +63,30 @@ class ShardedSave(megatron_torch.TorchDistSaveShardedStrategy):
         dist.gather_object(plan, plans, dst=0)
         if plans is not None:
             _, self._metadata = self._planner.create_global_plan(plans)
-        plan = dataclasses.replace(plan, storage_data=_StoragePrefix(f"__{rank}_"))
         self._plan = self._planner.finish_plan(plan)
 
     def stage(self) -> None:
         """Copy this rank's tensors to memory of their own, in the state of this moment."""
-        copies = {item.index: _copy(self._planner.resolve_data(item)) for item in self._plan.items if _is_tensor(item)}
+        copies, copied = {}, {}
+        for item in self._plan.items:
+            if _is_tensor(item):
+                tensor = self._planner.resolve_data(item).detach()
+                place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+                if place not in copied:  # in fp32 a weight is also the optimizer's: one copy serves both
+                    copied[place] = tensor, _copy(tensor, self._staging, item.index)
+                copies[item.index] = copied[place][1]
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        self._planner.resolve = lambda item: copies.pop(item.index)
+        self._planner.resolve = lambda item: copies[item.index]
 
     def write(self, on_bytes: Callable[[int], object] | None = None) -> None:
         """Write this rank's file, flush it to the disk and compute its checksums. Errors are kept for ``finish``."""
         try:
-            self._planner.on_bytes = on_bytes
             if self._plan.items:
-                self._results = self._writer.write_data(self._plan, self._planner).value()
-            for name in sorted({result.storage_data.relative_path for result in self._results}):
-                self._checksums.add_file(Path(self._writer.path), name)
+                path = Path(self._writer.path) / self._file_name
+                self._results, self._checksums.files[path.name] = write_rank_file(
+                    path, self._plan.items, self._planner, on_bytes
+                )
             self._failure = None
         except BaseException as error:  # noqa: BLE001 - it is raised on every rank by whoever calls finish
             self._failure = f"{type(error).__name__}: {error}"
@@ -114,24 +123,20 @@ class _Planner(megatron_torch.MCoreSavePlanner):
 
     def __init__(self, resolve: Resolve | None):
         super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.resolve, self.on_bytes = resolve, None
+        self.resolve = resolve
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         if self.resolve is None or not _is_tensor(write_item):
             return super().resolve_data(write_item)
-        tensor = self.resolve(write_item)
-        if self.on_bytes is not None:
-            self.on_bytes(tensor.nbytes)
-        return tensor
+        return self.resolve(write_item)
 
 
 def _is_tensor(item: WriteItem) -> bool:
     return item.type != WriteItemType.BYTE_IO
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach()
-    if tensor.device.type == "cpu":
-        return tensor.clone()
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return pinned.copy_(tensor, non_blocking=True)
+def _copy(tensor: torch.Tensor, staging: Staging, index: MetadataIndex) -> torch.Tensor:
+    held = staging.get(index)
+    if held is None or (held.shape, held.dtype) != (tensor.shape, tensor.dtype):
+        held = staging[index] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type != "cpu")
+    return held.copy_(tensor, non_blocking=True)

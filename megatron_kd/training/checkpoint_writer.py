@@ -1,7 +1,7 @@
 """One checkpoint after another into ``checkpoints/``: built under another name, renamed when whole, old ones removed.
 
     begin   plan, and either write at once or copy and write in a thread while training goes on
-    finish  collective: description, rename, ``latest``, retention
+    finish  collective: description, rename, ``latest``, retention (old ones go in a thread too, if the save had one)
 
 A failure in the thread is raised by ``finish``, on every rank; the previous checkpoint is untouched.
 """
@@ -19,7 +19,7 @@ from megatron.core import dist_checkpointing
 from megatron_kd.data.artefact_folder import building, fsync_folder, write_file
 from megatron_kd.data.checksums import Checksums
 from megatron_kd.errors import UserError
-from megatron_kd.models.sharded_save import ShardedSave
+from megatron_kd.models.sharded_save import ShardedSave, Staging
 from megatron_kd.models.weights import LATEST_NAME, checkpoint_folders
 from megatron_kd.models.weights_format import root_cause
 from megatron_kd.parallel.agreement import on_main_rank
@@ -60,6 +60,8 @@ class CheckpointWriter:
     def __init__(self, checkpoints: Path, retention: Retention | None = None):
         self._checkpoints, self._retention = checkpoints, retention or Retention()
         self._open: _Open | None = None
+        self._staging: Staging = {}
+        self._removal: threading.Thread | None = None
 
     @property
     def is_open(self) -> bool:
@@ -78,9 +80,10 @@ class CheckpointWriter:
             UserError: it could not be written; the previous checkpoint is untouched.
         """
         self.finish()
+        self.wait_for_removal()
         final = self._checkpoints / f"step_{step}"
         on_main_rank(lambda: _remove_passed_over(self._checkpoints, step))
-        stack, save = ExitStack(), ShardedSave()
+        stack, save = ExitStack(), ShardedSave(staging=self._staging)
         folder = Path(on_main_rank(lambda: str(stack.enter_context(building(final)))))
         self._open = _Open(final, folder, save, describe, stack)
         try:
@@ -114,13 +117,17 @@ class CheckpointWriter:
         failure = failure or on_main_rank(lambda: now.describe(now.folder, checksums))
         if failure is not None:
             self.abandon()
-            raise UserError(
-                f"checkpoint {now.final} could not be written: {failure}{space_left(self._checkpoints)}"
-            )
+            raise UserError(f"checkpoint {now.final} could not be written: {failure}{space_left(self._checkpoints)}")
         self._open = None
         on_main_rank(now.building.close)
-        on_main_rank(lambda: self._publish(now.final))
+        on_main_rank(lambda: self._publish(now.final, in_background=now.thread is not None))
         return now.final
+
+    def wait_for_removal(self) -> None:
+        """Until the checkpoints that the last one replaced are gone."""
+        if self._removal is not None:
+            self._removal.join()
+            self._removal = None
 
     def abandon(self) -> None:
         """Remove what there is of an open checkpoint. Not collective; for the way out of an error."""
@@ -135,11 +142,19 @@ class CheckpointWriter:
         except _Abandoned:
             pass
 
-    def _publish(self, final: Path) -> None:
+    def _publish(self, final: Path, in_background: bool) -> None:
         write_file(self._checkpoints / LATEST_NAME, final.name + "\n")
         fsync_folder(self._checkpoints)  # before an older one is removed
-        for old in self._retention.removes(checkpoint_folders(self._checkpoints)):
-            shutil.rmtree(old, ignore_errors=True)
+        old = self._retention.removes(checkpoint_folders(self._checkpoints))
+        self._removal = threading.Thread(target=_remove, args=(old,), name="old checkpoints")
+        self._removal.start()
+        if not in_background:
+            self.wait_for_removal()
+
+
+def _remove(folders: list[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Abandoned(Exception):

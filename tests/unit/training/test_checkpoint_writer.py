@@ -27,13 +27,13 @@ def begin(writer, parts, step, in_background=True):
 @pytest.fixture
 def held_back(monkeypatch):
     """Writing waits until it is released."""
-    release, real = threading.Event(), sharded_save.FileSystemWriter.write_data
+    release, real = threading.Event(), sharded_save.write_rank_file
 
-    def write_data(self, *arguments):
+    def write(*arguments):
         release.wait(30)
-        return real(self, *arguments)
+        return real(*arguments)
 
-    monkeypatch.setattr(sharded_save.FileSystemWriter, "write_data", write_data)
+    monkeypatch.setattr(sharded_save, "write_rank_file", write)
     yield release
     release.set()
 
@@ -64,6 +64,7 @@ def test_the_next_save_waits_for_the_one_before(dataset, tmp_path):
         for step in range(1, 7):
             begin(writer, parts, step)
         writer.finish()
+        writer.wait_for_removal()
     assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step_6", "step_5", "step_4", "step_2"]
 
 
@@ -75,7 +76,7 @@ def test_a_failure_in_the_background_comes_up_and_leaves_nothing(dataset, tmp_pa
         parts, writer = TrainingParts(dataset, runtime), CheckpointWriter(tmp_path)
         begin(writer, parts, 1)
         writer.finish()
-        monkeypatch.setattr(sharded_save.FileSystemWriter, "write_data", full)
+        monkeypatch.setattr(sharded_save, "write_rank_file", full)
         begin(writer, parts, 2)
         with pytest.raises(UserError, match="step_2 could not be written: .*No space left on device"):
             writer.finish()

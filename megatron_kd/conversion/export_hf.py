@@ -10,6 +10,8 @@ Without ``verify`` about the largest tensor is in memory at a time, not the mode
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping
@@ -72,9 +74,8 @@ def run(config: ConvertToHFConfig) -> Path:
         info = open_checkpoint(config.input)
         if isinstance(info.source, HFFolder):
             raise CheckpointError(f"{info.path}: is a Hugging Face folder already")
-        info.verify()
         tokenizer = tokenizer_folder(config.tokenizer, info)
-        with building(output) as folder:
+        with building(output) as folder, verified_meanwhile(info):
             precision = info.manifest["precision"]
             shapes = tensors_of(meta_state(info.architecture, precision))
             tensors = stream_tensors(info.path, info.architecture, precision)
@@ -84,6 +85,21 @@ def run(config: ConvertToHFConfig) -> Path:
                 model, _ = load_whole_model(info.path)
                 compare_logits(model, folder, "the exported model's")
     return output
+
+
+@contextmanager
+def verified_meanwhile(info: CheckpointInfo) -> Iterator[None]:
+    """Compare the checksums in a thread while the block reads the same files.
+
+    Raises:
+        CheckpointError: a file is damaged; comes in place of what the damage led to in the block.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        check = pool.submit(info.verify)
+        try:
+            yield
+        finally:
+            check.result()
 
 
 def write_hf_folder(
@@ -152,9 +168,7 @@ def write_settings(
 ) -> None:
     """Everything beside the weights: config.json, generation_config.json, the tokenizer's files, the model card."""
     eos_id, bos_id = manifest.get("eos_id"), manifest.get("bos_id")
-    _write_json(
-        folder / "config.json", hf_config(architecture, str(dtype).removeprefix("torch."), eos_id, bos_id)
-    )
+    _write_json(folder / "config.json", hf_config(architecture, str(dtype).removeprefix("torch."), eos_id, bos_id))
     generation = manifest.get("generation_config") or {
         "bos_token_id": eos_id if bos_id is None else bos_id,
         "eos_token_id": eos_id,

@@ -74,6 +74,8 @@ class Vocabulary(Rename):
         missing = vocab_rows - tensors[0].shape[0]
         if missing < 0:
             raise CheckpointError(f"'{self.hf[0]}' has {tensors[0].shape[0]} rows, more than the model's {vocab_rows}")
+        if missing == 0:
+            return tensors[0]
         padding = tensors[0].new_zeros(missing, *tensors[0].shape[1:])
         return torch.cat([tensors[0], padding], dim=0)
 

@@ -15,9 +15,11 @@ from typing import IO, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from megatron_kd.data.artefact_folder import start_flush
+
 WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
-_ALIGNMENT = 8
+_ALIGNMENT, _FLUSH_BYTES = 8, 64 << 20
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -79,6 +81,7 @@ class SafetensorsWriter:
         self._order = iter([(file, name) for file, names in self._files.items() for name in names])
         self._current: str | None = None
         self._stream: IO[bytes] | None = None
+        self._flushed = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append the next tensor."""
@@ -90,6 +93,11 @@ class SafetensorsWriter:
             self._start(file)
         data = tensor.detach().cpu().contiguous()
         self._stream.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+        written = self._stream.tell()
+        if written - self._flushed >= _FLUSH_BYTES:
+            self._stream.flush()
+            start_flush(self._stream.fileno(), self._flushed, written - self._flushed)
+            self._flushed = written
 
     def __enter__(self) -> "SafetensorsWriter":
         return self
@@ -110,7 +118,7 @@ class SafetensorsWriter:
 
     def _start(self, file: str) -> None:
         self._end()
-        self._current, self._stream = file, open(self._folder / file, "wb")
+        self._current, self._stream, self._flushed = file, open(self._folder / file, "wb"), 0
         self._stream.write(_header(self._specs, self._files[file]))
 
     def _end(self) -> None:

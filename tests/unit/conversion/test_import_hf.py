@@ -170,3 +170,16 @@ def test_no_folder_no_tokenizer_and_an_existing_output(folder, tmp_path):
     (tmp_path / "taken").rmdir()
     (folder / "tokenizer.json").unlink()
     refuse(folder, tmp_path, "tokenizer")
+
+
+@pytest.mark.parametrize("how", ["bit flipped", "truncated"])
+def test_a_damaged_checkpoint_is_not_exported(folder, tmp_path, how):
+    """The checksums are compared while the tensors are read: the error is theirs, whatever the damage led to."""
+    checkpoint = import_folder(folder, tmp_path / "checkpoint", verify=False)
+    file = checkpoint / "__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data if how == "bit flipped" else data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match="is damaged: .*__0_0.distcp"):
+        export_folder(checkpoint, tmp_path / "again", verify=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "hf"]

@@ -1,0 +1,36 @@
+"""The comparison with transformers notices a tensor too few, one too many, and another vocabulary."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_kd.conversion.parity import transformers_model
+from megatron_kd.errors import CheckpointError
+from tests.reference.hf_models import make_hf_folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """One folder with one file."""
+    return make_hf_folder(tmp_path / "hf", "Llama 3.2 tied", shard_size="5GB")
+
+
+def change(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_the_weights_are_those_of_the_file(folder):
+    state, stored = transformers_model(folder).state_dict(), load_file(folder / "model.safetensors")
+    assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
+    assert torch.equal(state["lm_head.weight"], stored["model.embed_tokens.weight"])
+
+
+def test_a_tensor_too_few_and_one_too_many_are_named(folder):
+    change(folder, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(CheckpointError, match=r"misses \['model.norm.weight'\] and does not know \[\]"):
+        transformers_model(folder)
+    change(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(48), "extra": torch.ones(1)}))
+    with pytest.raises(CheckpointError, match=r"misses \[\] and does not know \['extra'\]"):
+        transformers_model(folder)

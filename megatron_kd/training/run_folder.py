@@ -106,15 +106,16 @@ def announce(
     if not runtime.is_main:
         return
     spec = choose_layer_spec(config.model.layer_spec)
+    parts = accelerated.optional_parts(spec, runtime.device)
     start = f", resumed at step {progress.step}" if progress.step else ""
     where = config.teacher.cache_path if config.teacher.placement == "cached" else config.teacher.path
     teacher = f", teacher {config.teacher.placement} {where}" if where else ""
     sys.stderr.write(
         f"train: {config.model.name} ({architecture.parameters:,} parameters, "
         f"{parameter_count(model):,} on this rank), "
-        f"{layout.describe()} on {runtime.device.type}, {spec} layers, {config.training.precision}, "
-        f"{data.num_chunks:,} chunks{teacher}{start}\n"
+        f"{layout.describe()} on {runtime.device.type}, {accelerated.chosen(spec, parts)}, "
+        f"{config.training.precision}, {data.num_chunks:,} chunks{teacher}{start}\n"
     )
-    untried = accelerated.warning(accelerated.parts_in_use(spec, runtime.device))
-    if untried is not None:
-        sys.stderr.write(f"train: {untried}\n")
+    notice = accelerated.notice(parts, runtime.device)
+    if notice is not None:
+        sys.stderr.write(f"train: {notice}\n")

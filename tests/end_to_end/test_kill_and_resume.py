@@ -7,6 +7,7 @@ import os
 import random
 import secrets
 import shutil
+import signal
 import time
 
 import pytest
@@ -57,37 +58,32 @@ def rows_of(folder):
         return 0
 
 
-def wait_for_moment(process, folder, chance):
-    """Until a random moment: within a save three times of four, else between; True if the process still runs."""
-    in_a_save, first, pause = chance.random() < 0.75, rows_of(folder), chance.uniform(0, 0.6)
-    wanted, seen = chance.randint(1, 3), set((folder / "checkpoints").glob("*.tmp-*"))
-    while process.poll() is None:
-        if in_a_save and set((folder / "checkpoints").glob("*.tmp-*")) - seen:
-            break
-        if not in_a_save and rows_of(folder) >= first + wanted:
-            break
-        time.sleep(0.005)
+def unfinished_save(process, folder):
+    """Whether what is on disk tells of a save that this process began and did not finish."""
+    return any((folder / "checkpoints").glob(f"step_*.tmp-{process.pid}-*"))
+
+
+def wait_for_moment(process, folder, in_a_save, chance):
+    """Until a random moment, in a save or anywhere; True if the process still runs."""
+    first, wanted, pause = rows_of(folder), chance.randint(0, 3), chance.uniform(0, 0.6)
+    while process.poll() is None and not (
+        unfinished_save(process, folder) if in_a_save else rows_of(folder) >= first + wanted
+    ):
+        time.sleep(0.002)
     time.sleep(pause / 10 if in_a_save else pause)
     return process.poll() is None
 
 
-def train_under_fire(arguments, folder, kills, chance):
-    """Start and kill until ``kills`` have struck, then let it end; how many struck, and how many of them in a save."""
-    struck = in_a_save = 0
-    while struck < kills:
-        process = start("train", *arguments)
-        try:
-            if not wait_for_moment(process, folder, chance):
-                assert process.returncode == 0, process.stderr.read()
-                break
-            struck += 1
-        finally:
-            kill(process)
-        in_a_save += any((folder / "checkpoints").glob("*.tmp-*"))  # what a writer that was killed leaves behind
-    ended = run("train", *arguments)
-    assert ended.status == 0, ended.stderr
-    assert not any((folder / "checkpoints").glob("*.tmp-*"))
-    return struck, in_a_save
+def strike(arguments, folder, in_a_save, chance):
+    """Start the run and kill it once; whether that found it alive, and whether it found it in a save."""
+    process = start("train", *arguments)
+    try:
+        alive = wait_for_moment(process, folder, in_a_save, chance)
+        assert alive or process.returncode == 0, process.stderr.read()
+    finally:
+        kill(process)
+    struck = process.returncode == -signal.SIGKILL
+    return struck, struck and unfinished_save(process, folder)
 
 
 def check_same_end(ours, reference):
@@ -104,37 +100,41 @@ def check_same_end(ours, reference):
     assert len({row["loss"] for row in expected_rows}) == STEPS, "the comparison needs losses that change"
 
 
-def survive(objective, kills, dataset, teacher, uninterrupted, tmp_path):
+def survive(objective, kills, kills_in_a_save, dataset, teacher, uninterrupted, tmp_path):
+    """Kill runs until so many kills have struck, so many of them in a save; each run must end as the whole one did.
+
+    A run of 8 steps is done after a few kills: another one follows. Starts without a kill are few: a process that
+    ends before its moment is one that had little left to do.
+    """
     seed = int(os.environ.get("KILL_SEED", secrets.randbits(32)))
     print(f"KILL_SEED={seed}")
-    folder = tmp_path / "run"
-    struck, _ = train_under_fire(settings(objective, dataset, teacher, folder), folder, kills, random.Random(seed))
-    assert struck > 0
-    check_same_end(folder, uninterrupted(objective))
+    chance, struck, in_a_save, starts = random.Random(seed), 0, 0, 0
+    while struck < kills or in_a_save < kills_in_a_save:
+        folder = tmp_path / f"run{starts}"
+        arguments = settings(objective, dataset, teacher, folder)
+        for _ in range(4):
+            starts += 1
+            assert starts <= 5 * kills, f"{struck} kills struck, {in_a_save} in a save, of {starts} starts"
+            hit, hit_in_a_save = strike(arguments, folder, chance.random() < 0.75, chance)
+            struck, in_a_save = struck + hit, in_a_save + hit_in_a_save
+            if not hit or (struck >= kills and in_a_save >= kills_in_a_save):
+                break
+        ended = run("train", *arguments)
+        assert ended.status == 0, ended.stderr
+        assert not any((folder / "checkpoints").glob("*.tmp-*")), "what killed writers left is gone"
+        check_same_end(folder, uninterrupted(objective))
+    print(f"{struck} kills in {starts} starts, {in_a_save} of them in a save")
 
 
 @pytest.mark.parametrize("objective", ["lm", pytest.param("vanilla_kd", marks=pytest.mark.slow)])
 def test_two_kills(objective, dataset, teacher, uninterrupted, tmp_path):
-    survive(objective, 2, dataset, teacher, uninterrupted, tmp_path)
+    survive(objective, 2, 1, dataset, teacher, uninterrupted, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["lm", "vanilla_kd"])
 def test_twenty_kills(objective, dataset, teacher, uninterrupted, tmp_path):
-    """A run is done after a few kills, so runs follow one another until twenty have struck."""
-    seed, struck, in_a_save = int(os.environ.get("KILL_SEED", secrets.randbits(32))), 0, 0
-    print(f"KILL_SEED={seed}")
-    chance = random.Random(seed)
-    for number in range(20):
-        folder = tmp_path / f"run{number}"
-        more = train_under_fire(settings(objective, dataset, teacher, folder), folder, 20 - struck, chance)
-        struck, in_a_save = struck + more[0], in_a_save + more[1]
-        check_same_end(folder, uninterrupted(objective))
-        if struck >= 20:
-            print(f"{struck} kills, {in_a_save} of them in a save")
-            assert in_a_save >= 5
-            return
-    raise AssertionError(f"only {struck} kills struck")
+    survive(objective, 20, 5, dataset, teacher, uninterrupted, tmp_path)
 
 
 def test_a_damaged_newest_checkpoint_costs_its_steps_only(dataset, uninterrupted, tmp_path):

@@ -40,11 +40,12 @@ def whole_runs(dataset, tmp_path_factory):
     return folder
 
 
-def half_done(whole, folder):
-    """A copy of a run as it was when its middle checkpoint had been written."""
+def half_done(whole, folder, step=SAVED_AT):
+    """A copy of a run as it was when its checkpoint of ``step`` had been written."""
     copy = shutil.copytree(whole, folder)
-    shutil.rmtree(copy / "checkpoints" / f"step_{STEPS}")
-    (copy / "checkpoints" / "latest").write_text(f"step_{SAVED_AT}\n")
+    for later in range(step + 1, STEPS + 1):
+        shutil.rmtree(copy / "checkpoints" / f"step_{later}", ignore_errors=True)
+    (copy / "checkpoints" / "latest").write_text(f"step_{step}\n")
     return copy
 
 
@@ -62,6 +63,7 @@ def half_done(whole, folder):
         ("TP2 PP2", "DP2", False),
         ("PP2", "PP2 VPP2", False),
         ("DP2 overlapped", "TP1 PP1", False),
+        ("PP2 DP2", "TP1 PP1", False),
     ],
 )
 def test_resumed_under_another_layout(saved, resumed, untied, whole_runs, dataset, tmp_path):
@@ -94,3 +96,40 @@ def test_weights_of_a_checkpoint_are_the_trained_ones_under_overlap(whole_runs, 
     for name, tensor in plain.items():
         torch.testing.assert_close(overlapped[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
     assert any((plain[name] - earlier[name]).abs().max() > 1e-3 for name in plain)
+
+
+EXACT = [
+    "model.name=qwen_toy_reference",
+    "training.global_batch_size=16",  # 96 chunks: an epoch ends after step 6
+    "training.micro_batch_size=4",
+    "training.save_interval=4",
+    "training.keep_checkpoints=9",
+]
+
+
+def assert_same_end(ours, expected):
+    assert [row["loss"] for row in read_metrics(ours)] == [row["loss"] for row in read_metrics(expected)]
+    (_, found, _), (_, weights, _) = load_full_state(ours), load_full_state(expected)
+    for name, tensor in weights.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("layout", ["TP1 PP1", "TP2", "DP2"])
+def test_every_bit_is_the_same_with_a_teacher_beside_it_and_across_an_epoch(layout, dataset, teacher, tmp_path):
+    keys = [*settings(dataset), *EXACT, "distillation.method=vanilla_kd", f"teacher.path={teacher}"]
+    train_in_ranks(layout, [*keys, "teacher.placement=colocated"], tmp_path / "whole")
+    folder = half_done(tmp_path / "whole", tmp_path / "run", 4)
+    train_in_ranks(layout, [*keys, "teacher.placement=colocated"], folder)
+    assert_same_end(folder, tmp_path / "whole")
+
+
+def test_every_bit_is_the_same_after_accumulation_has_changed(dataset, tmp_path):
+    """From step 4 on in micro-batches of 8 instead of 4, and killed in that part too."""
+    keys = [*settings(dataset), *EXACT]
+    train_in_ranks("TP1 PP1", keys, tmp_path / "unchanged")
+    changed = half_done(tmp_path / "unchanged", tmp_path / "changed", 4)
+    train_in_ranks("TP1 PP1", [*keys, "training.micro_batch_size=8"], changed)
+    assert largest_relative_difference(read_metrics(changed), read_metrics(tmp_path / "unchanged"), "loss") < TOLERANCE
+    folder = half_done(changed, tmp_path / "run", 8)
+    train_in_ranks("TP1 PP1", [*keys, "training.micro_batch_size=8"], folder)
+    assert_same_end(folder, changed)

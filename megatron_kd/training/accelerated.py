@@ -23,14 +23,15 @@ class Part:
     is_used: bool
 
 
-def optional_parts(spec: Literal["te", "local"], device: torch.device) -> list[Part]:
-    """Transformer Engine, a FusedAdam, Triton, as a run on ``device`` finds them."""
+def optional_parts(spec: Literal["te", "local"], device: torch.device, loss_backend: str = "auto") -> list[Part]:
+    """Transformer Engine, a FusedAdam, Triton, as a run on ``device`` with ``distillation.loss.backend`` finds them."""
+    picks_triton = device.type == "cuda" and loss_backend == "auto" and use_triton("auto", device)
     library = megatron_optimizer.Adam.__module__.split(".")[0]
     is_fused = library in ("transformer_engine", "apex")
     return [
         Part(LAYERS, _is_installed("transformer_engine"), spec == "te"),
         Part(f"{library if is_fused else 'apex'}'s FusedAdam", is_fused or _is_installed("apex"), is_fused),
-        Part(TRITON, _is_installed("triton"), device.type == "cuda" and use_triton("auto", device)),
+        Part(TRITON, _is_installed("triton"), picks_triton or loss_backend == "triton"),
     ]
 
 

@@ -106,7 +106,7 @@ def announce(
     if not runtime.is_main:
         return
     spec = choose_layer_spec(config.model.layer_spec)
-    parts = accelerated.optional_parts(spec, runtime.device)
+    parts = accelerated.optional_parts(spec, runtime.device, config.distillation.loss.backend)
     start = f", resumed at step {progress.step}" if progress.step else ""
     where = config.teacher.cache_path if config.teacher.placement == "cached" else config.teacher.path
     teacher = f", teacher {config.teacher.placement} {where}" if where else ""

@@ -39,6 +39,16 @@ def test_a_part_that_is_installed_and_not_picked_is_named(machine):
     )
 
 
+def test_the_loss_backend_that_was_asked_for_is_the_one_in_use(machine):
+    machine({"triton"}, triton=True)
+    parts = accelerated.optional_parts("local", CUDA, "torch")
+    assert "Triton kernels installed but not in use" in accelerated.notice(parts, CUDA)
+    machine({"triton"})
+    parts = accelerated.optional_parts("local", CPU, "triton")
+    assert accelerated.chosen("local", parts).endswith("losses in Triton")
+    assert "Triton kernels in use" in accelerated.notice(parts, CPU)
+
+
 def test_nothing_is_said_where_nothing_is_installed(machine):
     machine(set())
     assert accelerated.notice(accelerated.optional_parts("local", CUDA), CUDA) is None

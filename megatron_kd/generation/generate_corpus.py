@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 tools/generate_corpus.py data.path=CORPUS model.path=TEACHER output=GENERATED
 
-Each chunk's first ids are the prompt and the model samples the rest; ``prompt: begin`` starts from the end-of-document
-id instead. Every text has a seed of its own, so the result depends on neither batch size nor layout. What is done
-is kept in ``<output>.parts``; a killed job goes on from there and gives the same bytes.
+Each chunk's first ids are the prompt and the model samples the rest; with ``prompt: begin`` every text begins with one id
+alone, the model's BOS. Every text has a seed of its own, so the result depends on neither batch size nor layout. What is
+done is kept in ``<output>.parts``; a killed job goes on from there and gives the same bytes.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class GenerateCorpusConfig:
     output: str
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     prompt: Literal["chunk", "begin"] = "chunk"
-    """``begin``: every text starts from the end-of-document id alone."""
+    """``begin``: every text starts from one id alone, the model's BOS, or the end-of-document id if it has none."""
     prompt_length: int = 768
     """First ids of a chunk; a shorter chunk is its own prompt."""
     response_length: int = 256
@@ -83,7 +83,7 @@ def run(config: GenerateCorpusConfig) -> Path:
         dataset = ChunkDataset.open(config.data.path)
         loaded = load_for_inference(config.model, config.parallel, dataset, runtime)
         fingerprint = weights_fingerprint(loaded.chunks, loaded.groups.intra_dist_opt)
-        prompts = _prompt_source(config, dataset)
+        prompts = _prompt_source(config, dataset, loaded.info.manifest.get("bos_id"))
         _check_positions(loaded, prompts)
         ingredients = _ingredients(config, dataset, fingerprint, prompts)
         recipe = recipe_of(ingredients)
@@ -96,14 +96,15 @@ def run(config: GenerateCorpusConfig) -> Path:
     return Path(config.output)
 
 
-def _prompt_source(config: GenerateCorpusConfig, dataset: ChunkDataset) -> PromptSource:
+def _prompt_source(config: GenerateCorpusConfig, dataset: ChunkDataset, bos_id: int | None) -> PromptSource:
     if config.num_texts is not None and config.prompt == "chunk" and config.num_texts > dataset.num_chunks:
         raise ConfigError(f"num_texts {config.num_texts} is above the {dataset.num_chunks} chunks of {dataset.path}")
     return PromptSource(
         dataset,
         num_texts=config.num_texts or dataset.num_chunks,
-        prompt_length=config.prompt_length if config.prompt == "chunk" else 0,
+        prompt_length=config.prompt_length,
         response_length=config.response_length,
+        first_id=None if config.prompt == "chunk" else dataset.eos_id if bos_id is None else bos_id,
     )
 
 
@@ -129,6 +130,7 @@ def _ingredients(
         "num_texts": prompts.num_texts,
         "sampling": dataclasses.asdict(config.sampling),
         **{name: getattr(config, name) for name in names},
+        **({} if prompts.first_id is None else {"first_id": prompts.first_id}),
     }
 
 

@@ -25,25 +25,27 @@ class PromptSource:
     Attributes:
         dataset: text n starts as chunk n does.
         num_texts: how many there are.
-        prompt_length: how many ids of the chunk; 0 for the end-of-document id alone.
+        prompt_length: how many ids of the chunk.
         response_length: the most ids that follow.
+        first_id: what every text begins with instead; None begins with chunks.
     """
 
     dataset: ChunkDataset
     num_texts: int
     prompt_length: int
     response_length: int
+    first_id: int | None = None
 
     def prompt(self, number: int) -> np.ndarray:
         """Ids, int64, at least one."""
-        if self.prompt_length == 0:
-            return np.array([self.dataset.eos_id])
+        if self.first_id is not None:
+            return np.array([self.first_id])
         return self.dataset[number][: self.prompt_length]
 
     @property
     def max_length(self) -> int:
         """The most ids of a text, prompt included."""
-        return max(1, self.prompt_length) + self.response_length
+        return (self.prompt_length if self.first_id is None else 1) + self.response_length
 
 
 @torch.no_grad()

@@ -1,11 +1,13 @@
 """The dataset is the same bytes under every layout and batch size, and after a kill; training on it is SeqKD."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.manifest import read_manifest, write_manifest
 from megatron_kd.errors import DataError
 from tests.distributed.ranks import RankError, shared_ranks
 from tests.distributed.training.runs import LAYOUTS, call_verb, make_dataset, train_in_ranks
@@ -131,6 +133,17 @@ def test_text_from_the_beginning(dataset, model, tmp_path):
     assert made.num_chunks == 9 and set(made.lengths) == {19} and set(made.prompt_lengths) == {1}
     assert {made[number][0] for number in range(9)} == {dataset.eos_id}
     assert len({tuple(made[number]) for number in range(9)}) == 9
+
+
+def test_text_from_the_models_own_first_id(dataset, model, tmp_path):
+    """A converted Llama or Mistral has a BOS of its own."""
+    shutil.copytree(model, tmp_path / "with_bos")
+    folder = tmp_path / "with_bos/checkpoints/step_10"
+    manifest, checksums = read_manifest(folder)
+    write_manifest(folder, manifest["kind"], {**manifest, "bos_id": 5}, checksums)
+    keys = ("prompt=begin", "num_texts=3", "prompt_length=40000")
+    made = generate_in("TP1 PP1", dataset, tmp_path / "with_bos", tmp_path / "out", *keys)
+    assert {made[number][0] for number in range(3)} == {5} and set(made.prompt_lengths) == {1}
 
 
 def test_a_text_longer_than_the_model_is_refused(dataset, model, tmp_path):

@@ -71,8 +71,10 @@ class RunCost:
 
     @property
     def flops_per_token(self) -> int:
-        """Of a position of a step, without what depends on the step: generation, but in MiniLLM, which always does."""
+        """Of a position of a step, without the generation."""
         cost = training_flops(self.student_parameters, 1, self.method, self.teacher_parameters)
+        if self.method == "minillm":  # its formula has one of either model for every position
+            cost -= forward_flops(self.student_parameters + self.teacher_parameters, 1)
         if self.has_pretraining:
             cost += training_flops(self.student_parameters, 1)
         if self.pretraining_has_teacher:
@@ -82,9 +84,8 @@ class RunCost:
     def total(self, steps: int, student_texts: int, teacher_texts: int) -> int:
         """Operations of ``steps``, in which so many sequences were written."""
         cost = self.flops_per_token * self.positions * steps
-        if self.method != "minillm":
-            cost += forward_flops(self.student_parameters, self.seq_length * student_texts)
-            cost += forward_flops(self.teacher_parameters, self.seq_length * teacher_texts)
+        cost += forward_flops(self.student_parameters, self.seq_length * student_texts)
+        cost += forward_flops(self.teacher_parameters, self.seq_length * teacher_texts)
         return cost
 
 

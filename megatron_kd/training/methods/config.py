@@ -81,6 +81,8 @@ class MiniLLMConfig:
     """ε of the clipped policy term; None does not clip."""
     length_norm: bool = True
     """Divide the sum of the rewards to come by their number."""
+    inner_epochs: int = 1
+    """How many steps in a row train on the same rollouts (the paper's: 4); each weighs by the policy of then."""
     single_step: bool = True
     """Take the expectation over the next token exactly (the reverse KL of its distribution)."""
     reward_scaling: float = 0.5
@@ -96,6 +98,8 @@ class MiniLLMConfig:
             yield f"'distillation.minillm.teacher_mix' must be in [0, 1), not {self.teacher_mix}"
         if self.clip is not None and self.clip <= 0:
             yield f"'distillation.minillm.clip' must be above 0 or null, not {self.clip}"
+        if self.inner_epochs < 1:
+            yield f"'distillation.minillm.inner_epochs' must be at least 1, not {self.inner_epochs}"
         if self.reward_scaling <= 0 or self.reward_clip <= 0:
             yield "'distillation.minillm.reward_scaling' and '.reward_clip' must be above 0"
         if not 0 <= self.discount <= 1:

@@ -5,7 +5,8 @@
     loss        fused reverse KL with the single-step weights, fused LM loss with the policy gradient's weights,
                 and for the dataset's batches beside them the pre-training loss
 
-A token costs two student forward passes (drawing, training) and two of the teacher (drawing or scoring, training).
+A token costs two student forward passes (drawing, training) and two of the teacher (drawing or scoring, training); with
+``inner_epochs`` the drawing is shared by as many steps.
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ from megatron_kd.teachers.interface import Teacher
 from megatron_kd.training.methods import policy_gradient as pg
 from megatron_kd.training.methods.batches import GeneratedBatch
 from megatron_kd.training.methods.config import MiniLLMConfig
+from megatron_kd.training.methods.kept_rollouts import gathered, kept_in, restored
 from megatron_kd.training.methods.source import Place, StepBatches, TextCounts
 from megatron_kd.training.methods.writer import PolicyMaker, TextWriter
 from megatron_kd.training.objective import MicroBatchLoss, sequence_major
@@ -41,15 +43,20 @@ from megatron_kd.training.objective import MicroBatchLoss, sequence_major
 class RolloutBatch(GeneratedBatch):
     """A generated micro-batch with what its policy gradient is made of (last pipeline stage only).
 
-    ``rewards`` [b, s] are log p - log q of the drawn tokens.
+    ``rewards`` [b, s] are log p - log q of the drawn tokens, by the policy that drew them.
     """
 
     terms: pg.PolicyTerms | None = None
     rewards: Tensor | None = None
 
 
+def _as_rollout(batch: GeneratedBatch, terms: pg.PolicyTerms, rewards: Tensor) -> RolloutBatch:
+    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(GeneratedBatch)}
+    return RolloutBatch(**fields, terms=terms, rewards=rewards)
+
+
 class MiniLLMSource:
-    """Rolls out every step: the policy that is trained is the one that has just spoken."""
+    """Rolls out every step, or every ``inner_epochs`` steps."""
 
     needs_heldout_loss = False
 
@@ -67,17 +74,25 @@ class MiniLLMSource:
         self._teacher, self._groups = teacher, groups
         self._global_batch_size = global_batch_size
         self.counts = TextCounts()
+        self._rollouts: list[GeneratedBatch] | None = None
+        self._kept: dict[str, np.ndarray] | None = None
 
     def batches(self, place: Place, dataset: Sequence[Batch]) -> StepBatches:
         """See :class:`~megatron_kd.training.methods.source.BatchSource`."""
+        if place.position % self._config.inner_epochs == 0 or (self._rollouts is None and self._kept is None):
+            self._rollouts = self._roll_out(place, dataset)
+            if self._config.inner_epochs > 1:
+                self._kept = gathered(self._rollouts, self._groups)
+        elif self._rollouts is None:
+            self._rollouts = restored(self._kept, self._writer, dataset, self._groups)
+        made = self._with_terms(self._rollouts) if is_last_stage(self._groups) else self._rollouts
+        return StepBatches(list(made), {"origin": "mixed" if self._config.teacher_mix else "student"})
+
+    def _roll_out(self, place: Place, dataset: Sequence[Batch]) -> list[GeneratedBatch]:
         self.counts.student += self._global_batch_size
         self.counts.teacher += self._global_batch_size
         made = self._writer.write(self._policy, dataset, place.position, "rollout")
-        if self._config.teacher_mix == 0:
-            made = self._scored(made)
-        if is_last_stage(self._groups):
-            made = self._with_terms(made)
-        return StepBatches(list(made), {"origin": "mixed" if self._config.teacher_mix else "student"})
+        return self._scored(made) if self._config.teacher_mix == 0 else made
 
     def _scored(self, made: Sequence[GeneratedBatch]) -> list[GeneratedBatch]:
         """With the teacher's log-probabilities, by a forward pass over the whole sequences."""
@@ -102,11 +117,7 @@ class MiniLLMSource:
         else:
             terms = self._released_terms(known)
         return [
-            RolloutBatch(
-                **{f.name: getattr(batch, f.name) for f in dataclasses.fields(GeneratedBatch)},
-                terms=term,
-                rewards=pg.rewards(log_p, log_q, mask),
-            )
+            _as_rollout(batch, term, pg.rewards(log_p, log_q, mask))
             for batch, term, (log_p, log_q, _, mask) in zip(made, terms, known)
         ]
 
@@ -133,12 +144,13 @@ class MiniLLMSource:
         """Of no interest."""
 
     def state(self) -> Mapping[str, np.ndarray]:
-        """The counts; rollouts follow from the weights and the position."""
-        return {"texts": np.array([self.counts.student, self.counts.teacher])}
+        """The counts, and rollouts that may be needed again; other ones follow from weights and position."""
+        return {"texts": np.array([self.counts.student, self.counts.teacher]), **(self._kept or {})}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """See :class:`~megatron_kd.training.methods.source.BatchSource`."""
         self.counts = TextCounts(*map(int, state["texts"]))
+        self._rollouts, self._kept = None, kept_in(state)
 
 
 class MiniLLMLoss(MicroBatchLoss):
@@ -161,7 +173,7 @@ class MiniLLMLoss(MicroBatchLoss):
         """See :class:`~megatron_kd.training.objective.MicroBatchLoss`."""
         if not isinstance(batch, RolloutBatch):
             return super().loss_of(batch, model, hidden, knowledge)
-        terms, mask = batch.terms, batch.loss_mask
+        terms, mask = self._terms(batch, model, hidden), batch.loss_mask
         value, coefficient = pg.surrogate(terms.ratio, terms.advantages, self._config.clip)
         policy = self._fused(batch, model, hidden, coefficient, self._policy, None)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._config.single_step):  # main_grad is added to now
@@ -180,6 +192,20 @@ class MiniLLMLoss(MicroBatchLoss):
             "clipped": ((coefficient == 0) & (terms.ratio * terms.advantages != 0)).sum(),
         }
         return loss, main_count(batch, self._config), sums
+
+    def _terms(self, batch: RolloutBatch, model: HiddenStateGPTModel, hidden: Tensor) -> pg.PolicyTerms:
+        """As rolled out; with inner epochs the weights are those of the policy that is trained by now."""
+        if self._config.inner_epochs == 1:
+            return batch.terms
+        with torch.no_grad():
+            result = self._fused(batch, model, hidden, torch.ones_like(batch.loss_mask), self._policy, None)
+        rows, length = batch.tokens.shape
+        log_q = -result.token_lm_losses.view(length, rows).transpose(0, 1)
+        ratio = pg.importance_ratio(
+            log_q, batch.log_probabilities["log_mixed"], batch.loss_mask, self._config.importance
+        )
+        weights = ratio if self._config.variant == "paper" else 1.0
+        return pg.PolicyTerms(ratio, batch.terms.advantages, weights * batch.loss_mask)
 
     def _fused(
         self,

@@ -140,19 +140,26 @@ class TextWriter:
 
 def gather_rows(texts: Texts, micro_batches: int, groups: ProcessGroupCollection) -> Texts:
     """The sequences of all data-parallel ranks, in the order of the global batch. Collective over the dp group."""
+    own = torch.cat([texts.tokens, texts.lengths.unsqueeze(1), texts.prompt_lengths.unsqueeze(1)], dim=1)
+    together = gather_values(own, micro_batches, groups)
+    return Texts(together[:, :-2], together[:, -2], together[:, -1])
+
+
+def gather_values(own: Tensor, micro_batches: int, groups: ProcessGroupCollection) -> Tensor:
+    """Rows [n, k] of all data-parallel ranks, in the order of the global batch. Collective over the dp group."""
     ranks = groups.dp.size()
     if ranks == 1:
-        return texts
-    own = torch.cat([texts.tokens, texts.lengths.unsqueeze(1), texts.prompt_lengths.unsqueeze(1)], dim=1).contiguous()
+        return own
     everyone = [torch.empty_like(own) for _ in range(ranks)]
-    torch.distributed.all_gather(everyone, own, group=groups.dp)
-    rows = len(texts) // micro_batches
-    together = torch.stack([part.view(micro_batches, rows, -1) for part in everyone], dim=1).flatten(0, 2)
-    return Texts(together[:, :-2], together[:, -2], together[:, -1])
+    torch.distributed.all_gather(everyone, own.contiguous(), group=groups.dp)
+    return torch.stack([part.view(micro_batches, -1, own.shape[1]) for part in everyone], dim=1).flatten(0, 2)
 
 
 def own_rows(texts: Texts, micro_batches: int, groups: ProcessGroupCollection) -> Texts:
     """This rank's sequences of a global batch; the inverse of :func:`gather_rows`."""
-    ranks, rank = groups.dp.size(), groups.dp.rank()
-    index = torch.arange(len(texts)).view(micro_batches, ranks, -1)[:, rank].flatten()
-    return texts.rows(index.to(texts.tokens.device))
+    return texts.rows(own_row_numbers(len(texts), micro_batches, groups).to(texts.tokens.device))
+
+
+def own_row_numbers(rows: int, micro_batches: int, groups: ProcessGroupCollection) -> Tensor:
+    """Which rows of a global batch are this rank's."""
+    return torch.arange(rows).view(micro_batches, groups.dp.size(), -1)[:, groups.dp.rank()].flatten()

@@ -6,8 +6,9 @@ import pytest
 
 from megatron_kd.errors import ConfigError
 from megatron_kd.metrics.tracker import read_metrics
+from tests.distributed.fresh_world import run_in_fresh_world
 from tests.distributed.ranks import RankError
-from tests.distributed.training.runs import largest_relative_difference, make_dataset, train_in_ranks
+from tests.distributed.training.runs import largest_relative_difference, make_dataset, train_here, train_in_ranks
 
 TOLERANCE = 2e-4
 COMMON = [
@@ -29,7 +30,11 @@ METHODS = {
         "distillation.pretraining_weight=0.5",
         "training.eval_interval=2",
     ],
-    "minillm": ["distillation.method=minillm", "distillation.pretraining_weight=1"],
+    "minillm": [
+        "distillation.method=minillm",
+        "distillation.pretraining_weight=1",
+        "distillation.minillm.inner_epochs=2",
+    ],
     "minillm released": [
         "distillation.method=minillm",
         "distillation.minillm.variant=released",
@@ -101,6 +106,33 @@ def test_other_layouts_agree_with_one_rank(layout, method, one_rank, dataset, te
     assert_same(steps_of(ours), one_rank(method)[0])
 
 
+REMOTE = {
+    "gkd": ["distillation.method=gkd", "distillation.gkd.student_fraction=0.5"],
+    "distillm": METHODS["distillm"],
+    "minillm released": METHODS["minillm released"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "layout"),
+    [
+        ("gkd", ["parallel.tensor_model_parallel_size=2", "teacher.pipeline_model_parallel_size=2"]),
+        ("distillm", ["parallel.pipeline_model_parallel_size=2", "teacher.tensor_model_parallel_size=2"]),
+        ("minillm released", ["teacher.pipeline_model_parallel_size=2"]),
+    ],
+)
+def test_a_teacher_on_ranks_of_its_own_agrees_with_a_colocated_one(layout, method, dataset, teacher, tmp_path):
+    """Generated text travels to two ranks, the teacher's knowledge comes back to two others; DP2 with MiniLLM."""
+    common = [key for key in settings("gkd", dataset, teacher) if key not in METHODS["gkd"]] + REMOTE[method]
+    expected = steps_of(train_in_ranks("TP1 PP1", common, tmp_path / "colocated"))
+    remote = [*common, "teacher.placement=remote", "teacher.num_ranks=2", *layout, f"output={tmp_path / 'remote'}"]
+    run_in_fresh_world(4, train_here, remote)
+    ours = steps_of(read_metrics(tmp_path / "remote"))
+    assert_same(ours, expected)
+    assert {row["origin"] for row in ours} & {"student", "replay"}
+
+
 @pytest.mark.parametrize("method", ["distillm", "minillm"])
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(method, one_rank, dataset, teacher, tmp_path):
     keys = [*settings(method, dataset, teacher), "training.save_interval=3", "training.keep_checkpoints=null"]
@@ -119,6 +151,8 @@ def test_the_methods_do_what_they_are_named_for(one_rank):
     assert {"student", "replay"} <= {row["origin"] for row in distillm}
     assert all(row["reward"] != 0 and row["pretraining"] > 0 for row in minillm)
     assert read_metrics(one_rank("distillm")[1])[-1]["eval_loss"] > 0
+    rewards = [row["reward"] for row in minillm]
+    assert rewards[::2] == rewards[1::2] and len(set(rewards)) == 3, "two steps on each rollout"
     costs = {name: one_rank(name)[0][-1]["train_flops"] for name in METHODS}
     assert costs["gkd"] < costs["minillm released"] < costs["minillm"]
 
@@ -128,6 +162,7 @@ def test_the_methods_do_what_they_are_named_for(one_rank):
     [
         (["distillation.method=minillm", "teacher.placement=remote"], "token by token"),
         (["distillation.method=distillm"], "data.eval_path"),
+        (["distillation.method=gkd", "distillation.gkd.seq_kd=true", "teacher.placement=remote"], "token by token"),
         (["distillation.method=gkd", "teacher.placement=cached"], "cache knows nothing"),
         (["distillation.method=gkd", "distillation.text.prompt_length=33"], "leaves no room"),
         (["distillation.method=minillm", "distillation.text.sampling.top_k=5"], "must be plain"),

@@ -1,4 +1,4 @@
-"""What a MiniLLM token costs by torch's own counter, against 8 N_s + 4 N_t; sums of a run."""
+"""Sums of a run's cost; what generation costs by torch's own counter (whole methods: tests/distributed/methods)."""
 
 import pytest
 import torch
@@ -13,8 +13,9 @@ def test_sums_of_a_run():
     assert cost.total(5, student_texts=16, teacher_texts=8) == 120 * 64 * 5 + 2 * 10 * 8 * 16 + 2 * 30 * 8 * 8
     minillm = RunCost("minillm", 10, 30, positions=64, seq_length=8)
     assert minillm.total(5, 40, 40) == training_flops(10, 64 * 5, "minillm", 30) == (80 + 120) * 320
+    assert minillm.total(4, 16, 16) == (60 + 60) * 256 + (20 + 60) * 128, "two steps on each rollout"
     beside = RunCost("minillm", 10, 30, 64, 8, has_pretraining=True, pretraining_has_teacher=True)
-    assert beside.flops_per_token == 80 + 120 + 60 + 60
+    assert beside.flops_per_token == 60 + 60 + 60 + 60
     plain = RunCost("none", 10, 0, positions=64, seq_length=8)
     assert plain.total(3, 0, 0) == 60 * 64 * 3
 

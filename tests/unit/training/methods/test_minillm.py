@@ -1,5 +1,6 @@
 """MiniLLM's and GKD's loss and gradients on small vocabularies against float64 autograd on whole logits."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -84,6 +85,28 @@ def test_minillm_against_autograd_on_whole_logits(config):
     assert float(sums["loss"]) == pytest.approx(float(expected), rel=1e-9)
     assert int(count) == ROWS and int(sums["tokens"]) == int(case.mask.sum())
     assert config.clip is None or 0 < int(sums["clipped"]) < int(case.mask.sum())
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_a_later_inner_epoch_weighs_by_the_policy_of_then(variant):
+    """The policy moves between the rollout and the loss: ratios are of the new one, advantages of the old."""
+    config = MiniLLMConfig(inner_epochs=2, variant=variant)
+    case = Case()
+    batch, drawn = case.rollout(config)
+    batch = dataclasses.replace(batch, log_probabilities={"log_mixed": drawn})
+    with torch.no_grad():
+        case.hidden += 0.3 * torch.randn(case.hidden.shape, generator=torch.Generator().manual_seed(1))
+    loss, _, _ = minillm_loss(config).loss_of(batch, case.model, case.hidden, case.knowledge)
+    ours = case.gradients(loss)
+    log_q, log_p = case.log_probabilities()
+    ratio, advantages = (case.of_labels(log_q) - drawn).exp(), batch.terms.advantages
+    policy = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    weights = ratio.detach() if variant == "paper" else 1.0
+    kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+    expected = ((weights * kl - policy) * case.mask).sum()
+    for mine, theirs in zip(ours, case.gradients(expected), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-6)
+    assert (batch.terms.ratio - ratio)[case.mask > 0].abs().max() > 0.05
 
 
 def test_a_single_step_that_is_left_out_adds_nothing_to_main_grad():

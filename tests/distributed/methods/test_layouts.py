@@ -133,14 +133,14 @@ def test_a_teacher_on_ranks_of_its_own_agrees_with_a_colocated_one(layout, metho
     assert {row["origin"] for row in ours} & {"student", "replay"}
 
 
-@pytest.mark.parametrize("method", ["distillm", "minillm"])
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(method, one_rank, dataset, teacher, tmp_path):
+@pytest.mark.parametrize(("method", "layout"), [("gkd", "TP1 PP1"), ("distillm", "DP2"), ("minillm", "TP2")])
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(method, layout, one_rank, dataset, teacher, tmp_path):
     keys = [*settings(method, dataset, teacher), "training.save_interval=3", "training.keep_checkpoints=null"]
     whole, _ = one_rank(method)
     train_in_ranks("TP1 PP1", keys, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/step_6")
     (tmp_path / "run/checkpoints/latest").write_text("step_3\n")
-    again = steps_of(train_in_ranks("DP2" if method == "distillm" else "TP2", keys, tmp_path / "run"))
+    again = steps_of(train_in_ranks(layout, keys, tmp_path / "run"))
     assert_same(again, whole)
 
 

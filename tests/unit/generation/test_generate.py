@@ -161,3 +161,25 @@ def test_mixed_policy_draws_from_the_mixture():
         for name, values in (("log_q", log_q), ("log_p", log_p), ("log_mixed", expected)):
             recorded = made.log_probabilities[name][row, start:]
             torch.testing.assert_close(recorded, values[row, start - 1 :], atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_ids_that_a_side_lacks_are_never_drawn():
+    """A teacher with fewer ids than the student, and a tokenizer with fewer than either."""
+    prompts = prompts_of([5] * 6)
+    with distributed_runtime(), torch.no_grad():
+        student = tiny_model(seed=1)
+        teacher = tiny_model(dataclasses.replace(TINY, vocab_size=20), seed=2)
+        teacher.pg_collection = student.pg_collection
+        for vocab_size, ids in ((None, 20), (9, 9)):
+            decoders = [Decoder([model], student.pg_collection, 6, 40, vocab_size) for model in (student, teacher)]
+            policy = MixedPolicy(*decoders, alpha=0.3)
+            with policy.decoding():
+                made = policy.next_token(torch.tensor([[1, 2, 3]] * 6))
+            for values in (made.logits, *made.log_probabilities):
+                assert values.shape == (6, ids)
+                torch.testing.assert_close(values.exp().sum(1), torch.ones(6))
+        prompts = [prompt % 9 for prompt in prompts]
+        decoder = Decoder([student], student.pg_collection, 6, 40, vocab_size=9)
+        seeds = np.arange(6, dtype=np.uint64)
+        made = generate(ModelPolicy(decoder), prompts, seeds, max_length=40, eos_id=None, pad_id=0)
+    assert made.tokens.max() == 8

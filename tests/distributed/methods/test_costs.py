@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_kd.data.chunk_dataset import write_chunk_dataset
+from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.metrics.tracker import read_metrics
 from tests.distributed.ranks import shared_ranks

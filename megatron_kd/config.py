@@ -6,8 +6,8 @@ key and type and raises one :class:`~megatron_kd.errors.ConfigError` that lists 
 from another one: ``base: other.yaml`` (relative to the file) is loaded first and the file's keys are laid over it.
 
 A dataclass may define ``validate(self) -> Iterable[str]``: it yields one message per fault in its values. One that sets
-``READS_A_PART = True`` reads some keys of a file that belongs to another verb: it skips the others, unless they look like
-one of its own misspelt.
+``READS_A_PART = True`` reads some keys of a file that belongs to another verb: it skips the others, unless they look
+like one of its own misspelt.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """The mapping table of Llama-like decoders: which mcore tensor holds which Hugging Face tensors.
 
 Qwen1.5, Qwen2, Qwen2.5, Qwen3, Llama and Mistral have the same tensors under the same names; they differ in a bias on
-Q, K and V, norms on Q and K, and whether the output layer is the embedding: what ``families.py`` reads from config.json.
+Q, K and V, norms on Q and K, and whether the output layer is the embedding: ``families.py`` reads it from config.json.
 """
 
 from typing import Any, Mapping

@@ -2,12 +2,13 @@
 
     torchrun --nproc-per-node 2 tools/generate_corpus.py data.path=CORPUS model.path=TEACHER output=GENERATED
 
-Each chunk's first ids are the prompt and the model samples the rest; with ``prompt: begin`` every text begins with one id
-alone, the model's BOS. Every text has a seed of its own, so the result depends on neither batch size nor layout. What is
-done is kept in ``<output>.parts``; a killed job goes on from there and gives the same bytes.
+Each chunk's first ids are the prompt and the model samples the rest; with ``prompt: begin`` every text begins with one
+id alone, the model's BOS. Every text has a seed of its own, so the result depends on neither batch size nor layout.
+What is done is kept in ``<output>.parts``; a killed job goes on from there and gives the same bytes.
 """
 
 import dataclasses
+import functools
 import sys
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -164,7 +165,7 @@ def _generate_missing(
                 device=runtime.device,
                 on_texts=bar.update,
             )
-            on_main_rank(lambda: parts.save(number, part))
+            on_main_rank(functools.partial(parts.save, number, part))
 
 
 def _write(

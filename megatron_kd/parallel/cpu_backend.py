@@ -2,9 +2,9 @@
 
 ``install()`` replaces, in this process, the few things that Megatron-Core reaches for: ``torch.cuda.current_device``,
 streams and synchronisation, ``device="cuda"`` in tensor factories, ``.cuda()`` methods, CUDA random-number state, and
-``tensor.type()`` names that its optimizer and gradient clipping compare with ``torch.cuda.*``. Collectives over a single
-rank, which Megatron-Core calls too, become no-ops. It refuses to run where CUDA is available. Nothing else in the
-package depends on it; on a GPU machine it is never called.
+``tensor.type()`` names that its optimizer and gradient clipping compare with ``torch.cuda.*``. Collectives over a
+single rank, which Megatron-Core calls too, become no-ops. It refuses to run where CUDA is available. Nothing else in
+the package depends on it; on a GPU machine it is never called.
 """
 
 import contextlib

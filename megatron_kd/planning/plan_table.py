@@ -64,7 +64,8 @@ def _budgets(plan: Plan) -> list[str]:
         printed = [f"{b.paper.formula:,}", f"{b.paper.printed:,}", f"{b.paper.deviation:+.1%}"] if b.paper else [""] * 3
         name = f"{b.method} ({SAME_COST})" if b.method == "none" else b.method
         rows.append([name, b.formula, f"{b.flops_per_token:.4g}", f"{b.steps:,}", *printed])
-    columns = ["equal training FLOPs", "formula", "FLOPs/token", "steps", "paper's formula", "paper prints", "deviation"]
+    columns = ["equal training FLOPs", "formula", "FLOPs/token", "steps", "paper's formula", "paper prints",
+               "deviation"]
     lines = table(columns, rows)
     lines.append("N_s, N_t: all parameters of student and teacher; a forward pass is 2 N a token, with backward 6 N")
     if any(b.method in WRITING_METHODS for b in plan.budgets):
@@ -83,8 +84,9 @@ def _memory(plan: Plan) -> list[str]:
         lines.append(f"the teacher's head on the student's last stage: +{plan.head_share:.0%} of the student's FLOPs")
     if plan.remote is not None:
         r = plan.remote
-        lines.append(f"remote teacher: {r.teacher_share:.0%} of the FLOPs on {r.teacher_ranks} of {r.num_gpus} GPUs, so "
-                     f"a step takes {r.busy:.2f} x as long as work spread evenly; {r.balanced_ranks} would balance it")
+        lines.append(f"remote teacher: {r.teacher_share:.0%} of the FLOPs on {r.teacher_ranks} of {r.num_gpus} GPUs, "
+                     f"so a step takes {r.busy:.2f} x as long as work spread evenly; "
+                     f"{r.balanced_ranks} would balance it")
     return lines
 
 
@@ -145,7 +147,8 @@ def step_time(plan: Plan) -> str:
     best = plan.recommendation.candidate
     effective = plan.assumptions["mfu"] * best.compute_seconds / best.seconds
     return (f"a step: {best.compute_seconds * 1e3:.1f} ms at the stated MFU, {best.bubble_seconds * 1e3:.1f} ms "
-            f"bubble, {best.exposed_seconds * 1e3:.1f} ms communication that nothing hides: {effective:.1%} MFU in effect")
+            f"bubble, {best.exposed_seconds * 1e3:.1f} ms communication that nothing hides: "
+            f"{effective:.1%} MFU in effect")
 
 
 def _paper(plan: Plan) -> list[str]:

@@ -104,9 +104,10 @@ def candidates(config: PlanRunConfig, setting: Setting, teacher_is_colocated: bo
             for micro_batch_size in MICRO_BATCHES:
                 try:
                     layout = _layout(tensor, split, config.plan.num_gpus)
-                    tried.append(evaluate_layout(config, setting, layout, split, micro_batch_size, teacher_is_colocated))
+                    found = evaluate_layout(config, setting, layout, split, micro_batch_size, teacher_is_colocated)
                 except LayoutError:
                     continue
+                tried.append(found)
             fitting = [candidate for candidate in tried if candidate.memory.total <= limit]
             if fitting:
                 yield simplest(fitting)

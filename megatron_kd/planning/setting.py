@@ -1,4 +1,4 @@
-"""What is planned: models, where the teacher runs, layouts and sizes, from a configuration; checked as training does."""
+"""What is planned: models, the teacher's place, layouts and sizes, from a configuration; checked as training does."""
 
 from dataclasses import dataclass
 from typing import Any

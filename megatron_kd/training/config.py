@@ -114,8 +114,8 @@ class TrainConfig:
             )
         if self.metrics.kd_lm_gradient_ratio_interval is not None and not self.distillation.mixes_two_terms:
             yield (
-                "'metrics.kd_lm_gradient_ratio_interval' needs a loss of an LM and a distillation term: vanilla_kd, gkd "
-                "or distillm with 'distillation.kd_ratio' between 0 and 1, and no 'distillation.pretraining_weight'"
+                "'metrics.kd_lm_gradient_ratio_interval' needs a loss of an LM and a distillation term: vanilla_kd, "
+                "gkd or distillm with 'distillation.kd_ratio' between 0 and 1, and no 'distillation.pretraining_weight'"
             )
         if self.distillation.method == "distillm":
             if self.data.eval_path is None:
@@ -129,8 +129,8 @@ class TrainConfig:
     def _cached_faults(self) -> Iterator[str]:
         if self.data.is_blend:
             yield (
-                "'data.path' blends datasets, but 'teacher.placement' cached covers one dataset: train on one, or use a "
-                "colocated or remote teacher"
+                "'data.path' blends datasets, but 'teacher.placement' cached covers one dataset: train on one, or use "
+                "a colocated or remote teacher"
             )
         if self.distillation.method not in ("none", "vanilla_kd"):
             yield (

@@ -1,7 +1,7 @@
 """How much of a step's gradient is the distillation term's: its norm over that of the LM term.
 
-Gradients are linear in the loss, so a pass with the LM term alone is enough: what a step's own gradient has beyond it is
-the distillation term's. The teacher is asked once, as in any step, and the step's gradient keeps its bits.
+Gradients are linear in the loss, so a pass with the LM term alone is enough: what a step's own gradient has beyond it
+is the distillation term's. The teacher is asked once, as in any step, and the step's gradient keeps its bits.
 """
 
 import math

@@ -104,7 +104,8 @@ def set_learning_rate(optimizer: ChainedOptimizer, rate: float) -> None:
 def clipped_step(optimizer: ChainedOptimizer, gradient_norm: float, max_norm: float) -> None:
     """Scale the prepared gradients to at most ``max_norm`` and update the weights.
 
-    Megatron-Core's own scaling makes a scaled copy of every gradient first where Transformer Engine and Apex are absent.
+    Megatron-Core's own scaling makes a scaled copy of every gradient first where Transformer Engine and Apex are
+    absent.
     """
     scale = max_norm / (gradient_norm + 1e-6)
     if 0 < scale < 1:

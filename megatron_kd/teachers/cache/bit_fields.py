@@ -2,8 +2,8 @@
 
 A field of ``width`` bits is cut into planes by the binary digits of its width, the widest first: 18 bits are a plane of
 16 and one of 2, 6 bits one of 4 and one of 2. The first plane holds the lowest bits. A plane of 16 or 8 bits is an
-array of little-endian integers; in one of 4, 2 or 1 bits the first value is in the lowest bits of its byte. Every plane ends
-on a whole byte.
+array of little-endian integers; in one of 4, 2 or 1 bits the first value is in the lowest bits of its byte. Every plane
+ends on a whole byte.
 """
 
 import functools

@@ -84,9 +84,9 @@ def paper_gradient_by_enumeration(
 
 
 def released_advantages(
-    rewards: list[list[float]], scaling: float, limit: float, discount: float, places: int
+    rewards: list[list[float]], scaling: float, limit: float, discount: float, places: list[int]
 ) -> list[list[float]]:
-    """Scaled, clipped, discounted, divided by what is left, whitened with every row padded by zeros to ``places``."""
+    """Scaled, clipped, discounted, divided by what is left, whitened with each row padded by zeros to its ``places``."""
     rows = []
     for row in rewards:
         scaled = [max(-limit, min(limit, value / scaling)) for value in row]
@@ -94,7 +94,7 @@ def released_advantages(
         rows.append([
             sum(discount ** (k - t) * scaled[k] for k in range(t, length)) / (length - t) for t in range(length)
         ])  # fmt: skip
-    padded = [value for row in rows for value in row + [0.0] * (places - len(row))]
+    padded = [value for row, n in zip(rows, places) for value in row + [0.0] * (n - len(row))]
     mean = sum(padded) / len(padded)
     variance = sum((value - mean) ** 2 for value in padded) / len(padded)
     return [[(value - mean) / math.sqrt(variance + 1e-8) for value in row] for row in rows]

@@ -16,12 +16,15 @@ from megatron_kd.training.methods.writer import TextWriter, gather_rows, gather_
 RECORDED = ("log_q", "log_p", "log_mixed")
 _TEXTS = ("tokens", "lengths", "prompt_lengths")
 _PREFIX = "rollout_"
+_BLOCK = _PREFIX + "block"
 
 
-def gathered(made: Sequence[GeneratedBatch], groups: ProcessGroupCollection) -> dict[str, np.ndarray]:
-    """The rollouts of all ranks, the same on every one. Collective over the model's ranks."""
+def gathered(made: Sequence[GeneratedBatch], block: int, groups: ProcessGroupCollection) -> dict[str, np.ndarray]:
+    """The rollouts of all ranks, the same on every one, and which steps they are for. Collective over the model's
+    ranks."""
     texts = gather_rows(Texts.joined([batch.texts for batch in made]), len(made), groups)
-    arrays = {_PREFIX + name: getattr(texts, name).int().cpu().numpy() for name in _TEXTS}
+    arrays = {_BLOCK: np.array(block)}
+    arrays |= {_PREFIX + name: getattr(texts, name).int().cpu().numpy() for name in _TEXTS}
     for name in RECORDED:
         values = gather_values(_recorded(made, name, groups), len(made), groups)
         arrays[_PREFIX + name] = values.cpu().numpy()
@@ -60,3 +63,8 @@ def restored(
 def kept_in(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
     """The rollouts in a checkpoint's state, if there are any."""
     return {name: values for name, values in state.items() if name.startswith(_PREFIX)} or None
+
+
+def block_of(arrays: Mapping[str, np.ndarray] | None) -> int | None:
+    """Which steps kept rollouts are for; None without any."""
+    return None if arrays is None else int(arrays[_BLOCK])

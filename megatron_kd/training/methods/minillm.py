@@ -33,7 +33,7 @@ from megatron_kd.teachers.interface import Teacher
 from megatron_kd.training.methods import policy_gradient as pg
 from megatron_kd.training.methods.batches import GeneratedBatch
 from megatron_kd.training.methods.config import MiniLLMConfig
-from megatron_kd.training.methods.kept_rollouts import gathered, kept_in, restored
+from megatron_kd.training.methods.kept_rollouts import block_of, gathered, kept_in, restored
 from megatron_kd.training.methods.source import Place, StepBatches, TextCounts
 from megatron_kd.training.methods.writer import PolicyMaker, TextWriter
 from megatron_kd.training.objective import MicroBatchLoss, sequence_major
@@ -56,7 +56,7 @@ def _as_rollout(batch: GeneratedBatch, terms: pg.PolicyTerms, rewards: Tensor) -
 
 
 class MiniLLMSource:
-    """Rolls out every step, or every ``inner_epochs`` steps."""
+    """Rolls out every step, or once for every block of ``inner_epochs`` global batches."""
 
     needs_heldout_loss = False
 
@@ -76,13 +76,15 @@ class MiniLLMSource:
         self.counts = TextCounts()
         self._rollouts: list[GeneratedBatch] | None = None
         self._kept: dict[str, np.ndarray] | None = None
+        self._block: int | None = None
 
     def batches(self, place: Place, dataset: Sequence[Batch]) -> StepBatches:
         """See :class:`~megatron_kd.training.methods.source.BatchSource`."""
-        if place.position % self._config.inner_epochs == 0 or (self._rollouts is None and self._kept is None):
-            self._rollouts = self._roll_out(place, dataset)
+        block = place.position // self._config.inner_epochs
+        if block != self._block:
+            self._rollouts, self._block = self._roll_out(place, dataset), block
             if self._config.inner_epochs > 1:
-                self._kept = gathered(self._rollouts, self._groups)
+                self._kept = gathered(self._rollouts, block, self._groups)
         elif self._rollouts is None:
             self._rollouts = restored(self._kept, self._writer, dataset, self._groups)
         made = self._with_terms(self._rollouts) if is_last_stage(self._groups) else self._rollouts
@@ -115,18 +117,20 @@ class MiniLLMSource:
         if self._config.variant == "paper":
             terms = [pg.paper_terms(*values, self._config) for values in known]
         else:
-            terms = self._released_terms(known)
+            terms = self._released_terms(made, known)
         return [
             _as_rollout(batch, term, pg.rewards(log_p, log_q, mask))
             for batch, term, (log_p, log_q, _, mask) in zip(made, terms, known)
         ]
 
-    def _released_terms(self, known: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> list[pg.PolicyTerms]:
+    def _released_terms(
+        self, made: Sequence[GeneratedBatch], known: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]
+    ) -> list[pg.PolicyTerms]:
         """Advantages whitened over the global batch, the places after a response's end among them."""
         advantages = [pg.released_rewards_to_come(p, q, mask, self._config) for p, q, _, mask in known]
         sums, places = torch.zeros(2, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        for values, (*_, mask) in zip(advantages, known):
-            part, count = pg.moments(values, mask, len(mask) * self._writer.response_window)
+        for values, batch in zip(advantages, made):
+            part, count = pg.moments(values, batch.loss_mask, self._writer.response_places(batch.texts))
             sums, places = sums + part.cpu(), places + count
         together = torch.cat([sums, places.unsqueeze(0)]).to(known[0][0].device)
         together = sum_over_group(together, self._groups.dp)
@@ -151,6 +155,7 @@ class MiniLLMSource:
         """See :class:`~megatron_kd.training.methods.source.BatchSource`."""
         self.counts = TextCounts(*map(int, state["texts"]))
         self._rollouts, self._kept = None, kept_in(state)
+        self._block = block_of(self._kept)
 
 
 class MiniLLMLoss(MicroBatchLoss):

@@ -59,10 +59,9 @@ class TextWriter:
         """Fills what is right of a sequence."""
         return self._dataset.pad_id
 
-    @property
-    def response_window(self) -> int:
-        """Places that a response can have."""
-        return max(1, self._limit(self._config.prompt_length) - self._config.prompt_length)
+    def response_places(self, texts: Texts) -> int:
+        """Places that the responses to these prompts can have together, however long they have become."""
+        return sum(self._limit(length) - length for length in texts.prompt_lengths.tolist())
 
     def write(
         self, policy: PolicyMaker, batches: Sequence[Batch], global_batch: int, stream: str
@@ -74,7 +73,7 @@ class TextWriter:
             stream: what the text is for.
         """
         chunks = torch.cat([batch.chunk_indices for batch in batches]).cpu().numpy()
-        prompts = [self._prompt(int(chunk)) for chunk in chunks]
+        prompts = self._prompts(chunks)
         seeds = sequence_seeds(self._seed, stream, self._row_numbers(batches, global_batch))
         parts, records = [], []
         for start in range(0, len(prompts), self._config.rows):
@@ -127,9 +126,11 @@ class TextWriter:
         response = self._config.response_length
         return self._width if response is None else min(self._width, prompt_length + response)
 
-    def _prompt(self, chunk: int) -> np.ndarray:
+    def _prompts(self, chunks: np.ndarray) -> list[np.ndarray]:
+        """What each chunk begins with: its own prompt, or its first ids where it has none."""
         own = self._dataset.prompt_lengths
-        return self._dataset[chunk][: self._config.prompt_length if own is None else max(1, int(own[chunk]))]
+        lengths = np.zeros_like(chunks) if own is None else own[chunks]
+        return [self._dataset[int(c)][: int(n) or self._config.prompt_length] for c, n in zip(chunks, lengths)]
 
     def _row_numbers(self, batches: Sequence[Batch], global_batch: int) -> np.ndarray:
         """Number in the run of every row of this rank: micro-batch i of rank r starts at row (i · ranks + r) · b."""

@@ -76,7 +76,7 @@ def test_released_advantages_against_the_written_out_formula():
     sums, count = pg.moments(values, mask, 3 * places)
     ours = pg.whitened(values, *pg.mean_and_variance(sums, count)) * mask
     rewards = [(log_p - log_q)[row, start : start + n].tolist() for row, n in enumerate(lengths)]
-    expected = naive.released_advantages(rewards, 0.5, 1.5, 0.9, places)
+    expected = naive.released_advantages(rewards, 0.5, 1.5, 0.9, [places] * 3)
     for row, length in enumerate(lengths):
         torch.testing.assert_close(
             ours[row, start : start + length], torch.tensor(expected[row], dtype=torch.float64), atol=1e-9, rtol=1e-9

@@ -34,8 +34,8 @@ def checkpoint_to_resume(
 
     Raises:
         ConfigError: ``output`` is something else than a folder.
-        CheckpointError: the run was made with another tokenizer, dataset, order, batch size or model, or all are
-            damaged.
+        CheckpointError: the run was made with another tokenizer, dataset, order, batch size, method or model, or
+            all are damaged.
     """
     folder = Path(config.output)
     refuse_what_is_no_folder(folder)
@@ -46,6 +46,7 @@ def checkpoint_to_resume(
     before = info.manifest["config"]
     pairs = [
         ("data.shuffle", before["data"]["shuffle"], config.data.shuffle),
+        ("distillation.method", before["distillation"]["method"], config.distillation.method),
         ("sequence length", info.manifest["seq_length"], config.data.seq_length or data.seq_length),
     ]
     pairs += [

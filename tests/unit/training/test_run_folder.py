@@ -59,6 +59,10 @@ def test_the_same_settings_go_on(dataset, run_folder, tmp_path):
         ({"training": {"global_batch_size": 8}}, "training.global_batch_size 4 where 8"),
         ({"data": {"path": "x", "shuffle": False}}, "data.shuffle True where False"),
         ({"data": {"path": "x", "seq_length": 40}}, "sequence length 32 where 40"),
+        (
+            {"distillation": {"method": "gkd"}, "teacher": {"placement": "colocated", "path": "t"}},
+            "distillation.method none where gkd is asked for",
+        ),
     ],
 )
 def test_other_settings_are_refused(dataset, run_folder, keys, message):

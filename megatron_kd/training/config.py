@@ -98,8 +98,7 @@ class TrainConfig:
             yield f"'distillation.method' {self.distillation.method} needs 'teacher.placement' (colocated) and its path"
         if self.teacher.placement == "cached":
             yield from self._cached_faults()
-        own = "forward_kl" if self.distillation.method in ("none", "vanilla_kd") else f"of {self.distillation.method}"
-        divergence = self.distillation.divergence or own
+        divergence = self._divergence
         if self.teacher.payload != "hidden" and divergence != "forward_kl":
             yield (
                 f"'distillation.divergence' {divergence} needs the teacher's whole distribution, 'teacher.payload' "
@@ -125,6 +124,14 @@ class TrainConfig:
                     f"'distillation.distillm.replay_capacity' {self.distillation.distillm.replay_capacity} is below "
                     f"'training.global_batch_size' {self.training.global_batch_size}"
                 )
+
+    @property
+    def _divergence(self) -> str:
+        """What the teacher's distribution is for, by name; MiniLLM's is never forward_kl alone."""
+        method, asked = self.distillation.method, self.distillation.divergence
+        if method == "minillm":
+            return "of minillm"
+        return asked or ("forward_kl" if method in ("none", "vanilla_kd") else f"of {method}")
 
     def _cached_faults(self) -> Iterator[str]:
         if self.data.is_blend:

@@ -103,6 +103,15 @@ class DistillationConfig:
             yield "'distillation.pretraining_weight' is for methods that train on generated text"
         if self.method == "minillm" and not self.text.sampling.is_plain:
             yield "'distillation.text.sampling' must be plain in minillm, whose weights are of the models' own ratios"
+        if self.method == "minillm" and self.pretraining_weight == 0 and self._differs_from_defaults_of_the_loss:
+            yield (
+                "'distillation.kd_ratio', 'divergence' and 'temperature' are those of the pre-training loss in minillm: "
+                "set 'distillation.pretraining_weight' too, or leave them out"
+            )
+
+    @property
+    def _differs_from_defaults_of_the_loss(self) -> bool:
+        return self.kd_ratio is not None or self.divergence is not None or self.temperature != 1.0
 
     @property
     def mixes_two_terms(self) -> bool:

@@ -158,7 +158,8 @@ def test_defaults_of_the_methods():
     assert (made["vanilla_kd"].lm_weight, made["gkd"].lm_weight, made["distillm"].lm_weight) == (0.5, 0.0, 0.0)
     names = {name: type(objective.divergence).__name__ for name, objective in made.items()}
     assert names == {"vanilla_kd": "ForwardKL", "gkd": "JensenShannon", "distillm": "SkewReverseKL"}
-    minillm = build_objective(from_mapping(DistillationConfig, {"method": "minillm", "kd_ratio": 0.5}, "test"))
+    keys = {"method": "minillm", "kd_ratio": 0.5, "pretraining_weight": 1.0}
+    minillm = build_objective(from_mapping(DistillationConfig, keys, "test"))
     assert (minillm.lm_weight, minillm.kd_weight) == (0.5, 0.5)
 
 

@@ -1,4 +1,8 @@
-"""What a run of each method costs by torch's own counter, against the formula that its log and its budget go by."""
+"""What a run of each method costs by torch's own counter, against the formula that its log and its budget go by.
+
+What the formula leaves out is attention over the sequence and, over reused rollouts, a look at their probabilities by now:
+1 to 9% of these short runs.
+"""
 
 import numpy as np
 import pytest
@@ -68,4 +72,4 @@ def test_counted_operations_are_near_the_formula(method, paths, tmp_path):
     logged = [row for row in read_metrics(tmp_path / "run") if "loss" in row][-1]
     assert logged["train_flops"] == formula
     assert logged["seconds"] > 0
-    assert operations == pytest.approx(formula, rel=0.25), operations / formula
+    assert operations == pytest.approx(formula, rel=0.12), operations / formula

@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.errors import DataError
 from megatron_kd.generation import Decoder, ModelPolicy, SamplingConfig, generate
 from megatron_kd.generation.random_numbers import sequence_seeds
 from megatron_kd.losses import DenseKnowledge, DistillationObjective, ForwardKL, linear_distillation_loss
@@ -74,8 +75,16 @@ def exposure_bias(
     device: torch.device,
     micro_batch_size: int,
 ) -> ExposureBias:
-    """Equal on all ranks. Collective over the ranks that hold the models."""
+    """Equal on all ranks. Collective over the ranks that hold the models.
+
+    Raises:
+        DataError: no chunk is as long as a prompt.
+    """
     numbers = np.flatnonzero(dataset.lengths >= config.prompt_length)[: config.num_texts]
+    if not len(numbers):
+        raise DataError(
+            f"{dataset.path}: no chunk has the {config.prompt_length} ids of a prompt: lower exposure.prompt_length"
+        )
     batches = [numbers[start : start + micro_batch_size] for start in range(0, len(numbers), micro_batch_size)]
     sums = torch.zeros(2, 2, dtype=torch.float64, device=device)
     for rows in batches[groups.dp.rank() :: groups.dp.size()]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from megatron_kd.data.batch import make_batch
+from megatron_kd.errors import DataError
 from megatron_kd.evaluation.calibration import Calibration, bin_sums, calibration
 from megatron_kd.evaluation.exposure_bias import ExposureBias, ExposureConfig, exposure_bias
 from megatron_kd.generation import Decoder, ModelPolicy, generate
@@ -81,6 +82,15 @@ def test_exposure_bias_against_whole_logits(dataset):
     assert found.on_student_text == pytest.approx(means[0], rel=1e-4)
     assert found.on_teacher_text == pytest.approx(means[1], rel=1e-4)
     assert found.excess_accumulated_error == pytest.approx(100 * (means[0] / means[1] - 1), abs=0.05)
+
+
+def test_prompts_that_no_chunk_has_are_refused(dataset):
+    config = ExposureConfig(num_texts=6, prompt_length=34)
+    with distributed_runtime() as runtime, pytest.raises(DataError, match="34 ids .* exposure.prompt_length"):
+        model = tiny_model()
+        exposure_bias(
+            [model], [model], model.pg_collection, dataset, config, device=runtime.device, micro_batch_size=4
+        )
 
 
 def test_a_model_of_its_own_teacher_has_no_error(dataset):

@@ -69,7 +69,7 @@ class GenerateCorpusConfig:
 
     def validate(self) -> Iterator[str]:
         """Faults in the values, one message each."""
-        yield from self.parallel.context_parallel_faults()
+        yield from self.parallel.context_parallel_faults("text is generated token by token")
         for name in ("prompt_length", "response_length", "micro_batch_size", "num_texts"):
             value = getattr(self, name)
             if value is not None and value < 1:

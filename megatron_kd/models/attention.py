@@ -8,13 +8,15 @@ import math
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_kd.errors import ConfigError
 from megatron_kd.models.blocked_attention import MAX_SEQUENCE, blocked_causal_attention
+from megatron_kd.parallel.context import in_order, part_numbers
 
 
 class SDPACoreAttention(torch.nn.Module):
@@ -33,10 +35,7 @@ class SDPACoreAttention(torch.nn.Module):
         **_: object,
     ):
         super().__init__()
-        if config.context_parallel_size > 1:
-            raise ConfigError(
-                "parallel.context_parallel_size above 1 is not supported yet: use tensor or sequence parallelism"
-            )
+        self._context_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.is_grouped = config.num_query_groups != config.num_attention_heads
@@ -57,15 +56,21 @@ class SDPACoreAttention(torch.nn.Module):
         Args:
             query: [sequence, batch, heads, width]. key, value: [sequence, batch, query groups, width].
             attention_mask: [batch, 1, sequence, sequence] boolean, True where attention is forbidden; None is causal.
+                Must be None under context parallelism, where the sequence is this rank's part of it.
 
         Returns:
             [sequence, batch, heads x width].
         """
+        if self._context_group is not None:
+            return self._attend_to_all_ranks(query, key, value)
         if query.shape[0] == 1 and attention_mask is None:
             return self._attend_with_one_query(query, key, value)
         if self._suits_blocks(query, key, attention_mask):
             return self._attend_in_blocks(query, key, value)
-        mask = None if attention_mask is None else ~attention_mask
+        return self._attend(query, key, value, None if attention_mask is None else ~attention_mask)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """``mask`` is True where attention is allowed; None is causal."""
         context = scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
@@ -77,6 +82,22 @@ class SDPACoreAttention(torch.nn.Module):
             enable_gqa=self.is_grouped,
         )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend_to_all_ranks(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Each half of this rank's queries to all keys up to it, gathered from the context-parallel ranks (as in Llama
+        3's training, arXiv 2407.21783, section 3.3.2). Keys and values are whole on every rank, queries are not."""
+        group = self._context_group
+        both = gather_from_sequence_parallel_region(torch.stack([key, value], dim=1), group=group)
+        keys, values = in_order(both, group.size()).unbind(1)
+        half = query.shape[0] // 2
+        return torch.cat(
+            [
+                self._attend(queries, keys[:end], values[:end], causal_lower_right(half, end))
+                for queries, end in zip(
+                    query.split(half), ((number + 1) * half for number in part_numbers(group.size(), group.rank()))
+                )
+            ]
+        )
 
     def _attend_with_one_query(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Decoding: it attends to all that is cached. The heads of a group stand in for queries, so that its keys are

@@ -27,6 +27,7 @@ from megatron_kd.losses import OutputHead, run_forward_pre_hooks
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.models.layer_specs import LayerSpecName, choose_layer_spec, decoder_layer_spec
 from megatron_kd.models.rotary import provide_fused_rotary
+from megatron_kd.parallel.context import own_part
 from megatron_kd.parallel.groups import is_first_stage, is_last_stage
 from megatron_kd.parallel.layout import ParallelLayout
 
@@ -56,12 +57,17 @@ class ModelConfig:
 
 
 class HiddenStateGPTModel(GPTModel):
-    """GPTModel whose ``forward`` returns [sequence, batch, hidden] on the last pipeline stage too.
+    """GPTModel whose ``forward`` takes whole sequences and returns [sequence, batch, hidden] on the last stage too.
 
-    Under sequence parallelism the sequence dimension is this rank's slice.
+    Under context and sequence parallelism the sequence dimension of what it returns is this rank's part.
     """
 
     valid_vocab_size: int = 0
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, *arguments: object, **options: object) -> Tensor:
+        """Tokens and their positions, [batch, sequence], whole on every rank; see the class for what it returns."""
+        group = self.pg_collection.cp
+        return super().forward(own_part(input_ids, group, 1), own_part(position_ids, group, 1), *arguments, **options)
 
     def _postprocess(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         if self.post_process:

@@ -4,6 +4,7 @@ Ranks are numbered as Megatron-Core does by default: tensor parallel fastest, th
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Iterator
 
@@ -49,10 +50,15 @@ class ParallelConfig:
         if self.overlap_param_gather and not self.overlap_grad_reduce:
             yield "'parallel.overlap_param_gather' needs 'parallel.overlap_grad_reduce'"
 
-    def context_parallel_faults(self) -> Iterator[str]:
-        """For verbs whose batches are not cut along the sequence: a message if they are asked for it."""
+    def context_parallel_faults(self, why: str) -> Iterator[str]:
+        """For what cannot cut its batches along the sequence: a message if it is asked to."""
         if self.context_parallel_size > 1:
-            yield "'parallel.context_parallel_size' above 1 is not supported yet: use tensor or sequence parallelism"
+            yield f"'parallel.context_parallel_size' must be 1: {why}"
+
+
+def sequence_multiple(tensor: int, context: int, sequence_parallel: bool) -> int:
+    """What the length of every sequence must be a multiple of, so that its parts are equally long."""
+    return math.lcm(tensor * context if sequence_parallel else 1, 2 * context if context > 1 else 1)
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,9 @@ class ParallelLayout:
         else:
             needs += self._uneven_needs(num_layers, ends)
         if self.sequence_parallel:
-            needs.append((seq_length, self.tensor, "sequence length", "tensor_model_parallel_size (sequence parallel)"))
+            name = "tensor_model_parallel_size (sequence parallel)"
+            name += " x context_parallel_size" if self.context > 1 else ""
+            needs.append((seq_length, self.tensor * self.context, "sequence length", name))
         if self.context > 1:
             needs.append((seq_length, 2 * self.context, "sequence length", "2 x context_parallel_size"))
         faults = [f"{what} {have} do not divide by {key} {by}" for have, by, what, key in needs if have % by]

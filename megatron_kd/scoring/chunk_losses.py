@@ -18,6 +18,7 @@ from megatron_kd.data.batch import Batch, make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.losses import Workspace, linear_distillation_loss
 from megatron_kd.models.gpt import HiddenStateGPTModel
+from megatron_kd.parallel.context import own_part
 from megatron_kd.parallel.groups import is_last_stage, sum_over_group
 from megatron_kd.parallel.schedule import forward_only
 from megatron_kd.scoring.micro_batches import MicroBatch, MicroBatchPlan, width_multiple
@@ -76,7 +77,8 @@ class ChunkScorer:
         byte_lengths = numpy.asarray(dataset.token_byte_lengths, dtype=numpy.int64)
         self._byte_lengths = torch.from_numpy(byte_lengths).to(device)
         self.has_results = is_last_stage(groups) and groups.tp.rank() == 0
-        """Whether this rank is the one of its replica that :meth:`unit` gives the losses to."""
+        """Whether :meth:`unit` gives losses to this rank: one of its replica, and under context parallelism as many as
+        hold a part of each sequence, whose values add up."""
 
     @torch.no_grad()
     def unit(self, micro_batches: Sequence[MicroBatch]) -> ChunkLosses | None:
@@ -110,24 +112,25 @@ class ChunkScorer:
 
     def _columns(self, batch: Batch, hidden: Tensor) -> Tensor:
         model = self._chunks[-1]
+        labels, weights = (own_part(values, self._groups.cp, 1) for values in (batch.labels, batch.loss_mask))
         result = linear_distillation_loss(
             hidden,
             model.output_head(),
-            batch.labels.transpose(0, 1).reshape(-1),
-            batch.loss_mask.transpose(0, 1).reshape(-1),
+            labels.transpose(0, 1).reshape(-1),
+            weights.transpose(0, 1).reshape(-1),
             tp_group=self._groups.tp,
             sequence_parallel=model.config.sequence_parallel,
             chunk_bytes=CPU_CHUNK_BYTES if self._device.type == "cpu" else None,
             workspace=self._workspace,
         )
-        rows, length = batch.tokens.shape
+        rows, length = labels.shape
         losses = result.token_lm_losses.view(length, rows).transpose(0, 1)
-        mask = batch.loss_mask > 0
+        mask = weights > 0
         return torch.stack(
             [
                 torch.where(mask, losses, 0.0).double().sum(1),
                 mask.sum(1).double(),
-                (self._byte_lengths[batch.labels] * mask).sum(1).double(),
+                (self._byte_lengths[labels] * mask).sum(1).double(),
             ],
             dim=1,
         )
@@ -149,9 +152,8 @@ def chunk_losses(
         chunks: the model on this rank (not DDP-wrapped).
         on_chunks: told how many chunks were done, for progress.
     """
-    plan = MicroBatchPlan(
-        dataset, micro_batch_size, width_multiple(groups.tp.size(), chunks[0].config.sequence_parallel)
-    )
+    multiple = width_multiple(groups.tp.size(), chunks[0].config.sequence_parallel, groups.cp.size())
+    plan = MicroBatchPlan(dataset, micro_batch_size, multiple)
     scorer = ChunkScorer(chunks, groups, dataset, device)
     # fp64 columns: nats, tokens, bytes; every rank fills what it computed, one sum at the end merges them.
     table = torch.zeros(dataset.num_chunks, 3, dtype=torch.float64)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy
 
 from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.parallel.layout import sequence_multiple
 
 WIDTH_MULTIPLE = 16
 MICRO_BATCHES_PER_UNIT = 128
@@ -83,6 +84,6 @@ class MicroBatchPlan:
         return min(math.ceil(longest / self._multiple) * self._multiple, self._dataset.seq_length)
 
 
-def width_multiple(tensor_parallel_size: int, sequence_parallel: bool) -> int:
-    """What widths are rounded to: 16, and under sequence parallelism also a multiple of the tensor-parallel size."""
-    return math.lcm(WIDTH_MULTIPLE, tensor_parallel_size) if sequence_parallel else WIDTH_MULTIPLE
+def width_multiple(tensor_parallel_size: int, sequence_parallel: bool, context_parallel_size: int = 1) -> int:
+    """What widths are rounded to: 16, and what the layout needs."""
+    return math.lcm(WIDTH_MULTIPLE, sequence_multiple(tensor_parallel_size, context_parallel_size, sequence_parallel))

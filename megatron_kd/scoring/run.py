@@ -58,8 +58,7 @@ class ScoreCorpusConfig:
             yield f"'micro_batch_size' must be at least 1, not {self.micro_batch_size}"
         if self.chunks_per_unit is not None and self.chunks_per_unit < 1:
             yield f"'chunks_per_unit' must be at least 1, not {self.chunks_per_unit}"
-        if self.parallel.context_parallel_size > 1:
-            yield "'parallel.context_parallel_size' must be 1: chunks are scored whole"
+        yield from self.parallel.context_parallel_faults("chunks are scored whole")
 
 
 def run(config: ScoreCorpusConfig) -> Path:

@@ -116,7 +116,7 @@ def build_colocated(
     own = plan_teacher_layout(config, info, layout, len(ranks), seq_length)
     student_rows = padded_vocab_size(student.vocab_size, layout.tensor) // layout.tensor
     teacher_rows = padded_vocab_size(info.architecture.vocab_size, own.tensor) // own.tensor
-    same_place = (own.tensor, own.pipeline) == (layout.tensor, layout.pipeline)
+    same_place = (own.tensor, own.pipeline) == (layout.tensor, layout.pipeline) and layout.context == 1
     teacher_groups = groups if same_place else create_process_groups(own)
     carrier = None if same_place and student_rows == teacher_rows else GroupCarrier(dist.new_group(list(ranks)))
     chunks = load_teacher(

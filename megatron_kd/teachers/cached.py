@@ -10,11 +10,13 @@ from typing import Any, Sequence
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_kd.data.batch import Batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import ConfigError, DataError
 from megatron_kd.losses import PADDING_ID, SparseKnowledge, SparseTargetKind
+from megatron_kd.parallel.context import own_part
 from megatron_kd.teachers.cache.cache_file import LogitCache
 from megatron_kd.teachers.cache.codec import Codec, DecodedChunk
 from megatron_kd.teachers.cache.identity import View, token_hash
@@ -28,19 +30,32 @@ class CachedTeacher:
         dataset: what ``Batch.chunk_indices`` refer to.
         kind: the loss that is made of the knowledge.
         is_needed: whether this rank computes the loss (the student's last pipeline stage).
+        context_group: the student's context-parallel group: knowledge is given of this rank's positions.
     """
 
     def __init__(
-        self, cache: LogitCache, dataset: ChunkDataset, kind: SparseTargetKind, is_needed: bool = True
+        self,
+        cache: LogitCache,
+        dataset: ChunkDataset,
+        kind: SparseTargetKind,
+        is_needed: bool = True,
+        context_group: dist.ProcessGroup | None = None,
     ) -> None:
         cache.check_covers(dataset)
         self._cache, self._dataset, self._kind, self._is_needed = cache, dataset, kind, is_needed
+        self._context_group = context_group
         self._thread = ThreadPoolExecutor(1, "cache reader")
         self._ahead: dict[int, Future] = {}
 
     @classmethod
     def open(
-        cls, path: str | Path, dataset: ChunkDataset, view: View, sparse_target: str = "auto", is_needed: bool = True
+        cls,
+        path: str | Path,
+        dataset: ChunkDataset,
+        view: View,
+        sparse_target: str = "auto",
+        is_needed: bool = True,
+        context_group: dist.ProcessGroup | None = None,
     ) -> "CachedTeacher":
         """Open a cache for a dataset.
 
@@ -54,7 +69,8 @@ class CachedTeacher:
         """
         cache = LogitCache.open(path)
         cache.view.check(view, str(path))
-        return cls(cache, dataset, choose_kind(cache.codec, sparse_target, str(path)), is_needed)
+        kind = choose_kind(cache.codec, sparse_target, str(path))
+        return cls(cache, dataset, kind, is_needed, context_group)
 
     def begin_step(self, batches: Sequence[Batch], *, scheduled: bool = True) -> None:
         """Start to decode the knowledge of a step."""
@@ -63,7 +79,8 @@ class CachedTeacher:
             self._ahead = {id(batch): self._thread.submit(self._read, batch) for batch in batches}
 
     def knowledge(self, batch: Batch) -> SparseKnowledge | None:
-        """[tokens, K] ids and weights in sequence-major order, on the ranks that need them; None elsewhere.
+        """[tokens, K] ids and weights of this rank's positions in sequence-major order, on the ranks that need them;
+        None elsewhere.
 
         Raises:
             DataError: a chunk's ids are not those that were cached, or its record is damaged.
@@ -95,8 +112,8 @@ class CachedTeacher:
         for row, chunk in enumerate(chunks):
             if chunk is not None:
                 chunk.pad_into(ids[:, row], weights[:, row], tail[:, row])
-        flat = (ids.reshape(-1, width), weights.reshape(-1, width), tail.reshape(-1))
-        return tuple(torch.from_numpy(array) for array in flat)  # type: ignore[return-value]
+        own = [own_part(torch.from_numpy(array), self._context_group) for array in (ids, weights, tail)]
+        return tuple(values.flatten(0, 1) for values in own)  # type: ignore[return-value]
 
     def _chunk(self, batch: Batch, row: int) -> DecodedChunk | None:
         """What is cached about one row, its ids compared; None for a row without a chunk."""

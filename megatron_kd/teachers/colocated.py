@@ -96,8 +96,8 @@ class ColocatedTeacher:
         return Decoder(self._chunks, groups, rows, length, vocab_size)
 
     def knowledge(self, batch: Batch) -> DenseKnowledge | None:
-        """Hidden states [tokens, h_teacher] in sequence-major order, and the teacher's head; None before the last
-        stage."""
+        """Hidden states [tokens, h_teacher] of this rank's positions in sequence-major order, and the teacher's head;
+        None before the last stage."""
         if self._head is None:
             return None
         number = self._numbers[id(batch)]
@@ -151,13 +151,14 @@ class ColocatedTeacher:
         arrived: dict[Item, Tensor] = {}
         for item in items:
             replica = self._replica_of(item)
-            for tensor_rank, destination in enumerate(routing.destinations(item.data_rank)):
-                source = routing.source_for(replica, destination, tensor_rank)
-                if rank == destination:
-                    arrived[item] = hidden[item] if rank == source else self._buffer(item)
-                if source != destination and rank in (source, destination):
-                    tensor = arrived[item] if rank == destination else hidden[item]
-                    transfers.append(Transfer(source, destination, tensor))
+            for destination in routing.destinations(item.data_rank):
+                source, target = routing.source_for(replica, destination), destination.rank
+                if rank == source:
+                    part = routing.part_for(destination, hidden[item])
+                if rank == target:
+                    arrived[item] = part if rank == source else self._buffer(item)
+                if source != target and rank in (source, target):
+                    transfers.append(Transfer(source, target, arrived[item] if rank == target else part))
         if transfers:
             self._carrier.exchange(transfers)
         for item, states in arrived.items():
@@ -166,7 +167,7 @@ class ColocatedTeacher:
     def _buffer(self, item: Item) -> Tensor:
         tokens = self._inputs[item][0]
         config = self._chunks[0].config
-        shape = (tokens.shape[1], tokens.shape[0], config.hidden_size)
+        shape = (tokens.shape[1] // self._routing.student.context, tokens.shape[0], config.hidden_size)
         return torch.empty(shape, dtype=config.params_dtype, device=tokens.device)
 
     def _gather(self, batches: Sequence[Batch]) -> dict[Item, tuple[Tensor, Tensor]]:

@@ -102,12 +102,13 @@ def head_moves(routing: Routing, student_rows: int, teacher_rows: int, valid_row
     moves = []
     for data_rank in range(routing.student.data):
         sources = routing.sources(data_rank % routing.teacher.data)
-        for tensor_rank, destination in enumerate(routing.destinations(data_rank)):
-            low, high = tensor_rank * student_rows, min((tensor_rank + 1) * student_rows, valid_rows)
+        for destination in routing.destinations(data_rank):
+            low = destination.tensor * student_rows
+            high = min(low + student_rows, valid_rows)
             for t, source in enumerate(sources):
                 start, stop = max(low, t * teacher_rows), min(high, (t + 1) * teacher_rows)
                 if start < stop:
-                    moves.append(RowMove(source, destination, start, stop))
+                    moves.append(RowMove(source, destination.rank, start, stop))
     return moves
 
 
@@ -145,10 +146,10 @@ def reshard_head(
     teacher_rows = padded_vocab_size(valid_vocab_size, routing.teacher.tensor) // routing.teacher.tensor
     rank, head, transfers = carrier.rank, None, []
     for data_rank in range(routing.student.data):
-        if rank in routing.destinations(data_rank):
-            start = routing.destinations(data_rank).index(rank) * student_rows
-            weight = torch.zeros(student_rows, hidden_size, dtype=like.dtype, device=like.device)
-            head = OutputHead(weight, valid_vocab_size, vocab_start=start)
+        for destination in routing.destinations(data_rank):
+            if destination.rank == rank:
+                weight = torch.zeros(student_rows, hidden_size, dtype=like.dtype, device=like.device)
+                head = OutputHead(weight, valid_vocab_size, vocab_start=destination.tensor * student_rows)
     for move in head_moves(routing, student_rows, teacher_rows, valid_vocab_size):
         if rank == move.destination:
             target = head.weight[move.start - head.vocab_start : move.stop - head.vocab_start]

@@ -100,8 +100,9 @@ class Teacher(Protocol):
         """
 
     def knowledge(self, batch: Batch) -> DenseKnowledge | SparseKnowledge | None:
-        """The teacher's knowledge about one of the announced ``batch`` objects, on the student's last pipeline stage;
-        None elsewhere. Each is asked for once, in the announced order, on all ranks of that stage."""
+        """The teacher's knowledge about one of the announced ``batch`` objects, on the student's last pipeline stage
+        (under context parallelism about this rank's positions); None elsewhere. Each is asked for once, in the
+        announced order, on all ranks of that stage."""
 
     def follow(self, decision: Decision) -> None:
         """Learn what the training loop does next (see control.py): once before the first batch, then after each.

@@ -1,7 +1,9 @@
 """What a remote teacher sends for a micro-batch: hidden states, or ids and weights. One tensor each, of a fixed shape.
 
     hidden            [s, b, h_teacher] in the teacher's dtype
-    top_k, sampled    [s · b, 2 K + 1] int32: K ids, K weights and the tail mass as fp32 (sparse_payload.py)
+    top_k, sampled    [s, b, 2 K + 1] int32: K ids, K weights and the tail mass as fp32 (sparse_payload.py)
+
+Under context parallelism each of the student's ranks is sent its own positions of them.
 
 Before it goes a header: (step, micro-batch, hash of the token ids), int64.
 """

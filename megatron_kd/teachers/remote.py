@@ -25,12 +25,12 @@ from megatron_kd.teachers.control import Action, Decision
 from megatron_kd.teachers.exchange import Bridge
 from megatron_kd.teachers.orders import Order, OrderLog
 from megatron_kd.teachers.payload import HEADER_NUMBERS, Header, Payload
-from megatron_kd.teachers.routing import Item, Routing
+from megatron_kd.teachers.routing import Destination, Item, Routing
 
 
 @dataclass(frozen=True)
 class _Due:
-    """A hand-off that was ordered: of which order, which micro-batch, from which rank, of how many [b, s]."""
+    """A hand-off that was ordered: of which order, which micro-batch, from which rank, of how many [b, s] here."""
 
     number: int
     micro_batch: int
@@ -148,11 +148,13 @@ class RemoteTeacher:
             self._orders.write(order)
         if not self._takes:
             return
-        data_rank, tensor_rank, count = self._groups.dp.rank(), self._groups.tp.rank(), len(batches)
+        data_rank, count = self._groups.dp.rank(), len(batches)
+        here = Destination(self._bridge.rank, self._groups.tp.rank(), self._groups.cp.rank())
         for m, batch in enumerate(batches):
             replica = self._routing.replica(order.number, Item(m, data_rank), count)
-            source = self._routing.source_for(replica, self._bridge.rank, tensor_rank)
-            self._due.append(_Due(order.number, m, source, tuple(batch.tokens.shape)))
+            rows, length = batch.tokens.shape
+            shape = (rows, length // self._routing.student.context)
+            self._due.append(_Due(order.number, m, self._routing.source_for(replica, here), shape))
 
     def _post(self) -> None:
         """Begin the receives that come next, ``prefetch_depth`` at a time."""

@@ -7,6 +7,9 @@ by exactly one replica, the same on every rank that asks, a pure function of (st
 from dataclasses import dataclass
 from typing import Sequence
 
+from torch import Tensor
+
+from megatron_kd.parallel.context import part_of
 from megatron_kd.parallel.layout import ParallelLayout
 
 
@@ -16,6 +19,15 @@ class Item:
 
     micro_batch: int
     data_rank: int
+
+
+@dataclass(frozen=True)
+class Destination:
+    """A rank of the student's last stage: its global number, and its place among those that share a micro-batch."""
+
+    rank: int
+    tensor: int
+    context: int
 
 
 @dataclass(frozen=True)
@@ -52,10 +64,14 @@ class Routing:
         """All items of some micro-batch numbers, in the order in which they are computed and sent."""
         return [Item(m, d) for m in micro_batches for d in range(self.student.data)]
 
-    def destinations(self, data_rank: int) -> list[int]:
-        """Global ranks of the student's last stage of ``data_rank``, by tensor-parallel rank."""
+    def destinations(self, data_rank: int) -> list[Destination]:
+        """The student's last stage of ``data_rank``, by context- and tensor-parallel rank."""
+        last = self.student.pipeline - 1
         return [
-            self.student_ranks[self.student.rank_at(tensor=j, data=data_rank, pipeline=self.student.pipeline - 1)]
+            Destination(
+                self.student_ranks[self.student.rank_at(tensor=j, data=data_rank, pipeline=last, context=c)], j, c
+            )
+            for c in range(self.student.context)
             for j in range(self.student.tensor)
         ]
 
@@ -66,7 +82,11 @@ class Routing:
             for t in range(self.teacher.tensor)
         ]
 
-    def source_for(self, replica: int, destination: int, tensor_rank: int) -> int:
-        """Which of ``sources`` sends to ``destination``, the student's ``tensor_rank``: itself where it can."""
+    def source_for(self, replica: int, destination: Destination) -> int:
+        """Which of ``sources`` sends to ``destination``: itself where it can."""
         sources = self.sources(replica)
-        return destination if destination in sources else sources[tensor_rank % len(sources)]
+        return destination.rank if destination.rank in sources else sources[destination.tensor % len(sources)]
+
+    def part_for(self, destination: Destination, values: Tensor) -> Tensor:
+        """What ``destination`` needs of values [s, ...] of whole sequences."""
+        return part_of(values, self.student.context, destination.context)

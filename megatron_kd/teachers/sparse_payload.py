@@ -27,15 +27,15 @@ class SparseEntries:
         self._width = min(codec.max_ids, codec.vocab_size)
 
     def buffer(self, rows: int, seq_length: int, device: torch.device) -> Tensor:
-        """[s · b, 2 K + 1] int32."""
-        return torch.empty(rows * seq_length, 2 * self._width + 1, dtype=torch.int32, device=device)
+        """[s, b, 2 K + 1] int32."""
+        return torch.empty(seq_length, rows, 2 * self._width + 1, dtype=torch.int32, device=device)
 
     def encode(self, hidden: Tensor, chunks: Tensor) -> Tensor:
         """See :class:`~megatron_kd.teachers.payload.Payload`."""
         seq_length, rows = hidden.shape[:2]
         owners, places = np.tile(chunks.numpy(), seq_length), np.repeat(np.arange(seq_length), rows)
         entries = self._selection(hidden.flatten(0, 1), owners, places)
-        return torch.from_numpy(self._packed(entries, len(owners))).to(hidden.device)
+        return torch.from_numpy(self._packed(entries, len(owners))).view(seq_length, rows, -1).to(hidden.device)
 
     def _packed(self, entries: Entries, tokens: int) -> np.ndarray:
         packed = np.zeros((tokens, 2 * self._width + 1), dtype=np.int32)
@@ -50,6 +50,7 @@ class SparseEntries:
 
     def decode(self, received: Tensor, head: OutputHead | None) -> SparseKnowledge:
         """See :class:`~megatron_kd.teachers.payload.Payload`; no head is needed."""
+        received = received.flatten(0, 1)
         weights = received[:, self._width :].contiguous().view(torch.float32)
         return SparseKnowledge(
             ids=received[:, : self._width].long(),

@@ -125,12 +125,13 @@ class TeacherRanks:
         header = Header(order.number, item.micro_batch, token_hash).tensor(self._device)
         while len(self._pending) >= self._depth:
             self._wait_for_oldest()
-        works, replica = [], self._groups.dp.rank()
-        for tensor_rank, destination in enumerate(self._routing.destinations(item.data_rank)):
-            if self._routing.source_for(replica, destination, tensor_rank) == self._bridge.rank:
-                works += [self._bridge.send(tensor, destination) for tensor in (header, content)]
+        works, kept, replica = [], [header], self._groups.dp.rank()
+        for destination in self._routing.destinations(item.data_rank):
+            if self._routing.source_for(replica, destination) == self._bridge.rank:
+                kept.append(self._routing.part_for(destination, content))
+                works += [self._bridge.send(tensor, destination.rank) for tensor in (header, kept[-1])]
         if works:
-            self._pending.append((works, [header, content]))
+            self._pending.append((works, kept))
 
     def _wait_for_oldest(self) -> None:
         for work in self._pending.popleft()[0]:

@@ -1,6 +1,5 @@
 """From a configuration to the objects that a run trains with: datasets, layout, student, teacher."""
 
-import math
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from megatron_kd.models.initialization import initialize_weights
 from megatron_kd.models.loading import check_same_tokenizer
 from megatron_kd.models.weights import check_same_architecture, load_weights, open_checkpoint
 from megatron_kd.parallel.groups import is_last_stage
-from megatron_kd.parallel.layout import ParallelLayout
+from megatron_kd.parallel.layout import ParallelLayout, sequence_multiple
 from megatron_kd.parallel.runtime import Runtime, seed_everything
 from megatron_kd.teachers.build import build_colocated, build_remote
 from megatron_kd.teachers.cache.identity import View
@@ -62,8 +61,9 @@ def _check_heldout(config: TrainConfig, data: ChunkDataset, heldout: ChunkDatase
             f"tokenise it with data.seq_length={seq_length}, or train with data.seq_length={heldout.seq_length}"
         )
     parallel = config.parallel
-    parts = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    parts = math.lcm(parts, 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1)
+    parts = sequence_multiple(
+        parallel.tensor_model_parallel_size, parallel.context_parallel_size, parallel.sequence_parallel
+    )
     if heldout.seq_length % parts:
         raise DataError(
             f"{config.data.eval_path} has seq_length {heldout.seq_length}, which this layout cannot divide into "
@@ -223,6 +223,7 @@ def open_cached_teacher(
         View(temperature=config.distillation.temperature, compute_dtype=config.training.precision),
         config.distillation.sparse_target,
         is_last_stage(groups),
+        groups.cp,
     )
 
 

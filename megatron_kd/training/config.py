@@ -8,7 +8,7 @@ from megatron_kd.models.gpt import ModelConfig, Precision
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.planning.config import PlanConfig
 from megatron_kd.teachers.interface import TeacherConfig
-from megatron_kd.training.objective import DistillationConfig, LossReduction
+from megatron_kd.training.objective import METHODS_WITH_TEXT, DistillationConfig, LossReduction
 from megatron_kd.training.optimizer import OptimizerConfig
 from megatron_kd.training.survival import SurvivalConfig
 
@@ -93,7 +93,8 @@ class TrainConfig:
 
     def validate(self) -> Iterator[str]:
         """Faults in the values together, one message each."""
-        yield from self.parallel.context_parallel_faults()
+        if self.distillation.method in METHODS_WITH_TEXT:
+            yield from self.parallel.context_parallel_faults(f"{self.distillation.method} generates text token by token")
         if self.distillation.method != "none" and self.teacher.placement == "none":
             yield f"'distillation.method' {self.distillation.method} needs 'teacher.placement' (colocated) and its path"
         if self.teacher.placement == "cached":

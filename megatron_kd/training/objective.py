@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, Iterator, Literal
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from megatron_kd.losses import (
     linear_distillation_loss,
 )
 from megatron_kd.models.gpt import HiddenStateGPTModel
+from megatron_kd.parallel.context import own_part
 from megatron_kd.teachers.interface import Teacher
 from megatron_kd.training.methods.batches import AuxiliaryBatch
 from megatron_kd.training.methods.config import DistiLLMConfig, GKDConfig, MiniLLMConfig, TextConfig
@@ -209,12 +211,12 @@ class MicroBatchLoss:
         self, batch: Batch, model: HiddenStateGPTModel, hidden: Tensor, knowledge: Any
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """A micro-batch's differentiable loss sum, what it adds to the denominator, and the sums that are reported."""
-        weights, count = token_weights(batch, self._reduction)
+        weights, count = token_weights(batch, self._reduction, self._groups.cp)
         is_auxiliary = isinstance(batch, AuxiliaryBatch)
         result = linear_distillation_loss(
             hidden,
             model.output_head(),
-            sequence_major(batch.labels),
+            sequence_major(batch.labels, self._groups.cp),
             weights * batch.scale if is_auxiliary else weights,
             self._pretraining if is_auxiliary else self._objective,
             knowledge,
@@ -238,17 +240,23 @@ class MicroBatchLoss:
         return result.loss_sum, count, sums
 
 
-def sequence_major(values: Tensor) -> Tensor:
-    """[b, s] -> [s · b], the order of Megatron-Core's hidden states."""
-    return values.transpose(0, 1).reshape(-1)
+def sequence_major(values: Tensor, context_group: dist.ProcessGroup | None = None) -> Tensor:
+    """[b, s] -> [s · b], the order of Megatron-Core's hidden states; of a context-parallel rank its own positions."""
+    return own_part(values, context_group, 1).transpose(0, 1).reshape(-1)
 
 
-def token_weights(batch: Batch, reduction: LossReduction) -> tuple[Tensor, Tensor]:
-    """Weight of every token [s · b] and the count by which their weighted losses are divided (0-d)."""
+def token_weights(
+    batch: Batch, reduction: LossReduction, context_group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor]:
+    """Weight of every token [s · b] of this rank, and what it adds to the number by which the weighted losses of all
+    ranks are divided (0-d)."""
     if reduction == "token":
-        return sequence_major(batch.loss_mask), (batch.loss_mask > 0).sum()
+        weights = sequence_major(batch.loss_mask, context_group)
+        return weights, (weights > 0).sum()
     lengths = batch.loss_mask.sum(dim=1, keepdim=True)
-    return sequence_major(batch.loss_mask / lengths.clamp(min=1.0)), _sequences(batch)
+    weights = sequence_major(batch.loss_mask / lengths.clamp(min=1.0), context_group)
+    is_first = context_group is None or context_group.rank() == 0  # the ranks of a group have the same sequences
+    return weights, _sequences(batch) * is_first
 
 
 def _sequences(batch: Batch) -> Tensor:

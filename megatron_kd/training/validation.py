@@ -103,8 +103,8 @@ def _sums(
     result = linear_distillation_loss(
         hidden,
         model.output_head(),
-        sequence_major(batch.labels),
-        sequence_major(batch.loss_mask),
+        sequence_major(batch.labels, groups.cp),
+        sequence_major(batch.loss_mask, groups.cp),
         objective,
         teacher.knowledge(batch),
         tp_group=groups.tp,

@@ -98,8 +98,7 @@ class CacheTeacherLogitsConfig:
                 yield f"'{name}' must be above 0, not {getattr(self, name)}"
         if self.proposal_exponent != 1.0 and self.codec != "sampled":
             yield f"'proposal_exponent' is for 'codec' sampled, not {self.codec}"
-        if self.parallel.context_parallel_size > 1:
-            yield "'parallel.context_parallel_size' must be 1: chunks are cached whole"
+        yield from self.parallel.context_parallel_faults("chunks are cached whole")
 
     def build_codec(self, vocab_size: int) -> Codec:
         """The codec for a teacher with ``vocab_size`` ids."""

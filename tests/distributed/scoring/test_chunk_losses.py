@@ -25,6 +25,7 @@ LAYOUTS = {
     "PP2": {"pipeline_model_parallel_size": 2},
     "PP2 VPP2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
     "DP2": {},
+    "CP2": {"context_parallel_size": 2},
 }
 
 
@@ -62,8 +63,9 @@ def test_every_rank_has_the_losses_of_one(layout, dataset):
         assert ours[1].tolist() == tokens.tolist() and ours[2].tolist() == text_bytes.tolist()
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "VPP" not in name])  # the model has two layers
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("PP2 VPP2", "CP2")])
 def test_the_verbs_agree_with_one_rank(layout, dataset, trained, tmp_path):
+    """Not under VPP2, as the model has two layers; context parallelism is refused."""
     keys = [f"parallel.{name}={str(value).lower()}" for name, value in LAYOUTS[layout].items()]
     paths = [f"data.path={dataset.path}", f"model.path={trained}"]
     ours = shared_ranks(2).run(call_verb, "megatron_kd.evaluation.run", "EvaluateConfig", [*paths, *keys])

@@ -20,14 +20,16 @@ STUDENTS = {
     "TP2 PP2": (4, {"tensor": 2, "pipeline": 2}),
     "PP2 VPP2": (4, {"pipeline": 2, "virtual": 2}),
     "DP2": (2, {}),
+    "CP2": (2, {"context": 2}),
+    "PP2 CP2": (4, {"pipeline": 2, "context": 2}),
 }
 TEACHERS = {"same": None, "TP1 PP1": (1, 1), "TP2": (2, 1), "PP2": (1, 2)}
 PAIRWISE = {
     ("TP1 PP1", "TP2"), ("TP1 PP1", "PP2"), ("TP2", "TP1 PP1"), ("TP2", "PP2"), ("PP2", "same"), ("PP2", "TP2"),
-    ("TP2 PP2", "PP2"), ("PP2 VPP2", "TP1 PP1"), ("DP2", "TP2"), ("DP2", "PP2"),
+    ("TP2 PP2", "PP2"), ("PP2 VPP2", "TP1 PP1"), ("DP2", "TP2"), ("DP2", "PP2"), ("CP2", "same"), ("CP2", "TP2"),
 }  # fmt: skip
 NAMES = {"tensor": "tensor_model_parallel_size", "pipeline": "pipeline_model_parallel_size",
-         "virtual": "virtual_pipeline_model_parallel_size"}  # fmt: skip
+         "virtual": "virtual_pipeline_model_parallel_size", "context": "context_parallel_size"}  # fmt: skip
 RATIO_INTERVAL = "metrics.kd_lm_gradient_ratio_interval"
 MICRO_BATCHES = 8  # in the world and a step
 
@@ -70,14 +72,14 @@ def test_colocated(student, teacher_layout, common, reference, tmp_path):
 
 REMOTE_PAIRWISE = {
     ("TP1 PP1", "TP1 PP1"), ("TP1 PP1", "TP2"), ("TP2", "TP1 PP1"), ("TP2", "PP2"), ("PP2", "TP2"), ("PP2", "TP1 PP1"),
-    ("PP2 VPP2", "PP2"),
+    ("PP2 VPP2", "PP2"), ("CP2", "TP2"),
 }  # fmt: skip
 
 
 def remote_cells():
     """Two ranks of the teacher behind two of the student; four behind four for the student that needs four."""
     for student in STUDENTS:
-        ranks = 4 if student == "TP2 PP2" else 2
+        ranks = 4 if student in ("TP2 PP2", "PP2 CP2") else 2
         for teacher in TEACHERS:
             if student == "DP2":
                 continue  # TP1 PP1 on two ranks is DP2

@@ -20,10 +20,21 @@ LAYOUTS = {
     "TP2 SP": (2, ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]),
     "PP2": (2, ["parallel.pipeline_model_parallel_size=2"]),
     "PP2 VPP2": (2, ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]),
+    "CP2": (2, ["parallel.context_parallel_size=2"]),
     "DP2": (2, []),
     "DP2 overlapped": (2, ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]),
     "TP2 PP2": (4, ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]),
     "PP2 DP2": (4, ["parallel.pipeline_model_parallel_size=2"]),
+    "CP2 DP2": (4, ["parallel.context_parallel_size=2"]),
+    "TP2 SP CP2": (
+        4,
+        [
+            "parallel.tensor_model_parallel_size=2",
+            "parallel.sequence_parallel=true",
+            "parallel.context_parallel_size=2",
+        ],
+    ),
+    "PP2 CP2": (4, ["parallel.pipeline_model_parallel_size=2", "parallel.context_parallel_size=2"]),
 }
 
 

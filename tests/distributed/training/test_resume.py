@@ -64,6 +64,8 @@ def half_done(whole, folder, step=SAVED_AT):
         ("PP2", "PP2 VPP2", False),
         ("DP2 overlapped", "TP1 PP1", False),
         ("PP2 DP2", "TP1 PP1", False),
+        ("CP2", "DP2", False),
+        ("TP1 PP1", "CP2", True),
     ],
 )
 def test_resumed_under_another_layout(saved, resumed, untied, whole_runs, dataset, tmp_path):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_kd.errors import ConfigError
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.models.attention import SDPACoreAttention
 from megatron_kd.models.gpt import transformer_config
@@ -14,9 +13,9 @@ from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
 from tests.reference.one_rank import TINY
 
 
-def attention(groups=4, context=1):
+def attention(groups=4):
     architecture = ModelArchitecture(**{**vars(TINY), "num_query_groups": groups})
-    layout = ParallelLayout.for_world(ParallelConfig(context_parallel_size=context), context)
+    layout = ParallelLayout.for_world(ParallelConfig(), 1)
     config = transformer_config(architecture, layout, precision="fp32", device=torch.device("cpu"))
     return SDPACoreAttention(config, 1, AttnMaskType.causal, "self")
 
@@ -51,8 +50,3 @@ def test_an_explicit_mask_forbids_where_it_is_true():
     forbidden[6:, :6] = True  # two documents that do not see each other
     ours = attention()(query, key, value, forbidden.expand(2, 1, 12, 12))
     torch.testing.assert_close(ours.double(), naive(query, key, value, forbidden), atol=1e-5, rtol=1e-5)
-
-
-def test_context_parallelism_is_refused_with_the_remedy():
-    with pytest.raises(ConfigError, match="is not supported yet: use tensor or sequence"):
-        attention(context=2)

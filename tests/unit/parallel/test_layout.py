@@ -65,6 +65,11 @@ def test_a_world_that_does_not_divide_is_refused_with_all_numbers():
         ({"pipeline": 3}, {}, r"layers 4 do not divide by pipeline_model_parallel_size .* 3"),
         ({"pipeline": 2, "virtual_pipeline_model_parallel_size": 4}, {}, "layers 4 .* 8"),
         ({"tensor": 2, "sequence_parallel": True}, {"seq_length": 31}, "sequence length 31"),
+        (
+            {"tensor": 2, "sequence_parallel": True, "context": 2},
+            {"seq_length": 34},
+            r"sequence length 34 do not divide by .* x context_parallel_size 4",
+        ),
         ({"context": 2}, {"seq_length": 30}, "sequence length 30 do not divide by 2 x context_parallel_size 4"),
     ],
 )
@@ -139,11 +144,14 @@ def test_ends_that_leave_nothing_are_refused():
 @pytest.mark.parametrize(
     ("schema", "keys"),
     [
-        (TrainConfig, ["data.path=a", "output=b"]),
+        (
+            TrainConfig,
+            ["data.path=a", "output=b", "distillation.method=gkd", "teacher.placement=colocated", "teacher.path=c"],
+        ),
         (EvaluateConfig, ["data.path=a", "model.path=b"]),
         (GenerateCorpusConfig, ["prompt=begin", "num_texts=1", "data.path=a", "model.path=b", "output=c"]),
     ],
 )
 def test_verbs_refuse_context_parallelism_by_name(schema, keys):
-    with pytest.raises(ConfigError, match="'parallel.context_parallel_size' above 1 is not supported yet"):
+    with pytest.raises(ConfigError, match="'parallel.context_parallel_size' must be 1: "):
         load_config(schema, None, [*keys, "parallel.context_parallel_size=2"])

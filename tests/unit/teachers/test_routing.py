@@ -3,13 +3,14 @@
 from collections import Counter
 
 import pytest
+import torch
 
 from megatron_kd.parallel.layout import ParallelLayout
-from megatron_kd.teachers.routing import Item, Routing
+from megatron_kd.teachers.routing import Destination, Item, Routing
 
 
-def layout(tensor=1, pipeline=1, data=1):
-    return ParallelLayout(tensor=tensor, pipeline=pipeline, context=1, data=data)
+def layout(tensor=1, pipeline=1, data=1, context=1):
+    return ParallelLayout(tensor=tensor, pipeline=pipeline, context=context, data=data)
 
 
 def routing(student, teacher):
@@ -27,22 +28,34 @@ def test_equal_layouts_stay_where_they_are():
     plan = routing(layout(tensor=2, pipeline=2, data=2), layout(tensor=2, pipeline=2, data=2))
     for item in plan.items(range(5)):
         replica = plan.replica(7, item, 5)
-        assert plan.sources(replica) == plan.destinations(item.data_rank)
-        for tensor_rank, rank in enumerate(plan.destinations(item.data_rank)):
-            assert plan.source_for(replica, rank, tensor_rank) == rank
+        assert plan.sources(replica) == [destination.rank for destination in plan.destinations(item.data_rank)]
+        for destination in plan.destinations(item.data_rank):
+            assert plan.source_for(replica, destination) == destination.rank
 
 
 def test_ranks_of_the_last_stages():
     student, teacher = layout(tensor=2, pipeline=2, data=1), layout(pipeline=2, data=2)
     plan = Routing(student, teacher, range(4), range(4, 8))
-    assert plan.destinations(0) == [2, 3]
+    assert plan.destinations(0) == [Destination(2, 0, 0), Destination(3, 1, 0)]
     assert [plan.sources(replica) for replica in (0, 1)] == [[6], [7]]
-    assert plan.source_for(1, 3, 1) == 7
+    assert plan.source_for(1, Destination(3, 1, 0)) == 7
 
 
 def test_tensor_parallel_sources_share_the_sending():
     plan = Routing(layout(tensor=4), layout(tensor=2), range(4), range(4, 6))
-    assert [plan.source_for(0, rank, rank) for rank in range(4)] == [4, 5, 4, 5]
+    assert [plan.source_for(0, destination) for destination in plan.destinations(0)] == [4, 5, 4, 5]
+
+
+def test_context_parallel_ranks_get_their_own_positions_of_a_replica_that_is_one_of_them():
+    plan = routing(layout(context=2, data=2), layout(data=4))
+    values = torch.arange(8).view(8, 1)
+    for item in plan.items(range(4)):
+        replica = plan.replica(3, item, 4)
+        destinations = plan.destinations(item.data_rank)
+        assert [destination.rank for destination in destinations] == [2 * item.data_rank, 2 * item.data_rank + 1]
+        assert plan.sources(replica)[0] in [destination.rank for destination in destinations]
+        parts = [plan.part_for(destination, values).flatten().tolist() for destination in destinations]
+        assert parts == [[0, 1, 6, 7], [2, 3, 4, 5]]
 
 
 def test_order_is_by_micro_batch_then_rank():

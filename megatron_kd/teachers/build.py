@@ -116,9 +116,10 @@ def build_colocated(
     own = plan_teacher_layout(config, info, layout, len(ranks), seq_length)
     student_rows = padded_vocab_size(student.vocab_size, layout.tensor) // layout.tensor
     teacher_rows = padded_vocab_size(info.architecture.vocab_size, own.tensor) // own.tensor
-    same_place = (own.tensor, own.pipeline) == (layout.tensor, layout.pipeline) and layout.context == 1
-    teacher_groups = groups if same_place else create_process_groups(own)
-    carrier = None if same_place and student_rows == teacher_rows else GroupCarrier(dist.new_group(list(ranks)))
+    routing = Routing(layout, own, ranks, ranks)
+    same_groups = routing.shares_stages and layout.context == 1
+    teacher_groups = groups if same_groups else create_process_groups(own)
+    carrier = None if same_groups and student_rows == teacher_rows else GroupCarrier(dist.new_group(list(ranks)))
     chunks = load_teacher(
         info, own, teacher_groups, precision=precision, layer_spec=layer_spec, seq_length=seq_length, device=device
     )
@@ -126,7 +127,7 @@ def build_colocated(
         chunks,
         teacher_groups,
         student_groups=groups,
-        routing=Routing(layout, own, ranks, ranks),
+        routing=routing,
         student_rows=student_rows,
         stash_bytes=config.stash_megabytes << 20,
         carrier=carrier,

@@ -172,10 +172,9 @@ class ColocatedTeacher:
 
     def _gather(self, batches: Sequence[Batch]) -> dict[Item, tuple[Tensor, Tensor]]:
         """Token and position ids of every micro-batch that this rank's replica may compute."""
-        group, student, teacher = self._student_groups.dp, self._routing.student, self._routing.teacher
+        group = self._student_groups.dp
         own = torch.stack([torch.stack([batch.tokens, batch.position_ids]) for batch in batches])
-        same_place = (student.tensor, student.pipeline) == (teacher.tensor, teacher.pipeline)
-        if group.size() == 1 or same_place:
+        if group.size() == 1 or self._routing.shares_stages:
             return {Item(m, group.rank()): (ids[0], ids[1]) for m, ids in enumerate(own)}
         own = own.int()
         everyone = [torch.empty_like(own) for _ in range(group.size())]

@@ -126,7 +126,7 @@ def reshard_head(
 
     Args:
         own: this rank's part of the teacher's output layer, on the teacher's last stage.
-        carrier: what rows move over; None if both layouts are the same, so that none do.
+        carrier: what rows move over; not needed where every rank has its rows already.
         student_rows: rows of the student's output weight on a tensor-parallel rank.
         like: has the weight's dtype and device.
 
@@ -136,14 +136,14 @@ def reshard_head(
     Raises:
         ConfigError: the head has a bias, a scale or a softcap, which are not moved.
     """
-    if carrier is None:
+    teacher_rows = padded_vocab_size(valid_vocab_size, routing.teacher.tensor) // routing.teacher.tensor
+    if routing.shares_stages and student_rows == teacher_rows:
         return own
     if own is not None and (own.bias is not None or own.scale != 1.0 or own.final_softcap is not None):
         raise ConfigError(
             "the teacher's output layer has a bias, a scale or a softcap, which cannot be moved to another layout yet: "
             "give the teacher the student's layout"
         )
-    teacher_rows = padded_vocab_size(valid_vocab_size, routing.teacher.tensor) // routing.teacher.tensor
     rank, head, transfers = carrier.rank, None, []
     for data_rank in range(routing.student.data):
         for destination in routing.destinations(data_rank):

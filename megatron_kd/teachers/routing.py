@@ -46,6 +46,13 @@ class Routing:
     student_ranks: Sequence[int]
     teacher_ranks: Sequence[int]
 
+    @property
+    def shares_stages(self) -> bool:
+        """Whether every rank holds the same stage and tensor-parallel part of both models."""
+        student, teacher = self.student, self.teacher
+        same_ranks = list(self.student_ranks) == list(self.teacher_ranks)
+        return same_ranks and (student.tensor, student.pipeline) == (teacher.tensor, teacher.pipeline)
+
     def replica(self, step: int, item: Item, micro_batches: int) -> int:
         """The replica that computes ``item`` of ``step``, whose ranks have ``micro_batches`` each.
 

@@ -22,8 +22,9 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 WITHIN = 0.10
 VOCABULARY, SEQ_LENGTH = 3000, 128
 BATCH, MICRO_BATCH = 16, 2
-T, P, S, V = ("parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size",
-              "parallel.sequence_parallel", "parallel.virtual_pipeline_model_parallel_size")
+T, P, S, V, C = ("parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size",
+                 "parallel.sequence_parallel", "parallel.virtual_pipeline_model_parallel_size",
+                 "parallel.context_parallel_size")
 AS_STUDENT = (None, None)
 CASES = {
     "one rank": (1, {}, AS_STUDENT),
@@ -32,6 +33,7 @@ CASES = {
     "PP2": (2, {P: 2}, AS_STUDENT),
     "PP2 VPP2": (2, {P: 2, V: 2}, AS_STUDENT),
     "DP2": (2, {}, AS_STUDENT),
+    "CP2": (2, {C: 2}, AS_STUDENT),
     "TP2, teacher PP2": (2, {T: 2}, (1, 2)),
     "PP2, teacher TP2": (2, {P: 2}, (2, 1)),
 }
@@ -87,7 +89,7 @@ def test_every_part_is_within_ten_per_cent(case, precision, rows, big_teacher, t
         assert_within(planned.weights, found["weights"], f"{where}, weights")
         assert_within(planned.gradients, found["gradients"], f"{where}, gradients")
         assert_within(planned.optimizer, found["optimizer"], f"{where}, optimizer")
-        hidden = MICRO_BATCH * SEQ_LENGTH * student.hidden_size * (2 if precision == "bf16" else 4)
+        hidden = MICRO_BATCH * SEQ_LENGTH // layout.context * student.hidden_size * (2 if precision == "bf16" else 4)
         last = stage == layout.pipeline - 1
         if precision == "bf16":  # fp32 attention is blocked on a CPU and keeps other tensors
             assert_within(planned.activations + (hidden if last else 0), found["saved"], f"{where}, activations")

@@ -52,7 +52,7 @@ def test_tiles_change_nothing(teacher, codec, monkeypatch):
     tiled = select(codec, head, hidden, chunk_bytes=4 * VOCABULARY * 13)
     for name, values in vars(whole).items():
         if values is not None:
-            np.testing.assert_allclose(getattr(tiled, name), values, rtol=1e-6, atol=1e-9, err_msg=name)
+            np.testing.assert_allclose(getattr(tiled, name), values, rtol=1e-5, atol=1e-8, err_msg=name)
 
 
 def test_top_p_keeps_the_fewest_ids(teacher):

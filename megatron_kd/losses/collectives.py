@@ -19,6 +19,11 @@ class TensorParallel:
     def size(self) -> int:
         return 1 if self.group is None else dist.get_world_size(self.group)
 
+    @property
+    def rank(self) -> int:
+        """This process's place in the group."""
+        return 0 if self.group is None else dist.get_rank(self.group)
+
     def max_(self, values: Tensor) -> Tensor:
         """Element-wise maximum over the ranks, in place: one all-reduce."""
         if self.size > 1:

@@ -10,19 +10,19 @@ gradient, or under sequence parallelism one reduce-scatter beside the forward al
 by the bytes of a token's logits on this rank, so memory is flat in tokens and vocabulary.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_kd.errors import ConfigError, LayoutError
-from megatron_kd.losses import separate_softmaxes, shared_softmax, triton_path
+from megatron_kd.errors import ConfigError
+from megatron_kd.losses import triton_path
 from megatron_kd.losses.buffers import Workspace
-from megatron_kd.losses.chunk_terms import Chunk, Problem, TokenLosses, row_tiles
+from megatron_kd.losses.chunk_terms import Problem
+from megatron_kd.losses.chunk_walk import ChunkWalk
 from megatron_kd.losses.collectives import TensorParallel
-from megatron_kd.losses.logits import ChunkPlan, HeadLogits, bytes_per_logit, widens_by_block, work_dtype
 from megatron_kd.losses.types import (
     LM_ONLY,
     DenseKnowledge,
@@ -31,7 +31,6 @@ from megatron_kd.losses.types import (
     OutputHead,
     SparseKnowledge,
 )
-from megatron_kd.losses.weight_gradient import WeightGradient
 
 DEFAULT_CHUNK_BYTES = {"cuda": 896 << 20, "cpu": 1280 << 20}  # few chunks: each reads all weights and main_grad
 BACKENDS = ("auto", "torch", "triton")
@@ -64,7 +63,7 @@ def linear_distillation_loss(
         tp_group: the tensor-parallel group over which the head's rows are sharded; None for one rank.
         sequence_parallel: ``hidden`` is this rank's part of the sequence.
         chunk_bytes: memory of the logit chunks of both models and their temporaries
-            (:mod:`~megatron_kd.losses.logits` says what is counted); None for ``DEFAULT_CHUNK_BYTES``.
+            (:mod:`~megatron_kd.losses.chunk_plan` says what is counted); None for ``DEFAULT_CHUNK_BYTES``.
         backend: ``torch``, ``triton`` or ``auto``.
         gradient_scale: the gradient that will arrive at ``loss_sum``. It must be right if the weight has
             ``main_grad``, which is added to before backward; backward checks it.
@@ -75,242 +74,42 @@ def linear_distillation_loss(
 
     Raises:
         ConfigError: shapes, dtypes or settings that do not fit together.
-        LayoutError: the teacher's rows do not cover the student's interval of ids.
+        LayoutError: the head's rows are not those of this rank, or the teacher's do not cover them.
     """
-    tensor_parallel = TensorParallel(tp_group)
     _check_objective(objective, knowledge, backend)
     with_gradient = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (hidden, head.weight, head.bias)
     )
-    run = _Run(
+    walk = ChunkWalk(
         head, labels.reshape(-1), token_weights.reshape(-1), knowledge,
-        _problem(head, knowledge, objective, gradient_scale), tensor_parallel,
-        sequence_parallel, chunk_bytes, with_gradient,
-        triton_path.use_triton(backend, head.weight.device) and head.weight.dtype != torch.float64,
-        workspace,
+        _problem(head, knowledge, objective, gradient_scale), TensorParallel(tp_group), sequence_parallel,
+        chunk_bytes or DEFAULT_CHUNK_BYTES["cuda" if head.weight.is_cuda else "cpu"], with_gradient,
+        triton_path.use_triton(backend, head.weight.device), workspace,
     )  # fmt: skip
     if with_gradient:
-        loss_sum = _FormGradients.apply(hidden, head.weight, head.bias, run)
+        loss_sum = _FormGradients.apply(hidden, head.weight, head.bias, walk)
     else:
         with torch.no_grad():
-            loss_sum = run.forward(hidden)
-    return replace(run.output, loss_sum=loss_sum)
+            loss_sum = walk.forward(hidden)
+    return replace(walk.output, loss_sum=loss_sum)
 
 
 class _FormGradients(torch.autograd.Function):
-    """Connects a run, which has its gradients already, to autograd."""
+    """Connects a walk, which has its gradients already, to autograd."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, run: "_Run") -> Tensor:
-        ctx.run = run
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, walk: ChunkWalk) -> Tensor:
+        ctx.walk = walk
         ctx.save_for_backward(hidden)
-        return run.forward(hidden)
+        return walk.forward(hidden)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor):
         (hidden,) = ctx.saved_tensors
-        if ctx.run.delivered:  # gradients are handed over, not copied; a retained graph forms them again
-            ctx.run.forward(hidden)
-        return *ctx.run.backward(upstream), None
-
-
-@dataclass
-class _Run:
-    """One call: its inputs, its buffers, its results."""
-
-    head: OutputHead
-    labels: Tensor
-    weights: Tensor
-    knowledge: DenseKnowledge | SparseKnowledge | None
-    problem: Problem
-    tensor_parallel: TensorParallel
-    sequence_parallel: bool
-    chunk_bytes: int | None
-    with_gradient: bool
-    triton: bool
-    workspace: Workspace | None
-    output: LossOutput | None = None
-    delivered: bool = False
-    grad_hidden: Tensor | None = None
-    grad_bias: Tensor | None = None
-    weight_gradient: WeightGradient | None = None
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Walk the chunks; the loss sum. Leaves ``output`` and, with gradients, what ``backward`` delivers."""
-        self.shape = hidden.shape
-        full = self.tensor_parallel.gather_sequence(hidden) if self.sequence_parallel else hidden
-        tokens = full.reshape(-1, full.shape[-1]).to(self.head.weight.dtype)
-        self._check_tokens(tokens)
-        self.student = HeadLogits(self.head, 0, self.head.rows_below(self.problem.student_vocab_size))
-        self.teacher = self._teacher_logits()
-        self._make_buffers(tokens)
-        self._prepare_gradients(hidden, tokens)
-        losses = []
-        for start in range(0, tokens.shape[0], self.plan.tokens):
-            losses.append(self._chunk(tokens, slice(start, min(start + self.plan.tokens, tokens.shape[0]))))
-        self._buffers = None
-        return self._sum_up(losses)
-
-    def backward(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of hidden states, weight and bias."""
-        scale = self.problem.gradient_scale
-        self.delivered = True
-        in_main_grad = self.weight_gradient is not None and self.weight_gradient.into_main_grad
-        if in_main_grad and upstream.float().item() != torch.tensor(scale, dtype=torch.float32).item():
-            raise RuntimeError(
-                f"the gradient that arrived at the loss is {upstream.item()}, but gradient_scale={scale} was declared "
-                f"and has gone into main_grad already: pass gradient_scale={upstream.item()}"
-            )
-        factor = upstream / scale
-        grad_hidden = grad_weight = grad_bias = None
-        if self.grad_hidden is not None:
-            grad_hidden, self.grad_hidden = self.grad_hidden.mul_(factor), None
-            if self.sequence_parallel:
-                grad_hidden = grad_hidden.reshape(-1, *self.shape[1:])
-                grad_hidden = self.tensor_parallel.scatter_sequence(grad_hidden)
-            else:
-                self.tensor_parallel.sum_(grad_hidden)
-            grad_hidden = grad_hidden.reshape(self.shape)
-        if self.weight_gradient is not None:
-            grad_weight = self.weight_gradient.deliver(factor)
-        if self.grad_bias is not None:
-            grad_bias = (self.grad_bias * factor).to(self.head.bias.dtype)
-        return grad_hidden, grad_weight, grad_bias
-
-    def _check_tokens(self, tokens: Tensor) -> None:
-        n = tokens.shape[0]
-        if n == 0:
-            raise ConfigError("the loss was given no tokens: hidden states of shape " + str(tuple(self.shape)))
-        if tokens.shape[1] != self.head.weight.shape[1]:
-            raise ConfigError(
-                f"hidden states of size {tokens.shape[1]} do not fit a head of size {self.head.weight.shape[1]}"
-            )
-        for name, given in (("labels", self.labels), ("token_weights", self.weights)):
-            if given.shape[0] != n:
-                raise ConfigError(f"{name} has {given.shape[0]} tokens, the hidden states have {n}")
-        if isinstance(self.knowledge, SparseKnowledge) and self.knowledge.ids.shape[0] != n:
-            raise ConfigError(f"the sparse knowledge has {self.knowledge.ids.shape[0]} tokens, not {n}")
-
-    def _teacher_logits(self) -> HeadLogits | None:
-        if not isinstance(self.knowledge, DenseKnowledge):
-            return None
-        head, hidden = self.knowledge.head, self.knowledge.hidden
-        self.teacher_tokens = hidden.detach().reshape(-1, hidden.shape[-1]).to(head.weight.dtype)
-        if self.teacher_tokens.shape != (self.labels.shape[0], head.weight.shape[1]):
-            raise ConfigError(
-                f"teacher hidden states [{', '.join(map(str, self.teacher_tokens.shape))}] do not fit "
-                f"{self.labels.shape[0]} tokens and a head of size {head.weight.shape[1]}"
-            )
-        first, rows = self.problem.vocab_start - head.vocab_start, self.problem.common_columns
-        if rows and (first < 0 or first + rows > head.weight.shape[0]):
-            raise LayoutError(
-                f"the teacher's output weight has the ids {head.vocab_start} to "
-                f"{head.vocab_start + head.weight.shape[0] - 1} on this rank, the student's needs "
-                f"{self.problem.vocab_start} to {self.problem.vocab_start + rows - 1}: "
-                f"shard it by the student's intervals"
-            )
-        return HeadLogits(head, max(first, 0), rows)
-
-    def _prepare_gradients(self, hidden: Tensor, tokens: Tensor) -> None:
-        head = self.head
-        if not self.with_gradient:
-            return
-        if hidden.requires_grad:
-            self.grad_hidden = torch.empty_like(tokens)
-        if head.weight.requires_grad:
-            if self.delivered and self.weight_gradient is not None and self.weight_gradient.into_main_grad:
-                raise RuntimeError("backward cannot run twice on a loss whose gradient has gone into main_grad")
-            self.weight_gradient = WeightGradient(head.weight, self.student.weight.shape[0], self.plan.temporary_bytes)
-        if head.bias is not None and head.bias.requires_grad:
-            self.grad_bias = torch.zeros(head.bias.shape, dtype=work_dtype(head.bias.dtype), device=head.bias.device)
-
-    def _make_buffers(self, tokens: Tensor) -> None:
-        weight, size = self.head.weight, self.tensor_parallel.size
-        budget = self.chunk_bytes or DEFAULT_CHUNK_BYTES["cuda" if weight.is_cuda else "cpu"]
-        heads = [logits for logits in (self.student, self.teacher) if logits is not None]
-        stays_narrow = self.triton and all(triton_path.reads_narrow(logits) for logits in heads)
-        stays_narrow = stays_narrow and triton_path.has_kernels(self.problem, self.knowledge)
-        self.by_block = not stays_narrow and widens_by_block(weight, size)
-        dtype = weight.dtype if stays_narrow or self.by_block else work_dtype(weight.dtype)
-        self.work_dtype = weight.dtype if stays_narrow else work_dtype(weight.dtype)
-        self.plan = ChunkPlan.of(
-            budget, tokens.shape[0], weight.shape[0], self.work_dtype.itemsize,
-            bytes_per_logit(weight.dtype, dtype, len(heads)),
-        )  # fmt: skip
-        workspace = self.workspace or Workspace()
-        self._buffers = [
-            logits and workspace.take(name, (self.plan.tokens, logits.weight.shape[0]), dtype, weight.device)
-            for name, logits in (("student", self.student), ("teacher", self.teacher))
-        ]
-
-    def _chunk(self, tokens: Tensor, rows: slice) -> TokenLosses:
-        n = rows.stop - rows.start
-        student, teacher = (None if buffer is None else buffer[:n] for buffer in self._buffers)
-        self.student.product(tokens[rows], student)
-        if teacher is not None:
-            self.teacher.product(self.teacher_tokens[rows], teacher)
-        parts = [slice(0, n)]
-        if self.by_block:
-            parts = list(row_tiles(n, student.shape[1], self.plan.tile_elements))
-        losses = [self._block(student, teacher, rows.start, part) for part in parts]
-        if self.with_gradient:
-            self._linear_gradients(student, tokens, rows)
-        return _concatenate(losses)
-
-    def _block(self, student: Tensor, teacher: Tensor | None, offset: int, part: slice) -> TokenLosses:
-        """Losses of the rows ``part`` of a chunk, whose logits become their gradient."""
-        at = slice(offset + part.start, offset + part.stop)
-        student_rows = student[part].to(self.work_dtype)
-        self.student.finish(student_rows)
-        chunk = Chunk(student_rows, self.labels[at], self.weights[at].to(work_dtype(self.work_dtype)))
-        if teacher is not None:
-            chunk.teacher = teacher[part].to(self.work_dtype)
-            self.teacher.finish(chunk.teacher)
-        if isinstance(self.knowledge, SparseKnowledge):
-            known = self.knowledge
-            chunk.sparse = replace(known, ids=known.ids[at], weights=known.weights[at], tail_mass=known.tail_mass[at])
-        if self.triton and triton_path.has_kernels(self.problem, self.knowledge):
-            path = triton_path
-        elif shared_softmax.applies(self.problem, teacher is not None):
-            path = shared_softmax
-        else:
-            path = separate_softmaxes
-        losses = path.evaluate(chunk, self.problem, self.tensor_parallel, self.with_gradient, self.plan.tile_elements)
-        if self.with_gradient and self.by_block:
-            student[part].copy_(chunk.student)
-        return losses
-
-    def _linear_gradients(self, gradient: Tensor, tokens: Tensor, rows: slice) -> None:
-        if self.grad_bias is not None:
-            self.grad_bias[: gradient.shape[1]] += gradient.sum(0, dtype=self.grad_bias.dtype)
-        gradient = gradient.to(tokens.dtype)
-        if self.grad_hidden is not None:
-            torch.mm(gradient, self.student.weight, out=self.grad_hidden[rows])
-        if self.weight_gradient is not None:
-            self.weight_gradient.add(gradient, tokens[rows])
-
-    def _sum_up(self, parts: list[TokenLosses]) -> Tensor:
-        losses = _concatenate(parts)
-        objective = self.problem.objective
-        counted = self.weights != 0
-        weights = self.weights.to(losses.lm.dtype)
-
-        def total(values: Tensor | None) -> Tensor | None:
-            return None if values is None else (torch.where(counted, values, 0.0) * weights).sum()
-
-        lm_sum, kd_sum = total(losses.lm), total(losses.kd)
-        # a term without weight is left out: it may be infinite (a label that the student does not have)
-        loss_sum = lm_sum * objective.lm_weight if objective.lm_weight else torch.zeros_like(lm_sum)
-        if kd_sum is not None and objective.kd_weight:
-            loss_sum = loss_sum + kd_sum * objective.kd_factor
-        tail = self.knowledge.tail_mass if isinstance(self.knowledge, SparseKnowledge) else None
-        self.output = LossOutput(
-            loss_sum=loss_sum, token_count=counted.sum(), lm_sum=lm_sum, kd_sum=kd_sum,
-            teacher_entropy_sum=total(losses.entropy), tail_mass_sum=total(tail),
-            token_lm_losses=None if self.with_gradient else torch.where(counted, losses.lm, 0.0),
-        )  # fmt: skip
-        return loss_sum
+        if ctx.walk.delivered:  # gradients are handed over, not copied; a retained graph forms them again
+            ctx.walk.forward(hidden)
+        return *ctx.walk.backward(upstream), None
 
 
 def _problem(
@@ -339,13 +138,3 @@ def _check_objective(
         raise ConfigError(f"losses backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     if knowledge is None and objective.kd_weight != 0:
         raise ConfigError(f"kd_weight is {objective.kd_weight}, but no teacher knowledge was given")
-
-
-def _concatenate(parts: list[TokenLosses]) -> TokenLosses:
-    if len(parts) == 1:
-        return parts[0]
-
-    def joined(name: str) -> Tensor | None:
-        return None if getattr(parts[0], name) is None else torch.cat([getattr(part, name) for part in parts])
-
-    return TokenLosses(joined("lm"), joined("kd"), joined("entropy"))

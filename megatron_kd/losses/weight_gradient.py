@@ -69,13 +69,13 @@ class WeightGradient:
         return torch.empty_like(self.weight)  # never read; autograd keeps it without a copy and the hook drops it
 
     def _add_tiled(self, total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-        step = max(1, self.tile_bytes // (4 * hidden.shape[1]))
+        widened = gradient.is_cuda and is_narrow(gradient.dtype) and total.dtype == torch.float32
+        # otherwise the addition makes a copy of the product in its own dtype
+        number_bytes = total.itemsize + (0 if widened else gradient.itemsize)
+        step = max(1, self.tile_bytes // (number_bytes * hidden.shape[1]))
         for start in range(0, total.shape[0], step):
             columns = gradient[:, start : start + step].t()
-            if gradient.is_cuda and is_narrow(gradient.dtype) and total.dtype == torch.float32:
-                product = torch.mm(columns, hidden, out_dtype=torch.float32)
-            else:
-                product = torch.mm(columns, hidden)
+            product = torch.mm(columns, hidden, out_dtype=torch.float32) if widened else torch.mm(columns, hidden)
             total[start : start + step].add_(product)
 
 

@@ -112,7 +112,7 @@ def loss_chunk_bytes(
     architecture: ModelArchitecture, layout: ParallelLayout, tokens: float, precision: str, models: int,
     device: str = "cuda", budget: int | None = None,
 ) -> float:
-    """Buffers of the fused loss's logits (``losses/logits.py``): fp32, under bf16 with the narrow product beside it."""
+    """Buffers of the fused loss's logits (``losses/chunk_plan.py``): fp32; under bf16 the narrow product beside it."""
     budget = budget or LOSS_CHUNK_BYTES[device]
     per_logit = LOGIT_BYTES * models + (ELEMENT_BYTES["bf16"] if precision == "bf16" else 0)
     whole = tokens * padded_rows(architecture.vocab_size, layout.tensor) / layout.tensor * per_logit

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.ranks import shared_ranks
-from tests.reference.loss_cases import TARGETS, LossCase, assert_agrees, build, reference, run_fused
+from tests.reference.loss_cases import TARGETS, LossCase, build
+from tests.reference.loss_runs import assert_agrees, reference, run_fused
 
 TOLERANCE = 2e-5
 SIZES = (1, 2, 4)

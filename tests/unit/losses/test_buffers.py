@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_kd.losses import DenseKnowledge, OutputHead, Workspace, linear_distillation_loss
-from tests.reference.loss_cases import LossCase, build
+from megatron_kd.losses import OutputHead, Workspace, linear_distillation_loss
+from tests.reference.loss_cases import LossCase, build, whole_knowledge
 
 CPU = torch.device("cpu")
 
@@ -37,12 +37,9 @@ def test_a_loss_is_the_same_with_buffers_that_were_used_before(target):
     for kept in (None, workspace, workspace):
         inputs = build(case)
         weight, hidden = inputs.weight.clone().requires_grad_(), inputs.hidden.clone().requires_grad_()
-        knowledge = None
-        if case.knowledge_kind == "dense":
-            knowledge = DenseKnowledge(inputs.teacher_hidden, OutputHead(inputs.teacher_weight, case.teacher_vocab))
         output = linear_distillation_loss(
-            hidden, OutputHead(weight, case.vocab), inputs.labels, inputs.weights, case.objective, knowledge,
-            workspace=kept,
+            hidden, OutputHead(weight, case.vocab), inputs.labels, inputs.weights, case.objective,
+            whole_knowledge(case, inputs), workspace=kept,
         )  # fmt: skip
         output.loss_sum.backward()
         results.append((output.loss_sum.detach(), hidden.grad, weight.grad))

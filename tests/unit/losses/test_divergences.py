@@ -5,7 +5,6 @@ import torch
 
 from megatron_kd.errors import ConfigError
 from megatron_kd.losses import (
-    DenseKnowledge,
     DistillationObjective,
     ForwardKL,
     JensenShannon,
@@ -20,7 +19,7 @@ from megatron_kd.losses import (
 )
 from megatron_kd.losses.divergences import kl_weights
 from tests.reference import naive_losses
-from tests.reference.loss_cases import DIVERGENCES, MIXTURES, TARGETS, LossCase, build
+from tests.reference.loss_cases import DIVERGENCES, MIXTURES, TARGETS, LossCase, build, whole_knowledge
 
 ALL = [*DIVERGENCES, *MIXTURES]
 
@@ -100,12 +99,9 @@ def test_rows_of_the_logit_gradient_sum_to_zero(target, temperature):
     case = LossCase(target, hidden=83, rows=83, teacher_rows=83, dtype=torch.float64, temperature=temperature)
     inputs = build(case)
     logits = inputs.hidden.clone().requires_grad_()
-    knowledge = inputs.sparse
-    if case.knowledge_kind == "dense":
-        knowledge = DenseKnowledge(inputs.teacher_hidden, OutputHead(inputs.teacher_weight, 83))
     identity = OutputHead(torch.eye(83, dtype=torch.float64), 83)
     linear_distillation_loss(
-        logits, identity, inputs.labels, inputs.weights, case.objective, knowledge
+        logits, identity, inputs.labels, inputs.weights, case.objective, whole_knowledge(case, inputs)
     ).loss_sum.backward()
     assert logits.grad.abs().max() > 1e-3
     if target == "ghost":  # its fp32 mass and tail add up to 1 in fp32 only: the gradient is that of the sums as given

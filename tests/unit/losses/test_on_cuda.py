@@ -4,21 +4,14 @@ A recorded run of this file on a kind of GPU is what ``triton_path.VERIFIED_ON_C
 """
 
 import importlib.util
+import itertools
 
 import pytest
 import torch
 
-from megatron_kd.losses import DenseKnowledge, OutputHead, linear_distillation_loss
-from tests.reference.loss_cases import (
-    KERNEL_SHAPES,
-    TARGETS,
-    LossCase,
-    assert_agrees,
-    build,
-    on_device,
-    reference,
-    run_fused,
-)
+from megatron_kd.losses import OutputHead, linear_distillation_loss
+from tests.reference.loss_cases import KERNEL_SHAPES, TARGETS, LossCase, build, on_device, whole_knowledge
+from tests.reference.loss_runs import assert_agrees, reference, run_fused
 
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU here", allow_module_level=True)
@@ -50,6 +43,18 @@ def test_matches_the_reference(shape, target, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("student", "teacher"), itertools.permutations((torch.float32, torch.bfloat16, torch.float64), 2)
+)
+def test_heads_of_different_dtypes(student, teacher, backend):
+    case = LossCase("jsd", dtype=student, teacher_dtype=teacher)
+    inputs = build(case)
+    got = run_fused(case, on_device(inputs, "cuda"), backend=backend)
+    got = {key: None if value is None else value.cpu() for key, value in got.items()}
+    assert_agrees(case, got, reference(case, inputs), TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("target", ["lm", "forward_kl", "jsd", "ghost"])
 def test_bf16_gradients_go_into_an_fp32_main_grad(target, backend):
     case = LossCase(target, dtype=torch.bfloat16)
@@ -58,12 +63,9 @@ def test_bf16_gradients_go_into_an_fp32_main_grad(target, backend):
     weight = torch.nn.Parameter(moved.weight)
     weight.main_grad = torch.zeros(weight.shape, device="cuda")
     weight.grad_added_to_main_grad = False
-    knowledge = moved.sparse
-    if case.knowledge_kind == "dense":
-        knowledge = DenseKnowledge(moved.teacher_hidden, OutputHead(moved.teacher_weight, case.teacher_vocab))
     linear_distillation_loss(
-        moved.hidden, OutputHead(weight, case.vocab), moved.labels, moved.weights, case.objective, knowledge,
-        backend=backend,
+        moved.hidden, OutputHead(weight, case.vocab), moved.labels, moved.weights, case.objective,
+        whole_knowledge(case, moved), backend=backend,
     ).loss_sum.backward()  # fmt: skip
     expected = reference(case, inputs)["grad_weight"]
     assert weight.grad_added_to_main_grad
@@ -84,7 +86,6 @@ def test_memory_stays_within_the_byte_budget(backend):
     before = torch.cuda.memory_allocated()
     linear_distillation_loss(
         hidden, OutputHead(weight, vocabulary), inputs.labels, inputs.weights, case.objective,
-        DenseKnowledge(inputs.teacher_hidden, OutputHead(inputs.teacher_weight, vocabulary)),
-        chunk_bytes=budget, backend=backend,
+        whole_knowledge(case, inputs), chunk_bytes=budget, backend=backend,
     ).loss_sum.backward()  # fmt: skip
     assert torch.cuda.max_memory_allocated() - before <= budget + hidden.nbytes + 64 * tokens * 8

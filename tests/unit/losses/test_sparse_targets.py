@@ -7,7 +7,8 @@ import torch
 
 from megatron_kd.errors import ConfigError
 from megatron_kd.losses import DistillationObjective, OutputHead, SparseKnowledge, linear_distillation_loss
-from tests.reference.loss_cases import LossCase, assert_agrees, build, reference, run_fused
+from tests.reference.loss_cases import LossCase, build
+from tests.reference.loss_runs import assert_agrees, reference, run_fused
 
 VOCABULARY = 6
 

@@ -16,15 +16,8 @@ import torch.distributed as dist
 from megatron_kd.errors import ConfigError
 from megatron_kd.losses import triton_path
 from tests.distributed.ranks import Ranks
-from tests.reference.loss_cases import (
-    DIVERGENCES,
-    KERNEL_SHAPES,
-    LossCase,
-    assert_agrees,
-    build,
-    reference,
-    run_fused,
-)
+from tests.reference.loss_cases import DIVERGENCES, KERNEL_SHAPES, LossCase, build
+from tests.reference.loss_runs import assert_agrees, reference, run_fused
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,

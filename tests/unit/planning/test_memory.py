@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from megatron_kd.losses.chunk_plan import LARGEST_TILE, MOST_TEMPORARIES, bytes_per_logit
 from megatron_kd.losses.fused_linear import DEFAULT_CHUNK_BYTES
-from megatron_kd.losses.logits import LARGEST_TILE, MOST_TEMPORARIES, bytes_per_logit
 from megatron_kd.models.architecture import architecture_by_name
 from megatron_kd.models.gpt import padded_vocab_size
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
@@ -15,8 +15,8 @@ def test_constants_are_those_of_the_loss():
     assert memory.LOSS_CHUNK_BYTES == DEFAULT_CHUNK_BYTES
     assert memory.LOSS_TEMPORARY_BYTES == MOST_TEMPORARIES * LARGEST_TILE * 4
     for models in (1, 2):
-        assert bytes_per_logit(torch.float32, torch.float32, models) == memory.LOGIT_BYTES * models
-        assert bytes_per_logit(torch.bfloat16, torch.float32, models) == memory.LOGIT_BYTES * models + 2
+        assert bytes_per_logit([torch.float32] * models, torch.float32) == memory.LOGIT_BYTES * models
+        assert bytes_per_logit([torch.bfloat16] * models, torch.float32) == memory.LOGIT_BYTES * models + 2
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4, 8])

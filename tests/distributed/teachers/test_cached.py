@@ -40,7 +40,7 @@ TRAINING = [
     "training.micro_batch_size=2", "optimizer.lr_warmup_iters=2", "distillation.method=vanilla_kd",
 ]  # fmt: skip
 ALL_CELLS = [(codec, layout) for codec in CODECS for layout in LAYOUTS]
-CELLS = [("top_k", "TP2 PP2"), ("top_p", "DP2"), ("sampled", "TP2 SP"), ("weighted", "PP2 VPP2")]
+CELLS = [("top_k", "TP2 PP2"), ("top_p", "DP2"), ("sampled", "TP2 SP"), ("weighted", "PP2 VPP2"), ("top_k", "CP2")]
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +62,7 @@ def part(dataset, tmp_path_factory):
 
 def write_cache(dataset, teacher, name, layout, output, *more):
     world, keys = LAYOUTS[layout]
-    keys = [key for key in keys if "overlap" not in key and "virtual" not in key]
+    keys = [key for key in keys if not any(word in key for word in ("overlap", "virtual", "context"))]
     settings = [
         f"data.path={dataset.path}", f"teacher.path={teacher}", f"output={output}", *CODECS[name][1],
         "micro_batch_size=3", "chunks_per_shard=13", *keys, *more,

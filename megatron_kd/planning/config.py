@@ -91,11 +91,30 @@ class PlannedTraining:
 
 
 @dataclass(frozen=True)
+class PlannedLoss:
+    """``distillation.loss.*`` of the run."""
+
+    READS_A_PART: ClassVar[bool] = True
+    chunk_megabytes: int | None = None
+
+    @property
+    def chunk_bytes(self) -> int | None:
+        """The budget in bytes; None for the default of a GPU."""
+        return None if self.chunk_megabytes is None else self.chunk_megabytes << 20
+
+    def validate(self) -> Iterator[str]:
+        """Faults in the values, one message each."""
+        if self.chunk_megabytes is not None and self.chunk_megabytes < 1:
+            yield f"'distillation.loss.chunk_megabytes' must be at least 1, not {self.chunk_megabytes}"
+
+
+@dataclass(frozen=True)
 class PlannedDistillation:
     """``distillation.*`` of the run."""
 
     READS_A_PART: ClassVar[bool] = True
     method: str = "none"
+    loss: PlannedLoss = field(default_factory=PlannedLoss)
 
 
 @dataclass(frozen=True)

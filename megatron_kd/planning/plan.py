@@ -109,7 +109,10 @@ def make_plan(config: PlanRunConfig) -> Plan:
         models=tuple(_models(config, setting)),
         budgets=tuple(_budgets(config, setting)),
         layout=layout.describe(),
-        stages=tuple(stage_memory(student, layout, stage, setting.placed, **sizes) for stage in range(layout.pipeline)),
+        stages=tuple(
+            stage_memory(student, layout, stage, setting.placed, setting.loss_chunk_budget, **sizes)
+            for stage in range(layout.pipeline)
+        ),
         teacher_stages=tuple(_remote_stages(setting)),
         remote=balance,
         memory_limit=GPUS[config.plan.gpu].memory_bytes * config.plan.usable_memory,

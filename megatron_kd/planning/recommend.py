@@ -129,7 +129,10 @@ def evaluate_layout(
         _check(placed.layout, placed.architecture, seq_length)
     micro_batches = layout.micro_batches(config.training.global_batch_size, micro_batch_size)
     sizes = setting.sizes | {"micro_batch_size": micro_batch_size, "micro_batches": micro_batches}
-    memories = (stage_memory(student, layout, stage, placed, **sizes) for stage in range(layout.pipeline))
+    memories = (
+        stage_memory(student, layout, stage, placed, setting.loss_chunk_budget, **sizes)
+        for stage in range(layout.pipeline)
+    )
     gpu = GPUS[config.plan.gpu]
     tokens = config.training.global_batch_size * seq_length
     compute = setting.flops_per_token * tokens / (config.plan.num_gpus * gpu.peak_tflops * 1e12 * config.plan.mfu)

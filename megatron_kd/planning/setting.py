@@ -24,6 +24,7 @@ class Setting:
         placed: a teacher that runs; None otherwise.
         layout: the student's.
         sizes: precision, micro_batch_size, seq_length, micro_batches.
+        loss_chunk_budget: bytes of the fused loss's chunks; None for the default.
     """
 
     student: ModelArchitecture
@@ -33,6 +34,7 @@ class Setting:
     placed: PlacedTeacher | None
     layout: ParallelLayout
     sizes: dict[str, Any]
+    loss_chunk_budget: int | None = None
 
     @property
     def dense_teacher(self) -> ModelArchitecture | None:
@@ -101,7 +103,10 @@ def setting_of(config: PlanRunConfig) -> Setting:
         "precision": training.precision, "micro_batch_size": training.micro_batch_size, "seq_length": seq_length,
         "micro_batches": layout.micro_batches(training.global_batch_size, training.micro_batch_size),
     }
-    return Setting(student, teacher, _architecture(config.plan.reference), method, placed, layout, sizes)
+    return Setting(
+        student, teacher, _architecture(config.plan.reference), method, placed, layout, sizes,
+        config.distillation.loss.chunk_bytes,
+    )
 
 
 def remote_balance(setting: Setting, num_gpus: int) -> RemoteBalance | None:

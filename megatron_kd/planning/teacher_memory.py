@@ -133,12 +133,13 @@ def remote_rank_memory(
 
 
 def stage_memory(
-    student: ModelArchitecture, layout: ParallelLayout, stage: int, teacher: PlacedTeacher | None, **sizes: Any
+    student: ModelArchitecture, layout: ParallelLayout, stage: int, teacher: PlacedTeacher | None,
+    loss_chunk_budget: int | None = None, **sizes: Any,
 ) -> RankMemory:
     """The fullest rank of the student's ``stage``, with what the teacher holds there; ``sizes`` as student_memory's."""
     models = 2 if teacher is not None and teacher.is_dense else 1
     alone = student_memory(student, layout, stage, layers=layout.stage_layers(student.num_layers),
-                           models_in_loss=models, **sizes)
+                           models_in_loss=models, loss_chunk_budget=loss_chunk_budget, **sizes)
     if teacher is None:
         return alone
     if teacher.is_remote:

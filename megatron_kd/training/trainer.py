@@ -259,6 +259,7 @@ class Trainer:
             self.heldout,
             device=self.runtime.device,
             micro_batch_size=self.config.training.micro_batch_size,
+            execution=self.config.distillation.loss,
         )
         return {
             "eval_kd_loss": found.kd_loss,

@@ -15,7 +15,7 @@ from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import is_last_stage, sum_over_group
 from megatron_kd.parallel.schedule import forward_only
 from megatron_kd.teachers.interface import Teacher
-from megatron_kd.training.objective import sequence_major
+from megatron_kd.training.objective import LossConfig, sequence_major
 
 MICRO_BATCHES_PER_SCHEDULE = 8
 
@@ -39,6 +39,7 @@ def heldout_distillation(
     *,
     device: torch.device,
     micro_batch_size: int,
+    execution: LossConfig,
 ) -> HeldoutDistillation:
     """Over every chunk of ``dataset``, equal on all ranks. Collective over the student's ranks.
 
@@ -63,7 +64,7 @@ def heldout_distillation(
             chunks,
             groups,
             lambda batch: (batch.tokens, batch.position_ids),
-            lambda batch, hidden: _sums(chunks[-1], groups, teacher, objective, batch, hidden),
+            lambda batch, hidden: _sums(chunks[-1], groups, teacher, objective, execution, batch, hidden),
             batches,
             seq_length=dataset.seq_length,
             micro_batch_size=micro_batch_size,
@@ -96,6 +97,7 @@ def _sums(
     groups: ProcessGroupCollection,
     teacher: Teacher,
     objective: DistillationObjective,
+    execution: LossConfig,
     batch: Batch,
     hidden: Tensor,
 ) -> Tensor:
@@ -109,6 +111,8 @@ def _sums(
         teacher.knowledge(batch),
         tp_group=groups.tp,
         sequence_parallel=model.config.sequence_parallel,
+        chunk_bytes=execution.chunk_bytes,
+        backend=execution.backend,
     )
     values = [result.kd_sum, result.teacher_entropy_sum, result.tail_mass_sum, result.token_count]
     return torch.stack([torch.zeros_like(result.lm_sum).double() if v is None else v.double() for v in values])

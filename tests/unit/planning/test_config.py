@@ -9,9 +9,13 @@ from megatron_kd.planning.config import PlanRunConfig
 from megatron_kd.training.config import TrainConfig
 
 
-@pytest.mark.parametrize("section", ["model", "data", "training", "distillation", "teacher", "plan", "parallel"])
+@pytest.mark.parametrize(
+    "section", ["model", "data", "training", "distillation", "distillation.loss", "teacher", "plan", "parallel"]
+)
 def test_every_key_that_a_plan_reads_is_a_key_of_training_with_the_same_default(section):
-    planned = typing.get_type_hints(PlanRunConfig)[section]
-    trained = {f.name: f for f in dataclasses.fields(typing.get_type_hints(TrainConfig)[section])}
+    planned, trained = PlanRunConfig, TrainConfig
+    for name in section.split("."):
+        planned, trained = typing.get_type_hints(planned)[name], typing.get_type_hints(trained)[name]
+    fields = {f.name: f for f in dataclasses.fields(trained)}
     for field in dataclasses.fields(planned):
-        assert field.name in trained and field.default == trained[field.name].default, field.name
+        assert field.name in fields and field.default == fields[field.name].default, field.name

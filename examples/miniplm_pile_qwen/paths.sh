@@ -16,7 +16,7 @@ TOKENIZE_OPTIONS="${TOKENIZE_OPTIONS:-}"             # more key=value arguments,
 TRAIN_OPTIONS="${TRAIN_OPTIONS:-}"
 STUDENT_OPTIONS="${STUDENT_OPTIONS:-}"
 SCORE_OPTIONS="${SCORE_OPTIONS:-}"
-SBATCH_GPU="${SBATCH_GPU:---nodes=1 --gpus-per-node=8}"
+SBATCH_GPU="${SBATCH_GPU:---nodes=1 --gpus-per-node=8 --exclusive --mem=0}"   # a whole node: its cores and memory too
 SBATCH_CPU="${SBATCH_CPU:---nodes=1 --cpus-per-task=64}"
 export PYTHON
 
@@ -43,7 +43,7 @@ run() {
         tokenize_corpus | sample_by_difference | convert_to_hf) options="$SBATCH_CPU --export=ALL,GPUS=1" ;;
     esac
     # shellcheck disable=SC2086 # options are words
-    JOBS[$name]=$(sbatch --parsable --job-name="$name" $options ${dependency:+--dependency=afterok$dependency} \
-        examples/slurm/run.sbatch "$verb" "$@")
+    JOBS[$name]=$(sbatch --parsable --job-name="$name" $options \
+        ${dependency:+--dependency=afterok$dependency --kill-on-invalid-dep=yes} examples/slurm/run.sbatch "$verb" "$@")
     echo "$name: job ${JOBS[$name]}${dependency:+ after ${dependency#:}}"
 }

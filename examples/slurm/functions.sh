@@ -1,49 +1,57 @@
 # shellcheck shell=bash
 # Sourced by the sbatch files: one torchrun agent on every node of the job, and a requeue when time runs out.
 #
-#   PYTHON     the interpreter with megatron_kd's requirements (default: .venv/bin/python of the working directory)
+#   PYTHON     the interpreter with megatron_kd's requirements (default: .venv/bin/python of the working directory, or
+#              the image's own where there is a CONTAINER)
 #   CONTAINER  an image for pyxis (srun --container-image); empty runs on the nodes themselves
+#   MOUNTS     what the container sees beside the working directory, as pyxis has it: /data:/data,/models:/models
 #   GPUS       processes a node (default: SLURM_GPUS_ON_NODE, or 1 where there are none)
 
+PYTHON="${PYTHON:-${CONTAINER:+python}}"
 PYTHON="${PYTHON:-$PWD/.venv/bin/python}"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONUNBUFFERED=1
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONUNBUFFERED=1
 
-# The first node's address, and a port that no other job of this node is likely to have.
+JOB="${SLURM_JOB_ID:-}" # what scancel and scontrol are told; array.sbatch says it otherwise
+
+STEP=(--kill-on-bad-exit=0 --wait=300) # five minutes for the other nodes after the first has ended
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ] && [ -z "${SLURM_HET_SIZE:-}" ]; then # srun does not take it over from sbatch
+    STEP+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
+fi
+if [ -n "${CONTAINER:-}" ]; then
+    STEP+=(--container-image="$CONTAINER" --container-workdir="$PWD")
+    STEP+=(--container-mounts="$PWD:$PWD${MOUNTS:+,$MOUNTS}")
+fi
+
+# The first node's address, and a port below the system's own range that no other job of this node is likely to have.
 rendezvous() {
     MASTER_ADDR=$(scontrol show hostnames "${SLURM_JOB_NODELIST_HET_GROUP_0:-$SLURM_JOB_NODELIST}" | head -n 1)
-    MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+    MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
     export MASTER_ADDR MASTER_PORT
 }
 
-# Slurm warns the batch shell (#SBATCH --signal=B:USR1@…). The ranks get the signal, write a checkpoint and leave with
-# status 75; torchrun inherits the signal ignored, so it stays until they are done. Then the job goes back to the queue.
+# Slurm warns the batch shell (#SBATCH --signal=B:USR1@…). The ranks of train get the signal, write a checkpoint and
+# leave with status 75; torchrun inherits the signal ignored, so it stays until they are done. Every other verb is ended;
+# started again, it goes on from what it has on disk. Then the job goes back to the queue.
 WARNED=0
+WARNING=TERM
 warn_ranks() {
     WARNED=1
-    echo "$(date -Is) told to stop: the ranks write a checkpoint"
-    scancel --signal=USR1 "$SLURM_JOB_ID" || true
+    echo "$(date -Is) told to stop: $WARNING to the ranks"
+    scancel --signal="$WARNING" "$JOB" || true
 }
 
-# on_every_node [SRUN_OPTION …] -- PROGRAM ARGUMENT …: PROGRAM under torchrun; returns its status.
-on_every_node() {
-    local options=() status=0
-    while [ "$1" != -- ]; do options+=("$1"); shift; done
+# supervised PROGRAM COMMAND …: runs the command, which runs PROGRAM; returns its status, whatever signals come.
+supervised() {
+    local status steps
+    case $1 in tools/train.py) WARNING=USR1 ;; esac
     shift
-    rendezvous
-    [ -z "${CONTAINER:-}" ] || options+=(--container-image="$CONTAINER" --container-mounts="$PWD:$PWD")
     trap warn_ranks USR1
     (
         trap '' USR1
-        # shellcheck disable=SC2016 # the node's own variables
-        exec srun --kill-on-bad-exit=0 "${options[@]}" bash -c '
-            trap "" USR1
-            exec "$0" -m torch.distributed.run \
-                --nnodes "$SLURM_NTASKS" --node-rank "$SLURM_PROCID" \
-                --nproc-per-node "${GPUS:-${SLURM_GPUS_ON_NODE:-1}}" \
-                --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" "$@"' "$PYTHON" "$@"
+        exec "$@"
     ) &
-    local steps=$!
-    while true; do  # a signal ends one wait, not the job
+    steps=$!
+    while true; do # a signal ends one wait, not the job
         status=0
         wait "$steps" || status=$?
         kill -0 "$steps" 2>/dev/null || break
@@ -51,18 +59,45 @@ on_every_node() {
     return "$status"
 }
 
+# on_every_node [SRUN_OPTION …] -- PROGRAM ARGUMENT …: PROGRAM under torchrun.
+on_every_node() {
+    local options=()
+    while [ "$1" != -- ]; do
+        options+=("$1")
+        shift
+    done
+    shift
+    rendezvous
+    # shellcheck disable=SC2016 # the node's own variables
+    supervised "$1" srun "${STEP[@]}" "${options[@]}" bash -c '
+        trap "" USR1
+        exec "$0" -m torch.distributed.run \
+            --nnodes "$SLURM_NTASKS" --node-rank "$SLURM_PROCID" \
+            --nproc-per-node "${GPUS:-${SLURM_GPUS_ON_NODE:-1}}" \
+            --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" "$@"' "$PYTHON" "$@"
+}
+
+# in_one_process PROGRAM ARGUMENT …: PROGRAM without torchrun.
+in_one_process() {
+    supervised "$1" srun --ntasks=1 "${STEP[@]}" "$PYTHON" "$@"
+}
+
 # Preemption with a grace time: Slurm sends SIGTERM to the ranks, which save and leave, and not to the batch shell. The
-# job would count as failed then.
+# job would count as failed then. An earlier start's preemption does not count.
 preempted() {
-    [[ "$(scontrol show job "$SLURM_JOB_ID")" == *PreemptTime=[0-9]* ]]
+    local record started
+    record=$(scontrol show job "$JOB")
+    [[ $record =~ StartTime=([0-9T:-]+) ]] || return 1
+    started=${BASH_REMATCH[1]}
+    [[ $record =~ PreemptTime=([0-9T:-]+) && ! ${BASH_REMATCH[1]} < $started ]]
 }
 
 # Back to the queue after a warning; the same job goes on from its newest checkpoint. Otherwise the status of the run.
 finish() {
     if [ "$1" -ne 0 ] && { [ "$WARNED" -eq 1 ] || preempted; }; then
         echo "$(date -Is) requeued"
-        scontrol requeue "$SLURM_JOB_ID"
-        sleep 60  # Slurm ends this shell
+        scontrol requeue "$JOB"
+        sleep 60 # Slurm ends this shell
     fi
     exit "$1"
 }

@@ -7,6 +7,6 @@ source examples/vanilla_kd_pile_qwen/paths.sh
 run "heldout_$SIZE" "student_$SIZE" evaluate "model.path=$RUNS/vanilla_kd_$SIZE" "data.path=$DATA/heldout" \
     "output=$RUNS/vanilla_kd_$SIZE/heldout.json"
 if [ -n "${TASKS:-}" ]; then
-    RANKS=1 run "tasks_$SIZE" "export_$SIZE" evaluate "model.path=$RUNS/hf/vanilla_kd_$SIZE" "harness.tasks=[$TASKS]" \
-        "output=$RUNS/vanilla_kd_$SIZE/tasks.json"
+    RANKS=1 GPUS=1 run "tasks_$SIZE" "export_$SIZE" evaluate "model.path=$RUNS/hf/vanilla_kd_$SIZE" \
+        "harness.tasks=[$TASKS]" "output=$RUNS/vanilla_kd_$SIZE/tasks.json"
 fi

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.metrics.tracker import read_metrics
 from tests.end_to_end.commands import REPOSITORY, SMALL, run
 from tests.end_to_end.pile_stand_in import train_teacher, write_corpus
@@ -114,6 +115,22 @@ def test_an_array_does_one_line_a_task_and_a_dependent_job_waits(cluster, datase
     assert cluster.state(second) == "PENDING"
     finish(cluster, second, tmp_path / "after.log")
     assert len(rows_of(tmp_path / "run0")) == len(rows_of(tmp_path / "run1")) == 2
+
+
+def test_an_array_tokenises_a_corpus_and_a_job_after_it_merges(cluster, tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", 200_000)
+    keys = [f"input={corpus}/*.jsonl.zst", f"tokenizer={corpus / 'tokenizer'}", "data.seq_length=128", "workers=1"]
+    ended = run("tokenize_corpus", *keys, f"output={tmp_path / 'alone'}")
+    assert ended.status == 0, ended.stderr
+    (tmp_path / "tasks").write_text("".join(f"num_tasks=2 task_index={i}\n" for i in range(2)))
+    verb = ["tokenize_corpus", *keys, f"output={tmp_path / 'merged'}"]
+    array = submit(cluster, tmp_path / "task-%a.log", "examples/slurm/array.sbatch", str(tmp_path / "tasks"), *verb,
+                   options=["--array=0-1"])
+    merge = submit(cluster, tmp_path / "merge.log", "examples/slurm/run.sbatch", *verb, "merge=true",
+                   options=[f"--dependency=afterok:{array}", "--export=ALL,GPUS=1"])
+    finish(cluster, merge, tmp_path / "merge.log")
+    alone, merged = (ChunkDataset.open(tmp_path / name) for name in ("alone", "merged"))
+    assert merged.fingerprint == alone.fingerprint and len(merged) > 0
 
 
 def test_a_line_that_is_not_there(cluster, tmp_path):

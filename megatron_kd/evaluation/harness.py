@@ -6,17 +6,19 @@ data. ``storycloze_2018`` needs data that its authors hand out; a task that this
 missing and left out of the average, which then names how many tasks it covers.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator
 
-from megatron_kd.errors import CheckpointError, ConfigError
+from megatron_kd.errors import CheckpointError, ConfigError, DataError
 
 PAPER_TASKS = (
     "hellaswag", "lambada_openai", "winogrande", "openbookqa", "arc_easy", "arc_challenge", "piqa", "social_iqa",
     "storycloze_2018",
 )
 METRICS = ("acc_norm,none", "acc,none")
+BOS_FAMILIES = ("llama", "mistral")
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class HarnessConfig:
     """Documents a task; None means all."""
     dtype: str | None = None
     """None means float16 on CUDA, as the paper, and float32 on a CPU."""
-    add_bos_token: bool = False
+    add_bos_token: bool | None = None
+    """Whether every text begins with bos; None as the paper: for Llama and Mistral, not for others."""
     bootstrap_iters: int = 100_000
 
     def validate(self) -> Iterator[str]:
@@ -58,6 +61,7 @@ def run_harness(config: HarnessConfig, hf_folder: str, device: str) -> dict[str,
     Raises:
         ConfigError: lm-eval is not installed, or knows none of the tasks.
         CheckpointError: ``hf_folder`` is not an exported model.
+        DataError: the data of the tasks is neither on the hub, as far as that can be reached, nor on this machine.
     """
     if not (Path(hf_folder) / "config.json").is_file():
         raise CheckpointError(f"{hf_folder} is no Hugging Face folder: export the run with convert_to_hf first")
@@ -71,14 +75,26 @@ def run_harness(config: HarnessConfig, hf_folder: str, device: str) -> dict[str,
     missing = [name for name in config.task_names if name not in known]
     if not known:
         raise ConfigError(f"lm-eval knows none of the tasks {', '.join(missing)}; its own are listed by 'lm-eval ls'")
-    results = lm_eval.simple_evaluate(
-        model="hf",
-        model_args={"pretrained": hf_folder, "dtype": config.dtype or ("float16" if device == "cuda" else "float32"),
-                    "add_bos_token": config.add_bos_token},
-        tasks=known, num_fewshot=config.num_fewshot, batch_size=config.batch_size, device=device, limit=config.limit,
-        bootstrap_iters=config.bootstrap_iters, task_manager=manager,
-    )["results"]
+    try:
+        results = lm_eval.simple_evaluate(
+            model="hf",
+            model_args={"pretrained": hf_folder, "dtype": config.dtype or ("float16" if device == "cuda" else "float32"),
+                        "add_bos_token": begins_with_bos(config, hf_folder)},
+            tasks=known, num_fewshot=config.num_fewshot, batch_size=config.batch_size, device=device,
+            limit=config.limit, bootstrap_iters=config.bootstrap_iters, task_manager=manager,
+        )["results"]
+    except OSError as error:  # what datasets raises where there is no hub, no cache, no file
+        raise DataError(f"the data of {', '.join(known)} cannot be had: {error}; fetch it once on a machine with the "
+                        "hub (HF_HOME names the cache), or give task files with local data by harness.include_path"
+                        ) from None
     return summarise({name: results[name] for name in known}, missing)
+
+
+def begins_with_bos(config: HarnessConfig, hf_folder: str) -> bool:
+    """What ``harness.add_bos_token`` says, or else the model's family."""
+    if config.add_bos_token is not None:
+        return config.add_bos_token
+    return json.loads((Path(hf_folder) / "config.json").read_text("utf-8")).get("model_type") in BOS_FAMILIES
 
 
 def summarise(results: dict[str, dict[str, Any]], missing: list[str]) -> dict[str, Any]:

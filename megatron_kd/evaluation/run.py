@@ -61,12 +61,20 @@ class EvaluateConfig:
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
-    """Evaluate; returns and prints the figures."""
+    """Evaluate; returns and prints the figures.
+
+    Raises:
+        LayoutError: zero-shot tasks under several ranks; what is loaded does not divide over them.
+        CheckpointError, DataError, ConfigError: as :func:`heldout_figures` and ``run_harness``.
+    """
     with distributed_runtime() as runtime:
+        if config.harness.tasks and runtime.world_size > 1:
+            raise LayoutError(f"harness.tasks runs in one process, and here are {runtime.world_size}: start evaluate "
+                              "without torchrun, or leave the tasks to a second call")
         figures = {"model": config.model.path}
         if config.data.path is not None:
             figures |= heldout_figures(config, runtime)
-        if config.harness.tasks and runtime.is_main:
+        if config.harness.tasks:
             figures["harness"] = run_harness(config.harness, config.model.path, runtime.device.type)
         if runtime.is_main:
             text = json.dumps(figures, indent=2)

@@ -2,6 +2,9 @@
 
 import pytest
 
+from megatron_kd.config import from_mapping
+from megatron_kd.errors import LayoutError
+from megatron_kd.evaluation.run import EvaluateConfig, run
 from tests.distributed.ranks import shared_ranks
 from tests.distributed.training.runs import LAYOUTS, call_verb, make_dataset, train_in_ranks
 
@@ -38,3 +41,16 @@ def test_figures_are_those_of_one_rank(layout, settings, one_rank):
     for found in figures(layout, settings):
         for name in FIGURES:
             assert found[name] == pytest.approx(one_rank[name], rel=1e-3, abs=1e-4), name
+
+
+def refusal(keys: dict) -> str | None:
+    try:
+        run(from_mapping(EvaluateConfig, keys, "test"))
+    except LayoutError as error:
+        return str(error)
+    return None
+
+
+def test_tasks_are_refused_where_the_harness_would_wait_for_ranks_that_are_not_there():
+    said = shared_ranks(2).run(refusal, {"model": {"path": "hf"}, "harness": {"tasks": ["piqa"]}})
+    assert said[0] == said[1] and "here are 2: start evaluate without torchrun" in said[0]

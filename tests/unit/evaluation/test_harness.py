@@ -5,8 +5,8 @@ import json
 import pytest
 
 from megatron_kd.config import from_mapping
-from megatron_kd.errors import CheckpointError, ConfigError
-from megatron_kd.evaluation.harness import PAPER_TASKS, HarnessConfig, run_harness, summarise
+from megatron_kd.errors import CheckpointError, ConfigError, DataError
+from megatron_kd.evaluation.harness import PAPER_TASKS, HarnessConfig, begins_with_bos, run_harness, summarise
 
 QUESTIONS = [{"question": f"{a} and then", "choices": [f"{a} again", "something else entirely"], "answer": 0}
              for a in ("one", "two", "three", "four", "five", "six")]
@@ -40,6 +40,13 @@ def test_metric_choice_and_plain_average():
     assert summary["tasks"]["winogrande"] == {"metric": "acc", "accuracy": 50.0, "standard_error": None}
     assert summary["average"] == 45.0 and summary["tasks_in_average"] == 2
     assert summary["missing"] == ["storycloze_2018"]
+
+
+@pytest.mark.parametrize(("family", "given", "expected"), [("qwen2", None, False), ("llama", None, True),
+                                                           ("llama", False, False), ("qwen2", True, True)])
+def test_bos_as_the_paper_unless_said_otherwise(tmp_path, family, given, expected):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    assert begins_with_bos(config(add_bos_token=given), str(tmp_path)) is expected
 
 
 def test_a_task_without_accuracy():
@@ -107,6 +114,16 @@ def test_the_real_harness_on_local_tasks(exported, tmp_path, monkeypatch):
     assert found == {"local_norm": ("acc_norm", round(expected_accuracy(exported, True), 3)),
                      "local_plain": ("acc", round(expected_accuracy(exported, False), 3))}
     assert summary["missing"] == ["no_such_task"] and summary["tasks_in_average"] == 2
+
+
+@pytest.mark.slow
+def test_data_that_cannot_be_had(exported, tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra: pip install 'megatron-kd[eval]'")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/gone.yaml").write_text(
+        TASK.format(name="gone", data=tmp_path / "gone.jsonl", metrics="{metric: acc}"))
+    with pytest.raises(DataError, match="the data of gone cannot be had.*harness.include_path"):
+        run_harness(config(tasks=["gone"], include_path=str(tmp_path / "tasks")), str(exported), "cpu")
 
 
 @pytest.mark.slow

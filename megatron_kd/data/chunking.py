@@ -156,9 +156,11 @@ class DomainChunker:
         return self._assemble(stream, starts, stops), completed_by
 
     def flush(self) -> Chunks:
-        """What is left, as one chunk if it has more than one id."""
-        stream, self._buffer = self._buffer, self._buffer[:0]
+        """What is left, as one chunk; a single id, which would predict nothing, stays in no chunk."""
+        stream = self._buffer
         ends = np.array([len(stream)] if len(stream) + self._prefix > 1 and len(stream) else [], dtype=np.int64)
+        if len(ends):
+            self._buffer = stream[:0]
         return self._assemble(stream, np.zeros(len(ends), dtype=np.int64), ends)
 
     @property

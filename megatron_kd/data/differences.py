@@ -46,9 +46,23 @@ def open_differences(config: "SampleByDifferenceConfig", dataset: ChunkDataset) 
     if config.predicted_difference is not None:
         predicted = ScoreFile.open(config.predicted_difference, DIFFERENCE_KIND)
         return Differences(predicted.reader(dataset), [_parent(predicted, "difference")])
-    teacher, reference = ScoreFile.open(str(config.teacher_scores)), ScoreFile.open(str(config.reference_scores))
+    return measured_differences(str(config.teacher_scores), str(config.reference_scores), dataset, config.force)
+
+
+def measured_differences(
+    teacher_scores: str, reference_scores: str, dataset: ChunkDataset, force: bool = False
+) -> Differences:
+    """r of a dataset's chunks from the score files at two paths.
+
+    Args:
+        force: also where the reference model was trained on chunks of the dataset.
+
+    Raises:
+        DataError: as :func:`open_differences`.
+    """
+    teacher, reference = ScoreFile.open(teacher_scores), ScoreFile.open(reference_scores)
     check_pair(teacher, reference)
-    if not config.force:
+    if not force:
         refuse_reference_trained_on(reference.manifest["model"], dataset, reference.path)
     one, other = teacher.reader(dataset), reference.reader(dataset)
     return Differences(
@@ -56,11 +70,9 @@ def open_differences(config: "SampleByDifferenceConfig", dataset: ChunkDataset) 
         [_parent(teacher, "teacher"), _parent(reference, "reference")],
         one,
         other,
-        {
-            "teacher": str(teacher.manifest["model"].get("path")),
-            "reference": str(reference.manifest["model"].get("path")),
-        },
-    )
+        {role: str(scores.manifest["model"].get("path")) for role, scores in
+         (("teacher", teacher), ("reference", reference))},
+    )  # fmt: skip
 
 
 def check_pair(teacher: ScoreFile, reference: ScoreFile) -> None:

@@ -91,10 +91,10 @@ def example_chunks(differences: Differences, num_chunks: int, each: int) -> dict
         for start, stop in _blocks(num_chunks):
             values = differences.block(start, stop)
             near = np.where(np.isnan(values), np.inf, ranks[place](values))
-            smallest = np.argpartition(near, min(each, len(near)) - 1)[:each] if len(near) else []
-            limit = near[smallest].max(initial=-np.inf)
-            for index in np.flatnonzero(near <= limit)[: 2 * each]:
-                best.append((float(near[index]), start + int(index)))
+            limit = np.partition(near, min(each, len(near)) - 1)[: each].max()
+            candidates = np.flatnonzero(near <= limit)  # more than ``each`` where values are equal
+            chosen = candidates[np.argsort(near[candidates], kind="stable")][:each]
+            best += zip(near[chosen].tolist(), (start + chosen).tolist())
             best = sorted(entry for entry in best if np.isfinite(entry[0]))[:each]
         found[place] = [index for _, index in best]
     return found

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.data.differences import check_pair
+from megatron_kd.data.differences import measured_differences
 from megatron_kd.errors import DataError
-from megatron_kd.scoring.score_file import ScoreFile
 
 HELDOUT_SHARE = 0.1
 LEAST_SCORED = 20
@@ -15,11 +14,13 @@ LEAST_SCORED = 20
 
 @dataclass(frozen=True)
 class SubsetConfig:
-    """``subset.*`` keys: a random part of the corpus, scored by both models."""
+    """``subset.*`` keys."""
 
     path: str
     teacher_scores: str
     reference_scores: str
+    force: bool = False
+    """Use a reference model that was trained on chunks of the subset."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class MeasuredSubset:
         """Open the subset and its two score files; ``seed`` draws the held-out chunks.
 
         Raises:
-            DataError: corpus, subset and scores do not belong together; too few chunks are scored.
+            DataError: corpus, subset and scores do not belong together; the reference model was trained on chunks of
+                the subset; too few chunks are scored.
         """
         subset = ChunkDataset.open(config.path)
         if subset.root_fingerprint != corpus.root_fingerprint:
@@ -55,20 +57,16 @@ class MeasuredSubset:
                 f"{subset.path}: its chunks refer to {subset.root_fingerprint}, those of {corpus.path} to "
                 f"{corpus.root_fingerprint}; draw the subset with split_dataset"
             )
-        teacher, reference = ScoreFile.open(config.teacher_scores), ScoreFile.open(config.reference_scores)
-        check_pair(teacher, reference)
-        values = np.subtract(reference.aligned_with(subset), teacher.aligned_with(subset), dtype=np.float32)
+        differences = measured_differences(config.teacher_scores, config.reference_scores, subset, config.force)
+        values = differences.block(0, subset.num_chunks)
         chunks = np.flatnonzero(~np.isnan(values))
         if len(chunks) < LEAST_SCORED:
             raise DataError(
                 f"{subset.path}: {len(chunks)} scored chunks are too few to learn from; draw at least 1% more"
             )
-        parents = [
-            {"kind": scores.manifest["kind"], "role": role, "path": str(scores.path), "fingerprint": scores.fingerprint}
-            for role, scores in (("teacher", teacher), ("reference", reference))
-        ]
         places = _places(np.asarray(subset.chunk_ids)[chunks], corpus)
-        return MeasuredSubset(subset, chunks, values[chunks], places, _draw_heldout(len(chunks), seed), parents)
+        is_heldout = _draw_heldout(len(chunks), seed)
+        return MeasuredSubset(subset, chunks, values[chunks], places, is_heldout, differences.parents)
 
     @property
     def training(self) -> tuple[np.ndarray, np.ndarray]:

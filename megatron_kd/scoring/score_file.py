@@ -85,14 +85,6 @@ class ScoreFile:
                 f"{dataset.path} has fingerprint {dataset.fingerprint}; score that dataset with score_corpus"
             )
 
-    def aligned_with(self, dataset: ChunkDataset) -> np.ndarray:
-        """The scores of a dataset's chunks in its order, float32 ``[dataset.num_chunks]``.
-
-        Raises:
-            DataError: see :meth:`check_matches`.
-        """
-        return self.reader(dataset)(0, dataset.num_chunks)
-
     def reader(self, dataset: ChunkDataset) -> Callable[[int, int], np.ndarray]:
         """(start, stop) → scores of a dataset's chunks there, float32, read as they are asked for.
 

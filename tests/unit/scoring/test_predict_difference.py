@@ -109,3 +109,12 @@ def test_a_subset_of_another_corpus_is_refused(keys: dict, tmp_path: Path, corpu
     )
     with pytest.raises(DataError, match="draw the subset with split_dataset"):
         predict(keys, tmp_path / "r", data={"path": str(other.path)})
+
+
+def test_a_reference_model_that_has_seen_the_subset_is_refused(keys: dict, tmp_path: Path) -> None:
+    subset = ChunkDataset.open(keys["subset"]["path"])
+    values = np.load(Path(keys["subset"]["reference_scores"]) / "scores.npy")
+    model = {"fingerprint": "leaky", "trained_on": subset.fingerprint, "trained_on_path": str(subset.path)}
+    write_score_file(tmp_path / "leaky", values, subset, model, "float32", {"tool": "test"})
+    with pytest.raises(DataError, match="the reference model was trained on 120 of the 120 chunks"):
+        predict(keys, tmp_path / "r", subset={**keys["subset"], "reference_scores": str(tmp_path / "leaky")})

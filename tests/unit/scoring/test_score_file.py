@@ -95,8 +95,8 @@ def test_scores_of_the_root_serve_a_selection(tmp_path: Path, scored: ChunkDatas
     writer.add(CHUNKS[3], np.array([3]))
     writer.finish({"tool": "test"}, (), scored.fingerprint, np.array([3]))
     selection = ChunkDataset.open(tmp_path / "selection")
-    assert scores.aligned_with(selection).tolist() == [4.0]
-    assert scores.aligned_with(scored)[0] == 1.0
+    assert scores.reader(selection)(0, 1).tolist() == [4.0]
+    assert scores.reader(scored)(0, 4)[0] == 1.0
 
 
 def test_a_flipped_bit_in_any_file_is_found(tmp_path: Path, scored: ChunkDataset) -> None:

@@ -8,41 +8,40 @@ student's hidden states and output weight; ours computes the LM loss as well. Th
 alone (two of logits, two of gradients), whole or in chunks, whichever is faster, with buffers made beforehand; ours
 keeps its own in a ``Workspace``, as training does. Runs of all rows alternate; times are medians. Memory is the peak of
 torch's allocations during one more call that makes its buffers anew, without inputs, the two gradients and
-``main_grad``; workspace inside of libraries is not seen. Peers are used as installed from PyPI; the rows of absent
-ones, and CUDA rows on a machine without a GPU, say 'not measured'. Install them beside the project with
-``pip install --no-deps nvidia-modelopt torchtune`` and, for CUDA, ``liger-kernel``. Under 'holds': whether our rows are
-within the limits that the project sets itself (the full shapes only).
+``main_grad``, but with the dummy that Megatron-Core's hooks are given; workspace inside of libraries is not seen. Peers
+are used as installed from PyPI; the rows of absent ones, and CUDA rows on a machine without a GPU, say 'not measured'.
+Install them beside the project with ``pip install --no-deps nvidia-modelopt torchtune`` and, for CUDA,
+``liger-kernel``. Under 'holds': whether our rows are within the limits that the project sets itself (the full shapes
+only).
 """
 
 import argparse
 import gc
-import importlib.util
 import json
 import statistics
 import sys
 import time
-import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.provenance import provenance  # noqa: E402
-from megatron_kd.losses import (  # noqa: E402
-    DEFAULT_CHUNK_BYTES,
-    DenseKnowledge,
-    DistillationObjective,
-    OutputHead,
-    Workspace,
-    divergence_from_config,
-    linear_distillation_loss,
+from benchmarks.loss_calls import (  # noqa: E402
+    Call,
+    Inputs,
+    Shape,
+    bare_products,
+    fused,
+    liger,
+    modelopt,
+    plain_torch,
+    torchtune,
 )
+from benchmarks.provenance import provenance  # noqa: E402
+from megatron_kd.losses import DEFAULT_CHUNK_BYTES, Workspace  # noqa: E402
 from tests.reference.peak_memory import measure  # noqa: E402
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
@@ -51,24 +50,6 @@ RESULTS = Path(__file__).resolve().parent / "results"
 NOT_MEASURED = "not measured"
 MIB = 1 << 20
 
-
-@dataclass(frozen=True)
-class Shape:
-    """tokens × (student hidden, teacher hidden) × vocabulary."""
-
-    tokens: int
-    hidden: int
-    teacher_hidden: int
-    vocabulary: int
-    dtype: torch.dtype = torch.float32
-
-    def describe(self) -> str:
-        return (
-            f"{self.tokens} tokens, hidden {self.hidden} / {self.teacher_hidden}, V = {self.vocabulary}, "
-            f"{str(self.dtype).removeprefix('torch.')}"
-        )
-
-
 CPU_SHAPE = Shape(1024, 1024, 2048, 151_936)
 CPU_MEMORY_SHAPES = [Shape(n, 1024, 2048, 151_936) for n in (512, 1024, 4096)] + [Shape(1024, 1024, 2048, 32_000)]
 TIMES_FLOOR_LIMIT = {"cpu": 1.05, "cuda": 1.25}
@@ -76,136 +57,6 @@ CUDA_MEMORY_LIMIT_MIB = 1024
 QUICK_SHAPE = Shape(256, 128, 256, 8_192)
 QUICK_MEMORY_SHAPES = [Shape(n, 128, 256, 8_192) for n in (128, 256, 1024)] + [Shape(256, 128, 256, 2_048)]
 CUDA_SHAPE = Shape(8192, 4096, 4096, 128_256, torch.bfloat16)
-
-
-class Inputs:
-    """Tensors of a shape; the student's weight has ``main_grad``, as under data parallelism."""
-
-    def __init__(self, shape: Shape, device: str) -> None:
-        generator = torch.Generator().manual_seed(0)
-
-        def normal(*size: int, scale: float) -> Tensor:
-            return (torch.randn(size, generator=generator) * scale).to(device, shape.dtype)
-
-        self.shape = shape
-        self.hidden = normal(shape.tokens, shape.hidden, scale=1.0).requires_grad_()
-        self.weight = torch.nn.Parameter(normal(shape.vocabulary, shape.hidden, scale=0.02))
-        self.weight.main_grad = torch.zeros(self.weight.shape, device=device)
-        self.teacher_hidden = normal(shape.tokens, shape.teacher_hidden, scale=1.0)
-        self.teacher_weight = normal(shape.vocabulary, shape.teacher_hidden, scale=0.02)
-        self.labels = torch.randint(0, shape.vocabulary, (shape.tokens,), generator=generator).to(device)
-        self.token_weights = torch.ones(shape.tokens, device=device)
-
-    def clear(self) -> None:
-        self.hidden.grad = self.weight.grad = None
-
-    def logits(self) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            teacher = self.teacher_hidden @ self.teacher_weight.t()
-        return self.hidden @ self.weight.t(), teacher
-
-
-Call = Callable[[], None]
-
-
-def bare_products(inputs: Inputs, chunk: int) -> Call:
-    """The four matrix products in chunks of tokens, with buffers made beforehand."""
-    shape = inputs.shape
-    hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
-    buffers = [hidden.new_empty((chunk, shape.vocabulary)) for _ in range(2)]
-    grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-
-    def call() -> None:
-        for start in range(0, shape.tokens, chunk):
-            rows = slice(start, min(start + chunk, shape.tokens))
-            student, teacher = (buffer[: rows.stop - rows.start] for buffer in buffers)
-            torch.mm(hidden[rows], weight.t(), out=student)
-            torch.mm(inputs.teacher_hidden[rows], inputs.teacher_weight.t(), out=teacher)
-            torch.mm(student, weight, out=grad_hidden[rows])
-            grad_weight.addmm_(student.t(), hidden[rows])
-
-    return call
-
-
-def fused(inputs: Inputs, divergence: str, workspace: Workspace | None = None, backend: str = "torch") -> Call:
-    """This project's loss: LM and the divergence."""
-    objective = DistillationObjective(0.5, 0.5, divergence_from_config(divergence))
-    head = OutputHead(inputs.weight, inputs.shape.vocabulary)
-    knowledge = DenseKnowledge(inputs.teacher_hidden, OutputHead(inputs.teacher_weight, inputs.shape.vocabulary))
-
-    def call() -> None:
-        linear_distillation_loss(
-            inputs.hidden, head, inputs.labels, inputs.token_weights, objective, knowledge, workspace=workspace,
-            backend=backend,
-        ).loss_sum.backward()
-
-    return call
-
-
-def plain_torch(inputs: Inputs) -> Call:
-    """Whole logits, log_softmax and kl_div, as training scripts on Hugging Face models do it."""
-
-    def call() -> None:
-        student, teacher = inputs.logits()
-        log_q, log_p = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
-        F.kl_div(log_q, log_p, reduction="sum", log_target=True).backward()
-
-    return call
-
-
-def modelopt(inputs: Inputs) -> Call | None:
-    """NVIDIA ModelOpt's LogitsKLLoss on whole logits."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from megatron.core.transformer import TransformerConfig
-            from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
-    except ImportError:
-        return None
-    loss = LogitsKLLoss(TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=1))
-
-    def call() -> None:
-        student, teacher = inputs.logits()
-        value = loss(student.unsqueeze(1), teacher.unsqueeze(1))
-        (value[0] if isinstance(value, tuple) else value).sum().backward()
-
-    return call
-
-
-def torchtune(inputs: Inputs) -> Call | None:
-    """torchtune's chunked forward KL, from its own file (its package imports torchao at start)."""
-    package = importlib.util.find_spec("torchtune")
-    if package is None:
-        return None
-    path = Path(package.submodule_search_locations[0]) / "modules" / "loss" / "kd_losses.py"
-    spec = importlib.util.spec_from_file_location("torchtune_kd_losses", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    chunks = 8
-    loss = module.ForwardKLWithChunkedOutputLoss(num_output_chunks=chunks)
-
-    def call() -> None:
-        labels = inputs.labels.unsqueeze(0).chunk(chunks, 1)
-        student = [part.unsqueeze(0) @ inputs.weight.t() for part in inputs.hidden.chunk(chunks)]
-        with torch.no_grad():
-            teacher = [part.unsqueeze(0) @ inputs.teacher_weight.t() for part in inputs.teacher_hidden.chunk(chunks)]
-        loss(student, teacher, torch.cat(labels, 1)).backward()
-
-    return call
-
-
-def liger(inputs: Inputs) -> Call | None:
-    """Liger-Kernel's fused linear JSD at its forward-KL end; CUDA only."""
-    if inputs.hidden.device.type != "cuda":
-        return None
-    try:
-        from liger_kernel.transformers import LigerFusedLinearJSD
-    except ImportError:
-        return None
-    loss = LigerFusedLinearJSD(jsd_beta=0.0)
-    return lambda: loss(
-        inputs.hidden, inputs.weight, inputs.teacher_hidden, inputs.teacher_weight, inputs.labels
-    ).backward()
 
 
 def median_times(calls: dict[str, Call | None], inputs: Inputs, repeats: int) -> dict[str, list[float] | None]:
@@ -241,7 +92,7 @@ def memory_beyond_gradients(call: Call, inputs: Inputs) -> float:
         peak = torch.cuda.max_memory_allocated() - before
     else:
         peak = measure(call).peak
-    gradients = sum(t.grad.nbytes for t in (inputs.hidden, inputs.weight) if t.grad is not None)
+    gradients = inputs.gradient_bytes
     inputs.clear()
     return (peak - gradients) / MIB
 

@@ -148,7 +148,7 @@ class TotalVariation:
 
 @dataclass(frozen=True)
 class Mixture:
-    """sum_i weight_i * D_i, of any divergences; the weights are used as given and need not add up to 1."""
+    """sum_i weight_i * D_i, of any divergences; the weights are positive, used as given, and need not add up to 1."""
 
     parts: tuple[tuple[float, Divergence], ...]
     name: str = "mixture"
@@ -156,6 +156,9 @@ class Mixture:
     def __post_init__(self) -> None:
         if not self.parts:
             raise ConfigError("a mixture of divergences needs at least one part")
+        for weight, part in self.parts:
+            if not 0 < weight < math.inf:
+                raise ConfigError(f"the weight of {part.name} in a mixture must be positive and finite, not {weight}")
 
     @property
     def raw_sums(self) -> bool:

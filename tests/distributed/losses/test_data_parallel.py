@@ -18,12 +18,16 @@ VOCAB, ROWS, HIDDEN, TOKENS, MICRO_BATCHES = 45, 48, 16, 12, 2
 
 @dataclass(frozen=True)
 class Setting:
-    """``tied``: the embedding is the head; ``copy``: the head alone, as on the last of several stages."""
+    """``tied``: the embedding is the head; ``copy``: the head alone, as on the last of several stages.
+
+    ``masked``: the micro-batches, as (rank, number), whose tokens are all masked.
+    """
 
     embedding: str = "untied"
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     dtype: torch.dtype = torch.float32
+    masked: tuple[tuple[int, int], ...] = ()
 
 
 SETTINGS = [
@@ -31,6 +35,11 @@ SETTINGS = [
     for embedding in ("untied", "tied", "copy")
     for overlap_grad_reduce, overlap_param_gather in ((False, False), (True, False), (True, True))
     for dtype in (torch.float32, torch.bfloat16)
+]
+SETTINGS += [
+    Setting(embedding, overlap, overlap, masked=masked)
+    for embedding, overlap in (("untied", False), ("tied", True))
+    for masked in (((1, 0),), ((1, 0), (1, 1)))
 ]
 
 
@@ -58,10 +67,11 @@ class Model(torch.nn.Module):
         return torch.tanh(self.layer(self.embedding(ids)))
 
 
-def batch(rank: int, micro_batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def batch(setting: Setting, rank: int, micro_batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(100 * rank + micro_batch)
     ids, labels = torch.randint(0, VOCAB, (2, TOKENS), generator=generator)
-    return ids, labels, (torch.rand(TOKENS, generator=generator) < 0.8).float()
+    share = 0.0 if (rank, micro_batch) in setting.masked else 0.8
+    return ids, labels, (torch.rand(TOKENS, generator=generator) < share).float()
 
 
 def expected(setting: Setting) -> dict[str, torch.Tensor]:
@@ -69,7 +79,7 @@ def expected(setting: Setting) -> dict[str, torch.Tensor]:
     model = Model(setting).double()
     for rank in range(2):
         for micro_batch in range(MICRO_BATCHES):
-            ids, labels, weights = batch(rank, micro_batch)
+            ids, labels, weights = batch(setting, rank, micro_batch)
             z = naive_losses.logits(model(ids), model.output_layer.weight, None, 1.0, None)
             (naive_losses.lm_loss(z, VOCAB, labels) * weights).sum().div(2).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -102,7 +112,7 @@ def main_grads(setting: Setting, scale: float = 1.0) -> tuple[dict[str, torch.Te
         last = micro_batch == MICRO_BATCHES - 1
         context = torch.enable_grad() if last else wrapped.no_sync()
         with context:
-            ids, labels, weights = batch(dist.get_rank(), micro_batch)
+            ids, labels, weights = batch(setting, dist.get_rank(), micro_batch)
             hidden = wrapped(ids)
             run_forward_pre_hooks(model.output_layer)
             head = OutputHead(model.output_layer.weight, VOCAB)

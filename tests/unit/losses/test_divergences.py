@@ -134,6 +134,8 @@ def test_config_strings_build_what_they_name():
         ("kl", {}, "unknown divergence 'kl'"),
         ("0.5*kl+0.5*tvd", {}, "unknown divergence '0.5"),
         ("x*tvd", {}, "unknown divergence"),
+        ("nan*tvd", {}, "weight of tvd in a mixture must be positive and finite, not nan"),
+        ("0.5*tvd+-0.5*jsd", {}, "weight of jsd in a mixture must be positive and finite, not -0.5"),
         ("jsd", {"beta": 0.0}, "0 < beta < 1, not 0.0"),
         ("jsd", {"beta": 1.0}, "0 < beta < 1, not 1.0"),
         ("skew_forward_kl", {"skew_alpha": 1.0}, "skew_alpha < 1, not 1.0"),

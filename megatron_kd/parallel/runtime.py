@@ -5,6 +5,7 @@ import random
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Iterator
 
 import numpy
@@ -18,7 +19,7 @@ from megatron_kd.parallel import cpu_backend
 from megatron_kd.parallel.agreement import another_rank_failed, first_to_fail
 from megatron_kd.parallel.liveness import Liveness
 from megatron_kd.parallel.meeting_point import meet
-from megatron_kd.parallel.worlds import SplitWorld, join_split_world
+from megatron_kd.parallel.worlds import SplitWorld, describe_rank, join_split_world
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,10 @@ def _split_runtime(device: torch.device, timeout: timedelta, teacher_ranks: int)
     if dist.is_initialized() or "RANK" not in os.environ:
         raise LayoutError(f"a teacher on {teacher_ranks} ranks of its own needs more ranks: start it with torchrun")
     split = join_split_world(teacher_ranks, device, timeout)
+    # Its thread may outlive all else: it must not be the last to hold the bridge, whose end needs the interpreter.
+    describe = partial(describe_rank, num_students=split.num_students, num_teachers=split.num_teachers)
     try:
-        with Liveness(split.store, split.rank, split.world_size, split.describe, timeout):
+        with Liveness(split.store, split.rank, split.world_size, describe, timeout):
             yield Runtime(device, dist.get_rank(), dist.get_world_size(), split)
     finally:
         dist.destroy_process_group()

@@ -37,12 +37,12 @@ class SplitWorld:
         """All ranks."""
         return self.num_students + self.num_teachers
 
-    def describe(self, rank: int | None = None) -> str:
-        """``rank 5 (teacher rank 1 of 2)``."""
-        rank = self.rank if rank is None else rank
-        if rank < self.num_students:
-            return f"rank {rank} (student rank {rank} of {self.num_students})"
-        return f"rank {rank} (teacher rank {rank - self.num_students} of {self.num_teachers})"
+
+def describe_rank(rank: int, *, num_students: int, num_teachers: int) -> str:
+    """``rank 5 (teacher rank 1 of 2)``."""
+    if rank < num_students:
+        return f"rank {rank} (student rank {rank} of {num_students})"
+    return f"rank {rank} (teacher rank {rank - num_students} of {num_teachers})"
 
 
 def join_split_world(num_teachers: int, device: torch.device, timeout: timedelta) -> SplitWorld:

@@ -1,7 +1,10 @@
 """The world of one: joined and left, seeds, and who reports a failure."""
 
+import contextlib
 import errno
+import gc
 import random
+import weakref
 
 import numpy
 import pytest
@@ -11,6 +14,7 @@ import torch.distributed as dist
 from megatron_kd.errors import DataError, UserError
 from megatron_kd.parallel.agreement import on_main_rank
 from megatron_kd.parallel.runtime import distributed_runtime, seed_everything
+from megatron_kd.parallel.worlds import SplitWorld
 from tests.reference.one_rank import one_rank_groups
 
 
@@ -64,3 +68,34 @@ def test_work_of_the_main_rank():
             on_main_rank(fail)
         with pytest.raises(UserError, match="the disk is full while writing the output: free space"):
             on_main_rank(fill)
+
+
+def test_what_watches_ranks_does_not_keep_the_bridge(monkeypatch):
+    """Its thread may be the last to let go, while the interpreter ends: a process group's end would abort there."""
+    kept = []
+
+    class Watch(contextlib.nullcontext):
+        def __init__(self, *arguments):
+            super().__init__()
+            kept.append(arguments)
+
+    class Bridge:
+        pass
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    for name, value in (("get_rank", 0), ("get_world_size", 1), ("destroy_process_group", None)):
+        monkeypatch.setattr(dist, name, lambda value=value: value)
+    monkeypatch.setattr("megatron_kd.parallel.runtime.Liveness", Watch)
+    world = SplitWorld("student", 0, 1, 2, dist.HashStore(), Bridge())
+    monkeypatch.setattr("megatron_kd.parallel.runtime.join_split_world", lambda *_: world)
+    bridge = weakref.ref(world.bridge)
+    with distributed_runtime(teacher_ranks=2) as runtime:
+        assert runtime.split is world
+    monkeypatch.undo()
+    del world, runtime
+    gc.collect()
+    assert bridge() is None
+    (_, _, size, describe, _) = kept[0]
+    assert size == 3
+    assert [describe(rank) for rank in (0, 2)] == ["rank 0 (student rank 0 of 1)", "rank 2 (teacher rank 1 of 2)"]

@@ -3,8 +3,8 @@
     python benchmarks/bench_checkpoints.py --output benchmarks/results/checkpoints.json    1.8B parameters in bf16
     python benchmarks/bench_checkpoints.py --quick                                         a small folder
 
-Conversion: seconds and peak memory of ``convert_from_hf`` and ``convert_to_hf`` (verify=false), each in a process of its
-own, beside copying the same folder file by file with a flush to the disk. Memory is what the process holds beyond a
+Conversion: seconds and peak memory of ``convert_from_hf`` and ``convert_to_hf`` (verify=false), each in a process of
+its own, beside copying the same folder file by file with a flush to the disk. Memory is what the process holds beyond a
 process that only imports the verb; pages of files that the kernel may drop are not counted (RssAnon).
 
 Save: the seconds for which ``begin`` holds the loop up with a background thread, beside a save that is waited for, of

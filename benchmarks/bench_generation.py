@@ -2,8 +2,8 @@
 
     python benchmarks/bench_generation.py [--quick] [--output benchmarks/results/generation.json]
 
-Both sides run in this process in turn, several rounds; a ratio is the median over rounds of (our tokens/s) / (theirs) in
-that round. Before it is timed, both must give the same ids.
+Both sides run in this process in turn, several rounds; a ratio is the median over rounds of (our tokens/s) / (theirs)
+in that round. Before it is timed, both must give the same ids.
 """
 
 import argparse

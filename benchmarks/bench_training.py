@@ -2,10 +2,10 @@
 
     python benchmarks/bench_training.py [--quick] [--output benchmarks/results/training.json]
 
-Each side is a process of its own, as its users run it (ours adapts Megatron-Core and the allocator to the CPU), and only
-one works at a time. All do the same: forward, loss, backward, clipping to norm 1, AdamW. Sides: ours; Hugging Face with
-``torch.optim.AdamW`` as its constructor makes it; the same with ``fused=True``. bf16 rows: ours with fp32 master weights,
-Hugging Face under autocast. A ratio is the median over rounds of (our tokens/s) / (theirs) in that round.
+Each side is a process of its own, as its users run it (ours adapts Megatron-Core and the allocator to the CPU), and
+only one works at a time. All do the same: forward, loss, backward, clipping to norm 1, AdamW. Sides: ours; Hugging Face
+with ``torch.optim.AdamW`` as its constructor makes it; the same with ``fused=True``. bf16 rows: ours with fp32 master
+weights, Hugging Face under autocast. A ratio is the median over rounds of (our tokens/s) / (theirs) in that round.
 """
 
 import argparse
@@ -98,7 +98,8 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     ratios = {name: [a / b for a, b in zip(rates["ours"], rates[name], strict=True)] for name in SIDES[1:]}
     return {
         "case": case.name, "parameters": case.architecture.parameters, "vocab_size": case.vocab_size,
-        "seq_length": case.seq_length, "rows": case.rows, "steps_a_round": case.steps, "threads": torch.get_num_threads(),
+        "seq_length": case.seq_length, "rows": case.rows, "steps_a_round": case.steps,
+        "threads": torch.get_num_threads(),
         "first_losses": first_losses,
         "tokens_per_second": {name: statistics.median(values) for name, values in rates.items()},
         "ratio": {name: {"median": statistics.median(values), "min": min(values), "max": max(values)}

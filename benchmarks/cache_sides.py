@@ -1,4 +1,4 @@
-"""Pairs of things that the cache benchmark runs alternately: a teacher's pass and its caching; steps without and with."""
+"""Pairs that the cache benchmark runs alternately: a teacher's pass and its caching; steps without and with one."""
 
 import itertools
 from collections.abc import Callable, Iterator

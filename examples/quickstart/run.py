@@ -37,7 +37,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path.cwd(), help="folder that gets runs/quickstart (default: .)")
     parser.add_argument("--processes", type=int, default=min(MAX_PROCESSES, cpu_count()))
-    parser.add_argument("--all-methods", action="store_true", help="also SeqKD, GKD, MiniLLM and DistiLLM: minutes more")
+    parser.add_argument("--all-methods", action="store_true",
+                        help="also SeqKD, GKD, MiniLLM and DistiLLM: minutes more")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     os.chdir(options.output)

@@ -75,11 +75,11 @@ def run_harness(config: HarnessConfig, hf_folder: str, device: str) -> dict[str,
     missing = [name for name in config.task_names if name not in known]
     if not known:
         raise ConfigError(f"lm-eval knows none of the tasks {', '.join(missing)}; its own are listed by 'lm-eval ls'")
+    dtype = config.dtype or ("float16" if device == "cuda" else "float32")
     try:
         results = lm_eval.simple_evaluate(
             model="hf",
-            model_args={"pretrained": hf_folder, "dtype": config.dtype or ("float16" if device == "cuda" else "float32"),
-                        "add_bos_token": begins_with_bos(config, hf_folder)},
+            model_args={"pretrained": hf_folder, "dtype": dtype, "add_bos_token": begins_with_bos(config, hf_folder)},
             tasks=known, num_fewshot=config.num_fewshot, batch_size=config.batch_size, device=device,
             limit=config.limit, bootstrap_iters=config.bootstrap_iters, task_manager=manager,
         )["results"]

@@ -86,7 +86,7 @@ def layer_activation_bytes(
     queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
     replicated = HIDDEN_REPLICATED * a.hidden_size / (tp if layout.sequence_parallel else 1)
     if layout.context == 1:
-        # The value is a view of the whole [query, key, value] product, which therefore stays; the rotated key is its own.
+        # The value is a view of the whole [query, key, value] product, which so stays; the rotated key is its own.
         attention = (ATTENTION_QUERY * queries + keys + (queries + 2 * keys)) / tp
     else:
         # The halves of the context as well as the whole; keys and values of all ranks (models/attention.py).

@@ -94,7 +94,8 @@ class TrainConfig:
     def validate(self) -> Iterator[str]:
         """Faults in the values together, one message each."""
         if self.distillation.method in METHODS_WITH_TEXT:
-            yield from self.parallel.context_parallel_faults(f"{self.distillation.method} generates text token by token")
+            method = self.distillation.method
+            yield from self.parallel.context_parallel_faults(f"{method} generates text token by token")
         if self.distillation.method != "none" and self.teacher.placement == "none":
             yield f"'distillation.method' {self.distillation.method} needs 'teacher.placement' (colocated) and its path"
         if self.teacher.placement == "cached":

@@ -107,8 +107,8 @@ class DistillationConfig:
             yield "'distillation.text.sampling' must be plain in minillm, whose weights are of the models' own ratios"
         if self.method == "minillm" and self.pretraining_weight == 0 and self._differs_from_defaults_of_the_loss:
             yield (
-                "'distillation.kd_ratio', 'divergence' and 'temperature' are those of the pre-training loss in minillm: "
-                "set 'distillation.pretraining_weight' too, or leave them out"
+                "'distillation.kd_ratio', 'divergence' and 'temperature' are those of minillm's pre-training loss: set "
+                " 'distillation.pretraining_weight' too, or leave them out"
             )
 
     @property

@@ -1,4 +1,4 @@
-"""The sbatch files in a shell whose ``srun``, ``scontrol`` and ``scancel`` note what they are asked and answer as Slurm's.
+"""The sbatch files in a shell whose ``srun``, ``scontrol`` and ``scancel`` note what they are asked, and answer.
 
 What needs a real Slurm is in test_slurm.py; here is what cannot be had there: eight GPUs a node, containers, the time
 limit of every verb, a preemption that is long past.

@@ -1,7 +1,7 @@
 """A folder in which the commands of a page of docs/ run as they are: its programs, and what its names stand for.
 
-``python`` and ``torchrun`` are this interpreter's; training gets a few steps, whatever a page asks for. ``sbatch`` notes
-what it is asked (a real Slurm is in test_slurm.py).
+``python`` and ``torchrun`` are this interpreter's; training gets a few steps, whatever a page asks for. ``sbatch``
+notes what it is asked (a real Slurm is in test_slurm.py).
 """
 
 import os

@@ -49,7 +49,7 @@ def make_hf_folder(folder: Path, case: str, dtype: torch.dtype = torch.float32, 
     config = AutoConfig.for_model(settings.pop("model_type"), **{**SIZES, **settings})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 1:  # they start at 0 or 1, where a wrong place would not show
                 parameter.add_(0.3 * torch.randn(parameter.shape))
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)

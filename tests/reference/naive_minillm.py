@@ -86,7 +86,7 @@ def paper_gradient_by_enumeration(
 def released_advantages(
     rewards: list[list[float]], scaling: float, limit: float, discount: float, places: list[int]
 ) -> list[list[float]]:
-    """Scaled, clipped, discounted, divided by what is left, whitened with each row padded by zeros to its ``places``."""
+    """Scaled, clipped, discounted, divided by what is left, whitened, each row padded by zeros to its ``places``."""
     rows = []
     for row in rewards:
         scaled = [max(-limit, min(limit, value / scaling)) for value in row]

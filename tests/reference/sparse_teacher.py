@@ -17,7 +17,7 @@ from megatron_kd.teachers.cached import choose_kind
 
 
 class SparseTeacherInMemory:
-    """One rank: the model, then the codec's choice, token by token into rows; no file and no chunk index is involved."""
+    """One rank: the model, then the codec's choice, token by token into rows; no file, no chunk index."""
 
     def __init__(self, model: HiddenStateGPTModel, dataset: ChunkDataset, codec: Codec, sparse_target: str) -> None:
         self._model, self._dataset, self._codec = model, dataset, codec

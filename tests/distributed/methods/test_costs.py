@@ -1,7 +1,7 @@
 """What a run of each method costs by torch's own counter, against the formula that its log and its budget go by.
 
-What the formula leaves out is attention over the sequence and, over reused rollouts, a look at their probabilities by now:
-1 to 9% of these short runs.
+What the formula leaves out is attention over the sequence and, over reused rollouts, a look at their probabilities by
+now: 1 to 9% of these short runs.
 """
 
 import numpy as np

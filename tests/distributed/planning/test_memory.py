@@ -107,7 +107,8 @@ def test_the_total_is_within_ten_per_cent_of_the_peak_on_a_gpu(rows, tmp_path):
     """``max_memory_allocated`` of a step in a process of its own; layers of 200M, so that little else counts."""
     settings = [f"data.path={rows.path}", f"output={tmp_path}", "model.name=qwen_200m", "training.precision=bf16",
                 f"training.global_batch_size={BATCH}", f"training.micro_batch_size={BATCH}"]
-    code = "import sys; from tests.reference.tensor_bytes import measure_step; print(measure_step(sys.argv[1:])['peak'])"
+    code = ("import sys; from tests.reference.tensor_bytes import measure_step\n"
+            "print(measure_step(sys.argv[1:])['peak'])")
     ended = subprocess.run([sys.executable, "-c", code, *settings], capture_output=True, text=True, cwd=REPOSITORY)
     assert ended.returncode == 0, ended.stderr
     student = architecture_by_name("qwen_200m").with_vocab_size(VOCABULARY)

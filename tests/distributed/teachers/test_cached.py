@@ -1,4 +1,4 @@
-"""A cache gives the loss of the same sparse target computed in memory, whatever the layout, batch, order or selection."""
+"""A cache gives the loss of the same sparse target in memory, whatever the layout, batch, order or selection."""
 
 from contextlib import closing
 from unittest.mock import patch
@@ -12,7 +12,6 @@ from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.teachers.cache.cache_file import LogitCache
 from megatron_kd.teachers.cache.codec import Codec
 from tests.distributed.ranks import shared_ranks
-from tests.distributed.training.conftest import teacher  # noqa: F401
 from tests.distributed.training.runs import (
     LAYOUTS,
     VOCABULARY,
@@ -90,7 +89,7 @@ def train_in_memory(settings, teacher, codec, sparse_target):
 
 
 @pytest.fixture(scope="module")
-def in_memory(teacher, tmp_path_factory):  # noqa: F811
+def in_memory(teacher, tmp_path_factory):
     """Metrics of a one-rank run with the knowledge made in memory, computed at first use."""
     from megatron_kd.metrics.tracker import read_metrics
 
@@ -112,7 +111,7 @@ def in_memory(teacher, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def caches(dataset, teacher, tmp_path_factory):  # noqa: F811
+def caches(dataset, teacher, tmp_path_factory):
     """A cache of each codec, written under one rank at first use."""
     made = {}
 
@@ -170,7 +169,7 @@ def test_the_targets_differ_from_each_other(in_memory, dataset):
         pytest.param("top_p", "TP2 PP2", marks=pytest.mark.slow),
     ],
 )
-def test_a_cache_written_under_another_layout(name, layout, caches, dataset, teacher, tmp_path):  # noqa: F811
+def test_a_cache_written_under_another_layout(name, layout, caches, dataset, teacher, tmp_path):
     """The same ids and weights, but for rounding at the edges of draws and codes."""
     reference, ours = caches(name), write_cache(dataset, teacher, name, layout, tmp_path / "cache")
     assert ours.teacher_fingerprint == reference.teacher_fingerprint
@@ -187,7 +186,7 @@ def test_a_cache_written_under_another_layout(name, layout, caches, dataset, tea
     assert same >= 0.9 * total
 
 
-def test_more_replicas_write_the_same_bytes(caches, dataset, teacher, tmp_path):  # noqa: F811
+def test_more_replicas_write_the_same_bytes(caches, dataset, teacher, tmp_path):
     reference, ours = caches("sampled"), write_cache(dataset, teacher, "sampled", "DP2", tmp_path / "cache")
     names = sorted(path.name for path in reference.path.iterdir())
     assert sorted(path.name for path in ours.path.iterdir()) == names and "knowledge-00003.bin" in names

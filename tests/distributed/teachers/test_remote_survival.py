@@ -1,4 +1,4 @@
-"""Skips, a signal, a resumed run and a rollback while a remote teacher is ahead: the bits of a co-located teacher's run."""
+"""Skips, a signal, a resumed run, rollback while a remote teacher is ahead: the bits of a co-located teacher's run."""
 
 import os
 import signal

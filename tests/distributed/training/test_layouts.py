@@ -75,7 +75,9 @@ def test_other_objectives_agree_with_one_rank(layout, objective, one_rank, datas
 
 
 @pytest.mark.parametrize(
-    ("layout", "objective"), [("TP2 SP", "norms on Q and K"), ("TP2 PP2", "norms on Q and K"), ("PP2", "scaled rotary"), ("CP2", "scaled rotary")]
+    ("layout", "objective"),
+    [("TP2 SP", "norms on Q and K"), ("TP2 PP2", "norms on Q and K"), ("PP2", "scaled rotary"),
+     ("CP2", "scaled rotary")],
 )
 def test_other_families_agree_with_one_rank(layout, objective, one_rank, dataset, teacher, tmp_path):
     ours = train_in_ranks(layout, settings(objective, dataset, teacher), tmp_path / "run")

@@ -14,6 +14,7 @@ from megatron_kd.parallel.runtime import distributed_runtime
 from tests.reference.one_rank import TINY, tiny_model
 from tests.unit.models.test_gpt import qwen2_with_the_weights_of
 
+PLAIN = SamplingConfig()
 GREEDY = SamplingConfig(temperature=0.0)
 
 
@@ -22,7 +23,7 @@ def prompts_of(lengths, seed=0):
     return [generator.integers(1, TINY.vocab_size, size=length) for length in lengths]
 
 
-def text_of(model, prompts, *, max_length=24, seed=7, sampling=SamplingConfig(), eos_id=None, numbers=None):
+def text_of(model, prompts, *, max_length=24, seed=7, sampling=PLAIN, eos_id=None, numbers=None):
     """Generated with an own decoder; the policy records log q."""
     numbers = np.arange(len(prompts)) if numbers is None else np.asarray(numbers)
     decoder = Decoder([model], model.pg_collection, len(prompts), max_length)

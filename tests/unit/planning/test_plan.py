@@ -150,8 +150,8 @@ def test_a_sparse_payload_leaves_the_head_to_the_teacher():
 
 def test_the_text_names_the_deviation_from_the_paper():
     text = plan_text(plan())
-    for expected in ("26,786", "30,000", "+12.0%", "45,455", "463,987,712", "308,405,248", "1.8e+20", "3.146e+21", "8 N_s + 4 N_t",
-                     "also miniplm, seqkd", "pipeline bubble"):
+    for expected in ("26,786", "30,000", "+12.0%", "45,455", "463,987,712", "308,405,248", "1.8e+20", "3.146e+21",
+                     "8 N_s + 4 N_t", "also miniplm, seqkd", "pipeline bubble"):
         assert expected in text
 
 

@@ -25,7 +25,8 @@ def test_scores_are_a_float_a_sequence():
 def test_caches_of_the_papers_corpus():
     full, top, sampled = cache_sizes(50e9, 151_936, 1024)
     assert 2 * full.total == pytest.approx(30e15, rel=0.02)  # the paper counts 4 bytes a logit: 30 PB
-    assert sampled.bytes_per_token == pytest.approx(39, rel=0.02) and top.bytes_per_token == pytest.approx(239, rel=2e-3)
+    assert sampled.bytes_per_token == pytest.approx(39, rel=0.02)
+    assert top.bytes_per_token == pytest.approx(239, rel=2e-3)
 
 
 @pytest.mark.parametrize(("name", "size"), [("top_k", 64), ("top_k", 5), ("sampled", 50)])

@@ -85,7 +85,8 @@ def test_draws_estimate_the_distribution(teacher, exponent):
     error = np.sqrt(p.max() / 20 / times)
     assert np.abs(mean - p).max() < 6 * error
     assert (entries.importance is None) == (exponent == 1.0)
-    assert np.add.reduceat(entries.draws.astype(int), np.cumsum(entries.counts) - entries.counts).tolist() == [20] * times
+    first = np.cumsum(entries.counts) - entries.counts
+    assert np.add.reduceat(entries.draws.astype(int), first).tolist() == [20] * times
 
 
 def test_tail_of_draws_is_what_was_not_drawn(teacher):

@@ -4,15 +4,17 @@
 FROM nvcr.io/nvidia/pytorch:25.09-py3
 
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
-RUN useradd --uid 2000 --create-home --shell /bin/bash megatron
+RUN useradd --uid 2000 --create-home --shell /bin/bash megatron \
+    && install --directory --owner=2000 --group=2000 /home/megatron/megatron-kd
 USER 2000
 WORKDIR /home/megatron/megatron-kd
 COPY --chown=2000:2000 . .
 
-# torch, and what the image built against it, stay the image's own; the rest has the versions that the tests pass with.
+# torch, and what the image built against it, stay the image's own; the rest has the versions that the tests pass with,
+# which the image's own constraints (PIP_CONSTRAINT) would contradict.
 RUN python -c 'import torch; print(f"torch=={torch.__version__}")' > /home/megatron/constraints.txt \
     && grep -v '^torch==' requirements/constraints.txt >> /home/megatron/constraints.txt \
-    && make install PYTHON=python3 VENV_FLAGS=--system-site-packages \
+    && PIP_CONSTRAINT='' make install PYTHON=python3 VENV_FLAGS=--system-site-packages \
         CONSTRAINTS=/home/megatron/constraints.txt TORCH= EXTRAS=tracking,eval
 ENV PATH="/home/megatron/megatron-kd/.venv/bin:${PATH}"
 CMD ["bash"]

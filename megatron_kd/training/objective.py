@@ -108,7 +108,7 @@ class DistillationConfig:
         if self.method == "minillm" and self.pretraining_weight == 0 and self._differs_from_defaults_of_the_loss:
             yield (
                 "'distillation.kd_ratio', 'divergence' and 'temperature' are those of minillm's pre-training loss: set "
-                " 'distillation.pretraining_weight' too, or leave them out"
+                "'distillation.pretraining_weight' too, or leave them out"
             )
 
     @property

@@ -2,9 +2,10 @@
 
 A sequence starts with START, then takes branch A or B with equal probability; each branch then follows a fixed
 successor table over ids of its own. The teacher knows both branches; the dataset holds branch A alone. The loss on it
-has no term for any context of branch B, so its gradient knows nothing of B's table, while the teacher's branching, which is
-in the loss of the first position, sends the student there half of the time: off-policy the divergence on the student's
-own text stays that of an untrained branch. On its own text the student meets B's contexts and the teacher's answers.
+has no term for any context of branch B, so its gradient knows nothing of B's table, while the teacher's branching,
+which is in the loss of the first position, sends the student there half of the time: off-policy the divergence on the
+student's own text stays that of an untrained branch. On its own text the student meets B's contexts and the teacher's
+answers.
 """
 
 import numpy as np

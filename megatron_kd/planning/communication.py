@@ -1,11 +1,12 @@
 """Bytes that a rank sends in one training step, by dimension, with ring collectives: an all-reduce of n bytes over k
 ranks sends 2 n (k - 1) / k, a reduce-scatter or all-gather n (k - 1) / k."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.parallel.layout import ParallelLayout
-from megatron_kd.planning.memory import ELEMENT_BYTES, GRADIENT_BYTES, rank_parameters
+from megatron_kd.planning.memory import ELEMENT_BYTES, GRADIENT_BYTES, padded_rows, rank_parameters
 from megatron_kd.planning.teacher_memory import PlacedTeacher
 
 COLLECTIVES_PER_LAYER = 2  # attention and feed-forward, in each direction
@@ -18,7 +19,7 @@ class StepTraffic:
 
     Attributes:
         tensor: all-reduces of activations (or their scatter and gather under sequence parallelism), and the loss's.
-        pipeline: activations forward and their gradients backward.
+        pipeline: activations forward and their gradients backward; the gradient of an embedding that both ends hold.
         data: gradients reduced, weights gathered.
         context: keys and values gathered, their gradients scattered.
         hand_off: a teacher's knowledge from other ranks, received by a rank of the student's last stage.
@@ -47,21 +48,39 @@ def step_traffic(
     stage_layers = layout.stage_layers(student.num_layers)
     layers = max(stage_layers)
     hidden = positions * student.hidden_size * width
-    split = layout.tensor if layout.sequence_parallel else 1
-    boundary = hidden / split * (2 if layout.pipeline > 1 else 0) * (layout.virtual_pipeline or 1)
     shards = layout.data * layout.context
     parameters = max(rank_parameters(student, layout, stage, stage_layers) for stage in range(layout.pipeline))
     key_value = 2 * student.num_query_groups * student.head_dim / layout.tensor
     context = 2 * (layout.context - 1) * positions * key_value * width * layers if layout.context > 1 else 0.0
     of_teacher = _teacher_traffic(layout, teacher, positions, precision)
     return StepTraffic(
-        tensor=2 * _ring(layout.tensor) * (COLLECTIVES_PER_LAYER * 2 * layers * hidden
+        tensor=2 * _ring(layout.tensor) * (_reductions(stage_layers) * hidden
                                            + LOSS_VALUES_PER_TOKEN * 4 * positions) + of_teacher.tensor,
-        pipeline=boundary + of_teacher.pipeline,
+        pipeline=_pipeline_traffic(student, layout, hidden) + of_teacher.pipeline,
         data=_ring(shards) * parameters * (GRADIENT_BYTES + width),
         context=context,
         hand_off=of_teacher.hand_off,
     )
+
+
+def _reductions(stage_layers: Sequence[int]) -> int:
+    """Of hidden states over tensor parallelism, for a micro-batch of the busiest stage: of its layers in both
+    directions, of the embedding's output, of the gradient of the output layer's input."""
+    last = len(stage_layers) - 1
+    return max(2 * COLLECTIVES_PER_LAYER * layers + (stage == 0) + (stage == last)
+               for stage, layers in enumerate(stage_layers))
+
+
+def _pipeline_traffic(student: ModelArchitecture, layout: ParallelLayout, hidden: float) -> float:
+    """Of the busiest stage: hidden states forward but for the last, gradients backward but for the first; both ends
+    reduce the gradient of a tied embedding, which each of them holds."""
+    if layout.pipeline == 1:
+        return 0.0
+    message = hidden / (layout.tensor if layout.sequence_parallel else 1)
+    middle, end = 2 * (layout.virtual_pipeline or 1), 2 * (layout.virtual_pipeline or 1) - 1
+    rows = padded_rows(student.vocab_size, layout.tensor) / layout.tensor
+    embedding = 2 * _ring(2) * rows * student.hidden_size * GRADIENT_BYTES if student.tie_word_embeddings else 0.0
+    return max(end * message + embedding, middle * message if layout.pipeline > 2 else 0.0)
 
 
 def _teacher_traffic(

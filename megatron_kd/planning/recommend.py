@@ -55,6 +55,8 @@ class Candidate:
                  "parallel.pipeline_model_parallel_size": self.layout.pipeline}
         keys = [f"{name}={size}" for name, size in sizes.items() if size > 1]
         keys += ["parallel.sequence_parallel=true"] if self.layout.sequence_parallel else []
+        if self.layout.data * self.layout.context > 1:  # its time has the reduction behind the last micro-batch's work
+            keys += ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
         return (*keys, *self.split.keys, f"training.micro_batch_size={self.micro_batch_size}")
 
 
@@ -77,7 +79,8 @@ def recommend(config: PlanRunConfig, setting: Setting) -> Recommendation:
         if not found:
             found = list(candidates(config, setting, teacher_is_colocated=False))
             placement = "remote" if found else "none"
-            reasons.append("student and teacher fit no GPU together in any layout: the teacher goes to GPUs of its own")
+            reasons.append("student and teacher fit no GPU together in any layout"
+                           + (": the teacher goes to GPUs of its own" if found else ", nor the student alone"))
     if not found:
         limit = memory_limit(config) / GIB
         return Recommendation(None, placement, "hidden", (*reasons, f"no layout of {config.plan.num_gpus} GPUs fits "

@@ -30,10 +30,11 @@ def test_data_parallel_reduces_fp32_gradients_and_gathers_weights():
     assert sent.data == pytest.approx(7 / 8 * rank_parameters(STUDENT, layout, 0) * 6) and sent.tensor == 0
 
 
-def test_tensor_parallel_reduces_four_times_a_layer():
-    _, sent = traffic(2, tensor_model_parallel_size=2)
+@pytest.mark.parametrize(("pipeline", "reductions"), [(1, 4 * 24 + 2), (2, 4 * 12 + 1), (4, 4 * 6 + 1)])
+def test_tensor_parallel_reduces_four_times_a_layer_and_at_both_ends(pipeline, reductions):
+    _, sent = traffic(2 * pipeline, tensor_model_parallel_size=2, pipeline_model_parallel_size=pipeline)
     hidden = POSITIONS * 1024 * 2
-    assert sent.tensor == pytest.approx(2 * 0.5 * 4 * 24 * hidden + 2 * 0.5 * 6 * 4 * POSITIONS)
+    assert sent.tensor == pytest.approx(2 * 0.5 * reductions * hidden + 2 * 0.5 * 6 * 4 * POSITIONS)
 
 
 def test_a_teacher_adds_its_forward_pass_or_its_hidden_states():
@@ -55,6 +56,18 @@ def test_a_teacher_in_a_layout_of_its_own():
     assert sent.pipeline == POSITIONS * 2048 * 2
 
 
-def test_a_pipeline_sends_a_hidden_state_each_way():
-    _, sent = traffic(4, pipeline_model_parallel_size=4)
-    assert sent.pipeline == 2 * POSITIONS * 1024 * 2
+def test_a_pipeline_sends_a_hidden_state_each_way_and_reduces_a_tied_embedding():
+    """The ends of a pipeline have one neighbour, and hold the embedding of a tied model twice."""
+    hidden, embedding = POSITIONS * 1024 * 2, 151_936 * 1024 * 4
+    for stages, virtual, messages in ((2, None, 1), (4, None, 1), (2, 3, 5)):
+        _, sent = traffic(stages, pipeline_model_parallel_size=stages, virtual_pipeline_model_parallel_size=virtual)
+        assert sent.pipeline == messages * hidden + embedding
+    _, split = traffic(4, pipeline_model_parallel_size=2, tensor_model_parallel_size=2, sequence_parallel=True)
+    assert split.pipeline == (hidden + 152_064 * 1024 * 4) / 2, "rows are padded to a multiple of 128 a rank"
+
+
+def test_a_pipeline_of_an_untied_model_reduces_nothing():
+    untied = architecture_by_name("qwen_1.2b")
+    for stages, messages in ((1, 0), (2, 1), (4, 2)):
+        layout = ParallelLayout.for_world(ParallelConfig(pipeline_model_parallel_size=stages), stages)
+        assert step_traffic(untied, layout, None, **SIZES).pipeline == messages * POSITIONS * 1536 * 2

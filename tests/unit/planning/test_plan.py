@@ -1,9 +1,9 @@
 """A whole plan: the paper's numbers, what it recommends, what it refuses; the examples' configurations are planned."""
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -161,13 +161,19 @@ def test_json_holds_everything(tmp_path, capsys):
     assert "recommended:" in capsys.readouterr().out
 
 
+def processor_seconds():
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_the_command_answers_in_two_seconds_without_torch():
+    """Processor time: what it takes by itself, whatever else the machine does."""
     code = ("import sys; from megatron_kd.cli import _run_verb\n"
             f"assert _run_verb('plan_run', ['--config', {str(MINIPLM)!r}]) == 0\n"
             "assert 'torch' not in sys.modules and 'megatron.core' not in sys.modules")
-    started = time.monotonic()
+    before = processor_seconds()
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=REPOSITORY)
-    assert time.monotonic() - started < 2
+    assert processor_seconds() - before < 2
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from megatron_kd.metrics.tracker import read_metrics
 from tests.end_to_end.commands import REPOSITORY, environment
 from tests.end_to_end.pile_stand_in import DOMAINS, train_teacher, write_corpus
 
-pytestmark = pytest.mark.slow
 SMALL = ("training.global_batch_size=4 training.micro_batch_size=2 training.train_iters=4 training.eval_interval=2 "
          "training.save_interval=2 training.precision=fp32 optimizer.lr_warmup_iters=2")
 
@@ -50,6 +49,7 @@ def miniplm(variables):
     return variables
 
 
+@pytest.mark.slow
 def test_miniplm_from_documents_to_a_judged_student(miniplm):
     data, runs = miniplm["DATA"], miniplm["RUNS"]
     manifest = json.loads(open(f"{data}/train/manifest.json").read())
@@ -63,6 +63,7 @@ def test_miniplm_from_documents_to_a_judged_student(miniplm):
     assert os.path.exists(f"{runs}/hf/miniplm_200m/model.safetensors")
 
 
+@pytest.mark.slow
 def test_vanilla_kd_on_the_same_corpus(miniplm):
     scripts = sorted(path.name for path in (REPOSITORY / "examples/vanilla_kd_pile_qwen").glob("[1-4]_*.sh"))
     said = "".join(step(miniplm, f"vanilla_kd_pile_qwen/{script}") for script in scripts)
@@ -71,12 +72,27 @@ def test_vanilla_kd_on_the_same_corpus(miniplm):
     assert len(rows) == 4 and all(row["kd_loss"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_the_ratio_sweep_and_what_it_saves(miniplm):
     step({**miniplm, "RATIOS": "0.3"}, "sweeps/ratio.sh")
-    runs = [f"{miniplm['RUNS']}/{name}" for name in ("miniplm_200m", "ratio_200m_0.3")]
-    ended = subprocess.run([sys.executable, "-m", "megatron_kd.evaluation.compute_saving", *runs], cwd=REPOSITORY,
-                           env=miniplm, capture_output=True, text=True)
-    assert ended.returncode == 0 and ended.stdout.count("held-out loss") == 1, ended.stderr
+    said = step(miniplm, "sweeps/compute_saving.sh")
+    for name in ("miniplm_200m", "ratio_200m_0.3"):
+        assert f"{miniplm['RUNS']}/{name} " in said, said
+    assert said.count("pretrain_200m's held-out loss") >= 2 and "reference_200m" not in said
+
+
+def test_what_is_saved_is_read_from_the_runs_that_are_there(tmp_path):
+    """Half and a tenth of the FLOPs, by the runs' own evaluations."""
+    runs = (("pretrain_200m", 1e18), ("miniplm_200m", 5e17), ("ratio_200m_0.3", 1e17), ("ratio_500m_0.3", 1))
+    for name, flops in runs:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(
+            f'{{"step": 2, "train_flops": {flops}, "eval_loss": 3.0, "bits_per_byte": 1.0}}\n')
+    variables = {**environment(), "PYTHON": sys.executable, "RUNS": str(tmp_path), "SIZE": "200m", "READ": "1"}
+    said = step(variables, "sweeps/compute_saving.sh").splitlines()
+    assert [line.split(" of the FLOPs")[0] for line in said] == [
+        f"{tmp_path}/miniplm_200m needs 0.50", f"{tmp_path}/ratio_200m_0.3 needs 0.10"]
+    assert said[0].endswith(f"{tmp_path}/pretrain_200m's held-out loss 3.0000")
 
 
 def test_submit_gives_every_step_to_slurm_after_what_it_needs(tmp_path):
@@ -88,6 +104,7 @@ def test_submit_gives_every_step_to_slurm_after_what_it_needs(tmp_path):
     step(variables, "miniplm_pile_qwen/submit.sh")
     jobs = notes.read_text().splitlines()
     names = [line.split("--job-name=")[1].split()[0] for line in jobs]
+    assert all(("--kill-on-invalid-dep=yes" in line) == ("--dependency" in line) for line in jobs)
     after = {name: line.partition("--dependency=afterok:")[2].split(" ")[0] for name, line in zip(names, jobs)}
     number = {name: str(index + 1) for index, name in enumerate(names)}
     assert after["tokenize"] == "" and after["reference"] == after["score_teacher"] == number["tokenize"]

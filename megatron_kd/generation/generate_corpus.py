@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 tools/generate_corpus.py data.path=CORPUS model.path=TEACHER output=GENERATED
 
-Each chunk's first ids are the prompt and the model samples the rest; with ``prompt: begin`` every text begins with one
-id alone, the model's BOS. Every text has a seed of its own, so the result depends on neither batch size nor layout.
-What is done is kept in ``<output>.parts``; a killed job goes on from there and gives the same bytes.
+Each chunk's first ids, or its own prompt, are the prompt and the model samples the rest; with ``prompt: begin`` every
+text begins with one id alone, the model's BOS. Every text has a seed of its own, so the result depends on neither batch
+size nor layout. What is done is kept in ``<output>.parts``; a killed job goes on from there and gives the same bytes.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ class GenerateCorpusConfig:
     prompt: Literal["chunk", "begin"] = "chunk"
     """``begin``: every text starts from one id alone, the model's BOS, or the end-of-document id if it has none."""
     prompt_length: int = 768
-    """First ids of a chunk; a shorter chunk is its own prompt."""
+    """First ids of a chunk; a shorter chunk is its own prompt. A dataset with prompts of its own gives those."""
     response_length: int = 256
     """The most ids that the model adds."""
     num_texts: int | None = None
@@ -132,6 +132,7 @@ def _ingredients(
         "sampling": dataclasses.asdict(config.sampling),
         **{name: getattr(config, name) for name in names},
         **({} if prompts.first_id is None else {"first_id": prompts.first_id}),
+        **({} if dataset.prompt_lengths is None else {"own_prompts": True}),
     }
 
 

@@ -18,6 +18,14 @@ from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import is_last_stage, sum_over_group
 
 
+def prompts_of(dataset: ChunkDataset, chunks: np.ndarray, prompt_length: int) -> list[np.ndarray]:
+    """What each of ``chunks`` begins with: its own prompt in a dataset that has some, else its first ``prompt_length``
+    ids. A shorter chunk is its own prompt."""
+    own = dataset.prompt_lengths
+    lengths = np.zeros(len(chunks), dtype=np.int64) if own is None else own[chunks]
+    return [dataset[int(chunk)][: int(length) or prompt_length] for chunk, length in zip(chunks, lengths)]
+
+
 @dataclass(frozen=True)
 class PromptSource:
     """Text number → prompt.
@@ -25,7 +33,7 @@ class PromptSource:
     Attributes:
         dataset: text n starts as chunk n does.
         num_texts: how many there are.
-        prompt_length: how many ids of the chunk.
+        prompt_length: how many ids of a chunk without a prompt of its own.
         response_length: the most ids that follow.
         first_id: what every text begins with instead; None begins with chunks.
     """
@@ -36,16 +44,23 @@ class PromptSource:
     response_length: int
     first_id: int | None = None
 
-    def prompt(self, number: int) -> np.ndarray:
-        """Ids, int64, at least one."""
+    def prompts(self, numbers: np.ndarray) -> list[np.ndarray]:
+        """Ids of each, int64, at least one."""
         if self.first_id is not None:
-            return np.array([self.first_id])
-        return self.dataset[number][: self.prompt_length]
+            return [np.array([self.first_id])] * len(numbers)
+        return prompts_of(self.dataset, numbers, self.prompt_length)
 
     @property
     def max_length(self) -> int:
         """The most ids of a text, prompt included."""
-        return (self.prompt_length if self.first_id is None else 1) + self.response_length
+        return self._longest_prompt + self.response_length
+
+    @property
+    def _longest_prompt(self) -> int:
+        own = self.dataset.prompt_lengths
+        if self.first_id is not None:
+            return 1
+        return self.prompt_length if own is None else int(np.where(own > 0, own, self.prompt_length).max())
 
 
 @torch.no_grad()
@@ -66,7 +81,7 @@ def generate_part(
 
     Each has ``response_length`` more ids than its prompt at most. Prompts of similar length are decoded together.
     """
-    prompts = [source.prompt(int(number)) for number in numbers]
+    prompts = source.prompts(numbers)
     lengths = np.array([len(prompt) for prompt in prompts])
     table = torch.zeros(len(numbers), source.max_length + 1, dtype=torch.int64, device=device)
     order = np.argsort(lengths, kind="stable")

@@ -17,6 +17,7 @@ from megatron_kd.errors import ConfigError
 from megatron_kd.generation.generate import Generated, generate
 from megatron_kd.generation.policies import Policy
 from megatron_kd.generation.random_numbers import sequence_seeds
+from megatron_kd.generation.texts import prompts_of
 from megatron_kd.training.methods.batches import GeneratedBatch, Texts, generated_batch
 from megatron_kd.training.methods.config import TextConfig
 
@@ -73,7 +74,7 @@ class TextWriter:
             stream: what the text is for.
         """
         chunks = torch.cat([batch.chunk_indices for batch in batches]).cpu().numpy()
-        prompts = self._prompts(chunks)
+        prompts = prompts_of(self._dataset, chunks, self._config.prompt_length)
         seeds = sequence_seeds(self._seed, stream, self._row_numbers(batches, global_batch))
         parts, records = [], []
         for start in range(0, len(prompts), self._config.rows):
@@ -125,12 +126,6 @@ class TextWriter:
     def _limit(self, prompt_length: int) -> int:
         response = self._config.response_length
         return self._width if response is None else min(self._width, prompt_length + response)
-
-    def _prompts(self, chunks: np.ndarray) -> list[np.ndarray]:
-        """What each chunk begins with: its own prompt, or its first ids where it has none."""
-        own = self._dataset.prompt_lengths
-        lengths = np.zeros_like(chunks) if own is None else own[chunks]
-        return [self._dataset[int(c)][: int(n) or self._config.prompt_length] for c, n in zip(chunks, lengths)]
 
     def _row_numbers(self, batches: Sequence[Batch], global_batch: int) -> np.ndarray:
         """Number in the run of every row of this rank: micro-batch i of rank r starts at row (i · ranks + r) · b."""

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from contextlib import closing
 
 import numpy as np
 import pytest
 
-from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.artefact_folder import building
+from megatron_kd.data.chunk_dataset import PROMPT_LENGTHS_NAME, ChunkDataset
+from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.manifest import read_manifest, write_manifest
 from megatron_kd.errors import DataError
 from tests.distributed.ranks import RankError, shared_ranks
@@ -126,6 +129,25 @@ def test_a_finished_one_is_left_and_another_recipe_refused(dataset, model, gener
     assert (again.path / "manifest.json").stat().st_mtime_ns == time
     with pytest.raises(RankError, match="already exists"):
         generate_in("TP1 PP1", dataset, model, generated.path, "seed=11")
+
+
+def test_prompts_of_the_dataset_itself(dataset, model, tmp_path):
+    """A prompt/response dataset: its responses are left out, whatever ``prompt_length`` says."""
+    own = np.random.default_rng(0).integers(1, dataset.lengths)
+    with (
+        building(tmp_path / "pairs") as folder,
+        closing(ChunkDatasetWriter(folder, dataset.tokenizer_info(), dataset.seq_length)) as writer,
+    ):
+        for number in range(dataset.num_chunks):
+            writer.add(dataset[number], dataset.lengths[number : number + 1])
+        writer.add_array(PROMPT_LENGTHS_NAME, own.astype(np.int32))
+        writer.finish({"tool": "test"})
+    made = generate_in("TP1 PP1", ChunkDataset.open(tmp_path / "pairs"), model, tmp_path / "out")
+    np.testing.assert_array_equal(made.prompt_lengths, own)
+    assert own.max() > 12 and made.seq_length == max(dataset.seq_length, own.max() + 18 - 1)
+    for number, length in enumerate(own):
+        np.testing.assert_array_equal(made[number][:length], dataset[number][:length])
+        assert length < len(made[number]) <= length + 18
 
 
 def test_text_from_the_beginning(dataset, model, tmp_path):

@@ -17,9 +17,10 @@ from megatron_kd.conversion.families import architecture_from_hf
 from megatron_kd.conversion.rules import Rename, check_hf_names, expand
 from megatron_kd.errors import CheckpointError
 from megatron_kd.models.architecture import ModelArchitecture
-from megatron_kd.models.placement import global_indices, global_parameter_name, take_local_part
+from megatron_kd.models.placement import global_indices, global_parameter_name, global_shape, take_local_part
 
 CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION_NAME = "generation_config.json"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
@@ -48,6 +49,27 @@ class HFFolder:
         self._rules: dict[str, Rename] = {}
         check_hf_names(expand(decoder_rules(self.architecture), self.architecture.num_layers), self.architecture,
                        set(self._files), str(path))
+
+    @property
+    def bos_id(self) -> int | None:
+        """What a text begins with, if the model has such an id.
+
+        Raises:
+            CheckpointError: config.json has something else there.
+        """
+        value = self.config.get("bos_token_id")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise CheckpointError(f"{self.path / CONFIG_NAME}: bos_token_id must be a whole number, not {value!r}")
+        return value
+
+    def generation_settings(self) -> dict[str, Any] | None:
+        """generation_config.json, if there is one.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        path = self.path / GENERATION_NAME
+        return _read_json(path) if path.is_file() else None
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
@@ -109,6 +131,8 @@ class HFFolder:
                 try:
                     whole = rule.to_mcore([self.tensor(part) for part in rule.hf], self.architecture,
                                           self.architecture.vocab_size)
+                    if tuple(whole.shape) != global_shape(name, parameter, chunk):  # a shorter one would be padded
+                        raise RuntimeError(f"shape {list(whole.shape)}, not {list(global_shape(name, parameter, chunk))}")
                     parameter.copy_(take_local_part(whole, global_indices(name, parameter, chunk)))
                 except (RuntimeError, IndexError) as error:
                     raise self._misfit(rule, error) from None

@@ -6,7 +6,6 @@
     safetensors  →  rules, one tensor when the plan asks for it  →  torch_dist files, manifest, tokenizer
 """
 
-import json
 import shutil
 import sys
 from dataclasses import dataclass
@@ -34,7 +33,6 @@ from megatron_kd.training.checkpoint import load_whole_model, write_checkpoint_m
 from megatron_kd.training.checkpoint_writer import FORMAT
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-GENERATION_NAME = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -155,18 +153,17 @@ def describe_source(source: HFFolder, folder: Path, seq_length: int | None) -> d
     for file in sorted(source.path.iterdir()):
         if is_tokenizer_file(file):
             shutil.copyfile(file, folder / TOKENIZER_FOLDER / file.name)
-    generation = source.path / GENERATION_NAME
     return {
         "progress": {"step": 0, "tokens": 0, "seconds": 0.0},
         "tokenizer_hash": tokenizer.hash,
         "tokenizer_path": TOKENIZER_FOLDER,
         "eos_id": tokenizer.eos_id,
-        "bos_id": source.config.get("bos_token_id"),
+        "bos_id": source.bos_id,
         "dataset_fingerprint": None,
         "dataset_path": None,
         "seq_length": seq_length or source.architecture.max_position_embeddings,
         "precision": PRECISIONS[common_dtype(source)],
-        "generation_config": json.loads(generation.read_text()) if generation.is_file() else None,
+        "generation_config": source.generation_settings(),
         "config": {},
         "parents": [{"kind": "hf_folder", "path": str(source.path.absolute())}],
     }

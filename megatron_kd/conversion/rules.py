@@ -50,7 +50,9 @@ class MergeQKV(Rename):
 
     def to_mcore(self, tensors: Sequence[Tensor], architecture: ModelArchitecture, vocab_rows: int) -> Tensor:
         trailing = tensors[0].shape[1:]
-        parts = [part.reshape(architecture.num_query_groups, -1, architecture.head_dim, *trailing) for part in tensors]
+        groups, heads = architecture.num_query_groups, architecture.num_attention_heads // architecture.num_query_groups
+        shapes = [(groups, count, architecture.head_dim, *trailing) for count in (heads, 1, 1)]
+        parts = [part.reshape(shape) for part, shape in zip(tensors, shapes, strict=True)]
         return torch.cat(parts, dim=1).reshape(-1, *trailing)
 
 
@@ -61,6 +63,8 @@ class MergeGateUp(Rename):
         return tuple(part.contiguous() for part in tensor.chunk(2, dim=0))
 
     def to_mcore(self, tensors: Sequence[Tensor], architecture: ModelArchitecture, vocab_rows: int) -> Tensor:
+        if tensors[0].shape != tensors[1].shape:
+            raise RuntimeError(f"shape {list(tensors[0].shape)} beside {list(tensors[1].shape)}")
         return torch.cat(list(tensors), dim=0)
 
 

@@ -183,7 +183,7 @@ def _open_hf_folder(path: Path) -> CheckpointInfo:
         sys.stderr.write(f"{path}: float16 becomes float32, which holds it exactly\n")
     manifest = {
         "tokenizer_hash": tokenizer.info.hash,
-        "bos_id": folder.config.get("bos_token_id"),
+        "bos_id": folder.bos_id,
         "precision": "bf16" if dtype == "bfloat16" else "fp32",
         "dataset_fingerprint": None,
     }

@@ -8,10 +8,13 @@ from safetensors.torch import load_file, save_file
 
 from megatron_kd.conversion import export_hf, import_hf
 from megatron_kd.conversion.export_hf import ConvertToHFConfig
+from megatron_kd.conversion.hf_folder import HFFolder
 from megatron_kd.conversion.import_hf import ConvertFromHFConfig
 from megatron_kd.errors import CheckpointError, DataError
 from megatron_kd.models.weights import open_checkpoint
+from megatron_kd.parallel.runtime import distributed_runtime
 from tests.reference.hf_models import FAMILY_CASES, make_hf_folder
+from tests.reference.one_rank import tiny_model
 
 
 def tensors(folder):
@@ -141,6 +144,48 @@ def test_missing_and_unknown_tensors_are_listed(folder, tmp_path):
 def test_a_tensor_of_another_shape_is_refused(folder, tmp_path):
     change_tensors(folder, lambda held: held.update({"model.norm.weight": torch.zeros(47)}))
     refuse(folder, tmp_path, "'decoder.final_layernorm.weight' have shape .47. together")
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "named"),
+    [
+        ("model.norm.weight", 1, "model.norm.weight"),
+        ("model.norm.weight", 60, "model.norm.weight"),
+        ("model.layers.0.self_attn.o_proj.weight", 40, "o_proj"),
+        ("model.layers.0.self_attn.o_proj.weight", 56, "o_proj"),
+        ("model.layers.1.mlp.up_proj.weight", 90, "gate_proj"),
+        ("model.layers.1.self_attn.v_proj.weight", 48, "q_proj"),
+    ],
+)
+def test_rows_too_few_or_too_many_are_not_loaded(folder, name, rows, named):
+    """Where a vocabulary gets rows of zeros, a folder that is read without a conversion must not."""
+
+    def change(held):
+        whole = torch.cat([held[name]] * (rows // len(held[name]) + 1))
+        held[name] = whole[:rows].clone()
+
+    change_tensors(folder, change)
+    with distributed_runtime(), pytest.raises(CheckpointError, match=f"{named}.*does not fit the architecture"):
+        HFFolder(folder).load_into([tiny_model(HFFolder(folder).architecture)])
+
+
+def test_gate_and_up_that_make_up_for_each_other_are_refused(folder, tmp_path):
+    def change(held):
+        gate, up = (f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up"))
+        held[gate], held[up] = held[gate][:-2].clone(), torch.cat([held[up], held[up][:2]])
+
+    change_tensors(folder, change)
+    refuse(folder, tmp_path, "gate_proj.weight' does not fit the architecture")
+
+
+def test_other_files_that_make_no_sense_are_one_error(folder, tmp_path):
+    (folder / "generation_config.json").write_text('{"bos_token_id": ')
+    refuse(folder, tmp_path, "generation_config.json: cannot be read")
+    (folder / "generation_config.json").unlink()
+    change_config(folder, bos_token_id="<s>")
+    refuse(folder, tmp_path, "bos_token_id must be a whole number, not '<s>'")
+    with pytest.raises(CheckpointError, match="bos_token_id"):
+        open_checkpoint(folder)
 
 
 def test_other_dtypes_are_refused(folder, tmp_path):

@@ -21,6 +21,7 @@ class Family:
         hf_architecture: the class in transformers.
         covers: names that people know it by.
         head_dim: width of a head where config.json has none; 0 means hidden_size / num_attention_heads.
+        sliding_window: of the models whose config.json does not say, where the family has windows at all.
         without: keys that must be absent or false, because they would add tensors that the table lacks.
     """
 
@@ -29,7 +30,7 @@ class Family:
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
     head_dim: int = 0
-    has_sliding_window: bool = False
+    sliding_window: int | None = None
     without: tuple[str, ...] = ()
 
 
@@ -45,7 +46,7 @@ FAMILIES: dict[str, Family] = {
         without=("use_sliding_window", "attention_bias"),
     ),
     "llama": Family("LlamaForCausalLM", "Llama 2, 3, 3.1, 3.2", without=("attention_bias", "mlp_bias")),
-    "mistral": Family("MistralForCausalLM", "Mistral", has_sliding_window=True),
+    "mistral": Family("MistralForCausalLM", "Mistral", sliding_window=4096),
 }
 
 
@@ -65,7 +66,7 @@ def family_of(architecture: ModelArchitecture) -> Family:
         for name in ("add_qkv_bias", "qk_layernorm")
         if getattr(architecture, name) != getattr(family, name)
     ]
-    if architecture.sliding_window and not family.has_sliding_window:
+    if architecture.sliding_window and family.sliding_window is None:
         faults.append(f"sliding_window={architecture.sliding_window}")
     if faults:
         raise CheckpointError(f"{family.hf_architecture} cannot express this model: it has {', '.join(faults)}")
@@ -153,7 +154,7 @@ def architecture_from_hf(config: Mapping[str, Any], where: str) -> ModelArchitec
         raise CheckpointError(f"{where}: {heads} num_attention_heads do not divide by {groups} num_key_value_heads")
     if head_dim % 2:
         raise CheckpointError(f"{where}: head_dim {head_dim} is odd, which rotary embeddings cannot be")
-    window = config.get("sliding_window") if family.has_sliding_window else None
+    window = None if family.sliding_window is None else config.get("sliding_window", family.sliding_window)
     return ModelArchitecture(
         num_layers=reader.size("num_hidden_layers", limit=_MAX_LAYERS),
         hidden_size=hidden,
@@ -168,7 +169,7 @@ def architecture_from_hf(config: Mapping[str, Any], where: str) -> ModelArchitec
         norm_epsilon=reader.number("rms_norm_eps", 1e-6),
         init_std=reader.number("initializer_range", 0.02),
         max_position_embeddings=reader.size("max_position_embeddings", 32_768),
-        sliding_window=None if window is None else reader.size("sliding_window"),
+        sliding_window=None if window is None else reader.size("sliding_window", family.sliding_window),
         hf_model_type=config["model_type"],
         **_rope(reader),
     )

@@ -38,6 +38,13 @@ _WANTED = {
     "num_experts": None,
     "multi_latent_attention": False,
     "apply_layernorm_1p": False,
+    "window_size": None,
+    "rotary_seq_len_interpolation_factor": None,
+    "no_rope_freq": None,
+    "qk_l2_norm": False,
+    "attention_output_gate": False,
+    "softmax_type": "vanilla",
+    "heterogeneous_layers_config_path": None,
 }
 
 

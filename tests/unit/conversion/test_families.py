@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import MistralConfig, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_kd.conversion.decoder import decoder_rules, uses_fused_norms
 from megatron_kd.conversion.families import architecture_from_hf, hf_config
@@ -93,6 +93,14 @@ def test_refuses_by_name(change: dict, message: str) -> None:
     config = {**hf_config(odd_architecture(True, 2), "float32", 3), **change}
     with pytest.raises(CheckpointError, match=message):
         architecture_from_hf(config, "config.json")
+
+
+def test_a_window_that_config_json_leaves_out_is_transformers_default() -> None:
+    config = MistralConfig().to_dict()
+    given = architecture_from_hf({**config, "sliding_window": None}, "config.json")
+    del config["sliding_window"]
+    left_out = architecture_from_hf(config, "config.json")
+    assert (given.sliding_window, left_out.sliding_window) == (None, MistralConfig().sliding_window)
 
 
 NONSENSE = st.one_of(

@@ -102,6 +102,8 @@ def test_it_loads_and_exports(stock, tmp_path):
     [
         ({"num_experts": 8}, "num_experts=8 are not supported"),
         ({"normalization": "LayerNorm", "swiglu": False}, "swiglu=False, normalization='LayerNorm'"),
+        ({"window_size": (128, 0)}, r"window_size=\(128, 0\) are not supported"),
+        ({"rotary_seq_len_interpolation_factor": 4}, "rotary_seq_len_interpolation_factor=4 are not"),
         ({"num_layers": 4}, "lacks|has shape"),
         ({"hidden_size": None}, "argument 'hidden_size' is missing"),
         ({"untie_embeddings_and_output_weights": True, "qk_layernorm": True}, "lacks decoder.layers.self_att"),

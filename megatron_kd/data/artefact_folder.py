@@ -7,7 +7,6 @@ removes it (a lock file tells a dead writer from a live one).
 """
 
 import contextlib
-import fcntl
 import os
 import secrets
 import shutil
@@ -17,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_kd.data.folder_lock import LOCK_NAME, try_lock
 from megatron_kd.errors import DataError
 
-LOCK_NAME = ".writer.lock"
 _STARTING_SECONDS = 60
 
 
@@ -40,8 +39,10 @@ def building(output: str | Path) -> Iterator[Path]:
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise DataError(f"{output}: cannot create the output folder ({error.strerror})") from None
     try:
-        with open(temporary / LOCK_NAME, "w", encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock = try_lock(temporary / LOCK_NAME)
+        if lock is None:  # another writer of this output takes the folder for abandoned
+            raise DataError(f"{output}: another process is starting to write it; run again when it has ended")
+        with lock:
             yield temporary
             refuse_existing(output)
             _flush_tree(temporary)
@@ -70,11 +71,10 @@ def remove_abandoned(output: Path) -> None:
     for folder in output.parent.glob(f"{glob_escape(output.name)}.tmp-*"):
         lock_path = folder / LOCK_NAME
         try:
-            with open(lock_path, "r+", encoding="utf-8") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-        except BlockingIOError:
-            continue
+            lock = try_lock(lock_path, "r+")
+            if lock is not None:
+                with lock:
+                    shutil.rmtree(folder, ignore_errors=True)
         except FileNotFoundError:  # killed at its very start or end; or a live one's that has just started or is done
             with contextlib.suppress(OSError):
                 if time.time() - folder.stat().st_mtime > _STARTING_SECONDS:

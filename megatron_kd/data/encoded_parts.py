@@ -8,7 +8,6 @@ everything before.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -24,12 +23,12 @@ import numpy as np
 
 from megatron_kd.data.artefact_folder import fsync_folder, write_file
 from megatron_kd.data.documents import BadLine
+from megatron_kd.data.folder_lock import lock_folder
 from megatron_kd.errors import DataError
 
 INFO_NAME = "parts.json"
 WORTH_KEEPING = 2
 """A run that fails keeps its parts only if it has made this many."""
-_LOCK_NAME = ".lock"
 _TAIL = struct.Struct("<II")
 
 
@@ -100,14 +99,9 @@ class PartFolder:
         Parts of another corpus are removed; refused if ``shared`` or ``keep``, which removes no part in any case.
 
         Raises:
-            DataError: somebody else holds it; it belongs to another corpus.
+            DataError: somebody else holds it, or it cannot be made; it belongs to another corpus.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / _LOCK_NAME, "w", encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(f"{self.folder}: another process is writing there; wait for it or end it") from None
+        with lock_folder(self.folder, "there", shared):
             try:
                 self._claim(shared or keep)
                 yield self

@@ -4,7 +4,6 @@
 start. A record is a unit's scores with a checksum; a record that a kill cut short fails its checksum and is redone.
 """
 
-import fcntl
 import json
 import os
 import secrets
@@ -18,10 +17,10 @@ from typing import IO
 import numpy
 
 from megatron_kd.data.artefact_folder import write_file
+from megatron_kd.data.folder_lock import lock_folder
 from megatron_kd.errors import DataError
 
 RECIPE_NAME = "recipe.json"
-LOCK_NAME = ".writer.lock"
 _HEADER = struct.Struct("<4sIqqqd")
 _MAGIC = b"UNIT"
 
@@ -47,15 +46,7 @@ class ScoreJournal:
         Raises:
             DataError: it holds other scores, or another run is writing it.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / LOCK_NAME, "w", encoding="utf-8")
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
-            raise DataError(f"{self.folder}: cannot create it ({error.strerror})") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{self.folder}: another run is writing these scores; wait for it or end it") from None
+        self._lock = lock_folder(self.folder, "these scores")
         path = self.folder / RECIPE_NAME
         if not path.exists():
             write_file(path, json.dumps({"recipe": recipe}) + "\n")

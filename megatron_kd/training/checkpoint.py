@@ -17,8 +17,9 @@ import torch
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_kd.data.artefact_folder import LOCK_NAME, write_file
+from megatron_kd.data.artefact_folder import write_file
 from megatron_kd.data.checksums import Checksums
+from megatron_kd.data.folder_lock import LOCK_NAME
 from megatron_kd.data.manifest import versions, write_manifest
 from megatron_kd.errors import CheckpointError
 from megatron_kd.models.architecture import ModelArchitecture

@@ -1,12 +1,11 @@
 """The lock that keeps two runs from writing one run folder."""
 
-import fcntl
 import os
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Iterator
 
-from megatron_kd.data.artefact_folder import LOCK_NAME
+from megatron_kd.data.folder_lock import LOCK_NAME, free, try_lock
 from megatron_kd.errors import ConfigError
 
 
@@ -30,15 +29,12 @@ class RunLock:
         while self._file is None:
             with cannot_be_a_run_folder(self._folder):
                 self._folder.mkdir(parents=True, exist_ok=True)
-                file = open(self._path, "w", encoding="utf-8")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
+                file = try_lock(self._path)
+            if file is None:
                 raise ConfigError(
                     f"output {self._folder}: another run is training there; wait for it, end it or choose another "
                     "output"
-                ) from None
+                )
             if os.fstat(file.fileno()).st_nlink:
                 self._file = file
             else:  # its owner ended, and removed it, between our two calls
@@ -52,8 +48,7 @@ class RunLock:
             self._path.unlink()
             for folder in self._made:
                 folder.rmdir()
-        fcntl.flock(self._file, fcntl.LOCK_UN)  # a forked child may hold the file open for longer
-        self._file.close()
+        free(self._file)
         self._file = None
 
 

@@ -5,7 +5,6 @@
 All of this is for the main rank.
 """
 
-import fcntl
 import io
 import json
 import os
@@ -16,9 +15,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from megatron_kd.data.artefact_folder import LOCK_NAME, fsync_folder, refuse_existing, write_file
+from megatron_kd.data.artefact_folder import fsync_folder, refuse_existing, write_file
 from megatron_kd.data.checksums import Checksums
 from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.folder_lock import LOCK_NAME, lock_folder
 from megatron_kd.data.manifest import MANIFEST_NAME, fingerprint_of, read_manifest, versions, write_manifest
 from megatron_kd.errors import DataError
 from megatron_kd.teachers.cache.cache_file import CHUNK_IDS_NAME, KIND
@@ -47,16 +47,8 @@ class WorkFolder:
         Raises:
             DataError: it was begun with others (names them), or another run is writing it.
         """
-        try:
-            (self.path / PROGRESS_FOLDER).mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / LOCK_NAME, "w", encoding="utf-8")
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
-            raise DataError(f"{self.path}: cannot create it ({error.strerror})") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise DataError(f"{self.path}: another run is writing this cache; wait for it or end it") from None
+        self._lock = lock_folder(self.path, "this cache")
+        (self.path / PROGRESS_FOLDER).mkdir(exist_ok=True)
         path = self.path / SETTINGS_NAME
         if not path.exists():
             write_file(path, json.dumps(self._settings, indent=1) + "\n")

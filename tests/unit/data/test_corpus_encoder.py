@@ -143,7 +143,7 @@ def test_parts_of_another_corpus(tmp_path: Path, tokenizer_folder: Path, files: 
     units = units_of(files, work.form)
     with PartFolder(tmp_path / "parts", {"a": 1}).opened(shared=True) as parts:
         list(encode_corpus(units, work, parts, 1))
-        with pytest.raises(DataError, match="another process is writing there"):
+        with pytest.raises(DataError, match="another run is writing there"):
             with PartFolder(tmp_path / "parts", {"a": 1}).opened(shared=False):
                 pass
     with pytest.raises(DataError, match="holds parts of another corpus"):

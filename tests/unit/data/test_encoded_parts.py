@@ -88,7 +88,7 @@ def test_who_may_hold_the_folder_together(tmp_path: Path) -> None:
     with opened({"tokenizer": 1}, shared=True):
         with opened({"tokenizer": 1}, shared=True):
             pass
-        with pytest.raises(DataError, match="another process is writing there"), opened({"tokenizer": 1}, shared=False):
+        with pytest.raises(DataError, match="another run is writing there"), opened({"tokenizer": 1}, shared=False):
             pass
     with pytest.raises(DataError, match="tokenizer 1 there, 2 now"), opened({"tokenizer": 2}, shared=True):
         pass

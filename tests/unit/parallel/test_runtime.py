@@ -88,7 +88,7 @@ def test_what_watches_ranks_does_not_keep_the_bridge(monkeypatch):
         monkeypatch.setattr(dist, name, lambda value=value: value)
     monkeypatch.setattr("megatron_kd.parallel.runtime.Liveness", Watch)
     world = SplitWorld("student", 0, 1, 2, dist.HashStore(), Bridge())
-    monkeypatch.setattr("megatron_kd.parallel.runtime.join_split_world", lambda *_: world)
+    monkeypatch.setattr("megatron_kd.parallel.runtime.join_split_world", lambda *_: world)  # noqa: F821
     bridge = weakref.ref(world.bridge)
     with distributed_runtime(teacher_ranks=2) as runtime:
         assert runtime.split is world

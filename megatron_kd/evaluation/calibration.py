@@ -20,6 +20,7 @@ from megatron_kd.data.batch import Batch, make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.losses import OutputHead
 from megatron_kd.models.gpt import HiddenStateGPTModel
+from megatron_kd.parallel.context import own_part
 from megatron_kd.parallel.groups import is_last_stage, sum_over_group
 from megatron_kd.parallel.schedule import forward_only
 
@@ -91,11 +92,12 @@ def bin_sums(confidence: Tensor, right: Tensor, bins: int) -> Tensor:
 def _predictions(
     batch: Batch, hidden: Tensor, model: HiddenStateGPTModel, groups: ProcessGroupCollection
 ) -> tuple[Tensor, Tensor]:
-    """Confidence and rightness of the unmasked positions, [n] each."""
+    """Confidence and rightness of this rank's unmasked positions, [n] each."""
     if model.config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, group=groups.tp)
-    mask = batch.loss_mask.t().reshape(-1) > 0
-    tokens, labels = hidden.flatten(0, 1)[mask], batch.labels.t().reshape(-1)[mask]
+    mask, labels = (own_part(values, groups.cp, 1).t().reshape(-1) for values in (batch.loss_mask, batch.labels))
+    mask = mask > 0
+    tokens, labels = hidden.flatten(0, 1)[mask], labels[mask]
     parts = [
         _largest(tokens[at : at + TOKENS_A_CHUNK], model.output_head(), groups.tp)
         for at in range(0, len(tokens), TOKENS_A_CHUNK)

@@ -51,7 +51,8 @@ class EvaluateConfig:
 
     def validate(self) -> Iterator[str]:
         """Faults in the values, one message each."""
-        yield from self.parallel.context_parallel_faults("held-out chunks are evaluated whole")
+        if self.teacher is not None:
+            yield from self.parallel.context_parallel_faults("the exposure bias is of text generated token by token")
         if self.micro_batch_size < 1:
             yield f"'micro_batch_size' must be at least 1, not {self.micro_batch_size}"
         if self.data.path is None and not self.harness.tasks:

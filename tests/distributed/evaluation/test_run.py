@@ -43,6 +43,13 @@ def test_figures_are_those_of_one_rank(layout, settings, one_rank):
             assert found[name] == pytest.approx(one_rank[name], rel=1e-3, abs=1e-4), name
 
 
+def test_loss_and_calibration_under_context_parallelism(settings, one_rank):
+    """The exposure bias, whose text is generated token by token, is refused there."""
+    for found in figures("CP2", [key for key in settings if not key.startswith(("teacher=", "exposure."))]):
+        for name in FIGURES[:5]:
+            assert found[name] == pytest.approx(one_rank[name], rel=1e-5, abs=1e-6), name
+
+
 def refusal(keys: dict) -> str | None:
     try:
         run(from_mapping(EvaluateConfig, keys, "test"))

@@ -14,6 +14,7 @@ from tests.distributed.ranks import shared_ranks
 
 VOCABULARY = 300
 SEQ_LENGTH = 32
+OVERLAPPED = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
 LAYOUTS = {
     "TP1 PP1": (1, []),
     "TP2": (2, ["parallel.tensor_model_parallel_size=2"]),
@@ -22,9 +23,13 @@ LAYOUTS = {
     "PP2 VPP2": (2, ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]),
     "CP2": (2, ["parallel.context_parallel_size=2"]),
     "DP2": (2, []),
-    "DP2 overlapped": (2, ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]),
+    "DP2 overlapped": (2, OVERLAPPED),
     "TP2 PP2": (4, ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]),
     "PP2 DP2": (4, ["parallel.pipeline_model_parallel_size=2"]),
+    "PP2 DP2 overlapped": (4, ["parallel.pipeline_model_parallel_size=2", *OVERLAPPED]),
+    "TP2 SP DP2 overlapped": (
+        4, ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true", *OVERLAPPED]
+    ),
     "CP2 DP2": (4, ["parallel.context_parallel_size=2"]),
     "TP2 SP CP2": (
         4,

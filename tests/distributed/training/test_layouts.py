@@ -7,7 +7,10 @@ from tests.distributed.ranks import shared_ranks
 from tests.distributed.training.runs import LAYOUTS, largest_relative_difference, train_in_ranks, whole_weights
 
 TOLERANCE = 1e-4
-OTHER_LAYOUTS = [name for name in LAYOUTS if name != "TP1 PP1"]
+SLOW = ("PP2 DP2 overlapped", "TP2 SP DP2 overlapped")
+OTHER_LAYOUTS = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYOUTS if name != "TP1 PP1"
+]
 COMMON = [
     "model.name=qwen_toy_student",
     "training.train_iters=20",

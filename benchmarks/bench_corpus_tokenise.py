@@ -191,6 +191,14 @@ def _miniplm_encode(line: str) -> tuple[list[int], str]:
     ]
 
 
+def _miniplm_sentence_ends(texts: list[str]) -> set[int]:
+    pairs = (("[", "]"), ("(", ")"), ("\\", "{"), ("<", ">"))
+    return {
+        index for index, text in enumerate(texts)
+        if any(mark in text for mark in ".!?;\n") and not any(one in text and other not in text for one, other in pairs)
+    }  # fmt: skip
+
+
 def miniplm_side(folder: Path) -> dict[str, Any]:
     """Hugging Face's tokenizer in a pool of 2, one buffer a domain, sentence ends looked for in Python."""
     import multiprocessing
@@ -200,11 +208,7 @@ def miniplm_side(folder: Path) -> dict[str, Any]:
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     texts = [tokenizer.decode([index]) for index in range(len(tokenizer))]
-    pairs = (("[", "]"), ("(", ")"), ("\\", "{"), ("<", ">"))
-    end_sent = {
-        index for index, text in enumerate(texts)
-        if any(mark in text for mark in ".!?;\n") and not any(one in text and other not in text for one, other in pairs)
-    } | {tokenizer.eos_token_id}  # fmt: skip
+    end_sent = _miniplm_sentence_ends(texts) | {tokenizer.eos_token_id}
     path, length = folder / "part.jsonl", SEQ_LENGTH + 1
     buffers: dict[str, list[int]] = {}
     lengths: list[int] = []

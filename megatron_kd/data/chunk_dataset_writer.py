@@ -139,21 +139,7 @@ class ChunkDatasetWriter:
             root_fingerprint, chunk_ids: for a selection, the root and the ids int64 ``[num_chunks]`` in it.
         """
         self._close_shard()
-        facts = {
-            "seq_length": self.seq_length,
-            "vocab_size": self.tokenizer.vocab_size,
-            "eos_id": self.tokenizer.eos_id,
-            "pad_id": self.tokenizer.pad_id,
-            "tokenizer_hash": self.tokenizer.hash,
-            "dtype": self.dtype.name,
-            "num_chunks": self.num_chunks,
-            "num_tokens": self.num_tokens,
-            "shards": self._shards,
-        }
-        if self._domain_names:
-            facts["domains"] = self._domain_names
-        if self.mask_prompts:
-            facts["mask_prompts"] = True
+        facts = self._facts()
         if chunk_ids is not None:
             write_array(self.folder / CHUNK_IDS_NAME, np.asarray(chunk_ids, dtype=np.int64))
             self._checksums.add_file(self.folder, CHUNK_IDS_NAME)
@@ -172,6 +158,25 @@ class ChunkDatasetWriter:
         }
         write_manifest(self.folder, KIND, body, self._checksums)
         return fingerprint
+
+    def _facts(self) -> dict[str, Any]:
+        """What the manifest says of the chunks themselves."""
+        facts: dict[str, Any] = {
+            "seq_length": self.seq_length,
+            "vocab_size": self.tokenizer.vocab_size,
+            "eos_id": self.tokenizer.eos_id,
+            "pad_id": self.tokenizer.pad_id,
+            "tokenizer_hash": self.tokenizer.hash,
+            "dtype": self.dtype.name,
+            "num_chunks": self.num_chunks,
+            "num_tokens": self.num_tokens,
+            "shards": self._shards,
+        }
+        if self._domain_names:
+            facts["domains"] = self._domain_names
+        if self.mask_prompts:
+            facts["mask_prompts"] = True
+        return facts
 
 
 def write_chunk_dataset(

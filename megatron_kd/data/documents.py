@@ -163,14 +163,8 @@ def parse_block(
             text = _text_of(row, text_keys, text_field)
             domain = _domain_of(row, domain_keys, domain_field) if domain_keys else ""
             response = _text_of(row, response_field.split("."), response_field) if response_field else ""
-        except UnicodeDecodeError as error:
-            reason = f"not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1})"
-            documents.bad.append(BadLine(block.path, number, reason))
-        except json.JSONDecodeError as error:
-            reason = f"not valid JSON ({error.msg} at column {error.colno})"
-            documents.bad.append(BadLine(block.path, number, reason))
         except (ValueError, RecursionError) as error:
-            documents.bad.append(BadLine(block.path, number, str(error) or "nested too deeply"))
+            documents.bad.append(BadLine(block.path, number, _reason(error, line)))
         else:
             documents.texts.append(text)
             documents.domains.append(domain)
@@ -178,6 +172,15 @@ def parse_block(
             if documents.responses is not None:
                 documents.responses.append(response)
     return documents
+
+
+def _reason(error: Exception, line: bytes) -> str:
+    """Why a line holds no document."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1})"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON ({error.msg} at column {error.colno})"
+    return str(error) or "nested too deeply"
 
 
 def read_documents(

@@ -213,6 +213,20 @@ def token_byte_lengths(backend: Tokenizer | SentencePieceTokenizer) -> np.ndarra
     return lengths
 
 
+def _empty_byte_level_bpe() -> Tokenizer:
+    """Qwen2's normalisation and pre-tokenization, no vocabulary yet."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
 def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, output: str | Path) -> Path:
     """Train a byte-level BPE with Qwen2's normalisation and pre-tokenization, and save it as a folder.
 
@@ -229,15 +243,7 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, output: str | Pa
     """
     if vocab_size < 257:
         raise DataError(f"a byte-level vocabulary has at least 257 ids (256 bytes and eos), not {vocab_size}")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = _empty_byte_level_bpe()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[AddedToken(EOS_TOKEN, special=True, normalized=False)],

@@ -9,7 +9,6 @@ of another tokenizer are another root, so that scores and caches of the old ids 
 
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from megatron_kd.data.chunk_dataset import KIND, ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.manifest import already_made, recipe_of
 from megatron_kd.data.tokenization import LoadedTokenizer, load_tokenizer
+from megatron_kd.data.worker_pool import worker_pool
 from megatron_kd.errors import DataError
 from megatron_kd.processors import cpu_count
 
@@ -156,27 +156,30 @@ def _writer(folder: Path, dataset: ChunkDataset, new: LoadedTokenizer, seq_lengt
 def _convert(config: ConvertTokenizationConfig, dataset: ChunkDataset, seq_length: int, writer: Any) -> int:
     """Write all chunks in order; how many ids were cut off."""
     settings = (str(dataset.path), config.tokenizer, config.eos_token, seq_length + 1, config.prepend_bos)
-    starts = range(0, len(dataset), BLOCK_CHUNKS)
-    workers = min(config.workers or cpu_count(), len(starts))
+    total = len(dataset)
+    blocks = [(start, min(start + BLOCK_CHUNKS, total)) for start in range(0, total, BLOCK_CHUNKS)]
+    workers = min(config.workers or cpu_count(), len(blocks))
     num_cut = 0
-    with tqdm(total=len(dataset), unit="chunk", unit_scale=True, desc="convert", disable=None) as bar:
-        for ids, lengths, cut in _in_order(settings, starts, workers):
+    with tqdm(total=total, unit="chunk", unit_scale=True, desc="convert", disable=None) as bar:
+        for ids, lengths, cut in _in_order(settings, blocks, workers):
             writer.add(ids, lengths)
             num_cut += cut
             bar.update(len(lengths))
     return num_cut
 
 
-def _in_order(settings: tuple[Any, ...], starts: range, workers: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+def _in_order(
+    settings: tuple[Any, ...], blocks: list[tuple[int, int]], workers: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Converted blocks in order, at most a few a worker ahead."""
     if workers <= 1:
         _start_worker(*settings)
-        yield from map(_convert_block, starts)
+        yield from map(_convert_block, blocks)
         return
-    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=settings) as pool:
+    with worker_pool(workers, _start_worker, *settings) as pool:
         waiting = []
-        for start in starts:
-            waiting.append(pool.submit(_convert_block, start))
+        for block in blocks:
+            waiting.append(pool.submit(_convert_block, block))
             if len(waiting) > 3 * workers:
                 yield waiting.pop(0).result()
         for future in waiting:
@@ -194,9 +197,9 @@ def _start_worker(path: str, tokenizer: str, eos_token: str | None, length: int,
     _worker["convert"] = ChunkConverter(load_tokenizer(dataset.tokenizer_path), new, length, prepend_bos)
 
 
-def _convert_block(start: int) -> tuple[np.ndarray, np.ndarray, int]:
+def _convert_block(block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, int]:
     dataset = _worker["dataset"]
-    chunks, num_cut = _worker["convert"]([dataset[i] for i in range(start, min(start + BLOCK_CHUNKS, len(dataset)))])
+    chunks, num_cut = _worker["convert"]([dataset[index] for index in range(*block)])
     return np.concatenate(chunks), np.array([len(chunk) for chunk in chunks], dtype=np.int64), num_cut
 
 

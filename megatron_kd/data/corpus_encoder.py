@@ -8,12 +8,10 @@ Parts that are on disk already are read instead of made again.
 
 import hashlib
 import logging
-import multiprocessing
 import os
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
@@ -37,6 +35,7 @@ from megatron_kd.data.encoded_parts import EncodedBlock, PartFolder, PartWriter,
 from megatron_kd.data.encoder import DocumentEncoder
 from megatron_kd.data.prefetch import prefetch
 from megatron_kd.data.tokenization import documents_of, load_tokenizer
+from megatron_kd.data.worker_pool import worker_pool
 from megatron_kd.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -205,8 +204,7 @@ def _encode_here(
 def _encode_in_processes(
     events: Iterator[_Event], job: EncodingJob, workers: int
 ) -> Iterator[tuple[_Event, EncodedBlock | None]]:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+    with worker_pool(workers) as pool:
         under_way: deque[tuple[_Event, Future[EncodedBlock] | None]] = deque()
 
         def oldest() -> tuple[_Event, EncodedBlock | None]:
@@ -268,17 +266,3 @@ def _split_hashes(texts: Sequence[str], seed: int | None) -> np.ndarray:
     key = str(seed).encode()
     digests = [hashlib.blake2b(text.encode("utf-8"), digest_size=8, key=key).digest() for text in texts]
     return np.frombuffer(b"".join(digests), dtype="<u8")
-
-
-def _start_worker() -> None:
-    """One thread a worker; and a worker whose parent was killed, which would wait for work for ever, ends."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["RAYON_NUM_THREADS"] = "1"
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, name="watch-parent", daemon=True).start()

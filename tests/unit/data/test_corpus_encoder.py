@@ -1,10 +1,6 @@
 import gzip
 import os
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -160,48 +156,6 @@ def test_the_split_hash_depends_on_the_seed_and_is_left_out_without_one(
     other = encode_files(files, job(tokenizer_folder, split_seed=4), workers=1)[0].split_hashes
     assert not (one == other).any()
     assert len(encode_files(files, job(tokenizer_folder, split_seed=None), workers=1)[0].split_hashes) == 0
-
-
-def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path, tokenizer_folder: Path, texts: list[str]) -> None:
-    path = write_jsonl(tmp_path / "many.jsonl", texts * 20)
-    program = f"""
-import multiprocessing, os, sys, time
-from pathlib import Path
-from megatron_kd.data import corpus_encoder
-from megatron_kd.data.document_format import DocumentFormat, read_blocks
-from megatron_kd.data.encoded_parts import PartFolder
-if __name__ == "__main__":
-    corpus_encoder.read_blocks = lambda path, form, start, stop: read_blocks(path, form, 5000, start, stop)
-    form = DocumentFormat()
-    job = corpus_encoder.EncodingJob({str(tokenizer_folder)!r}, None, "tokenizers", form, "uint16", None)
-    units = corpus_encoder.units_of([{str(path)!r}], form)
-    blocks = corpus_encoder.encode_corpus(units, job, PartFolder(Path({str(tmp_path)!r}), {{}}), workers=2)
-    next(blocks)
-    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
-    time.sleep(60)
-"""
-    (tmp_path / "program.py").write_text(program)
-    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
-    parent = subprocess.Popen(
-        [sys.executable, tmp_path / "program.py"], stdout=subprocess.PIPE, text=True, env=environment
-    )
-    assert parent.stdout is not None
-    workers = [int(word) for word in parent.stdout.readline().split()]
-    assert len(workers) == 2
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    deadline = time.monotonic() + 10
-    while any(is_alive(worker) for worker in workers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(is_alive(worker) for worker in workers)
-
-
-def is_alive(process: int) -> bool:
-    try:
-        status = Path(f"/proc/{process}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return status.rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def test_a_merge_with_other_settings_removes_no_part(tmp_path: Path, tokenizer_folder: Path, files: list[str]) -> None:

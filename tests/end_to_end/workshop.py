@@ -47,7 +47,7 @@ class Material:
         finished = [run(
             "tokenize_corpus", f"input={corpus}/*.jsonl.zst", f"tokenizer={corpus / 'tokenizer'}",
             f"output={data / 'train'}", f"heldout_output={data / 'heldout'}", f"reference_output={data / 'reference'}",
-            "heldout_fraction=0.05", "reference_fraction=0.1", f"data.seq_length={SEQ_LENGTH}")]
+            "heldout_fraction=0.2", "reference_fraction=0.2", f"data.seq_length={SEQ_LENGTH}")]
         finished += [run("train", f"data.path={data / split}", f"output={output}", f"model.name={name}", *TOY)
                      for split, output, name in (("train", made.teacher, "qwen_toy_teacher"),
                                                  ("reference", made.reference, "qwen_toy_reference"))]

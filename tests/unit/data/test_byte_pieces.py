@@ -45,8 +45,8 @@ def test_a_line_that_is_longer_than_a_read(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("name", "data", "kind"),
-    [("a", gzip.compress(b"text"), "gzip"), ("a.txt", zstandard.compress(b"text"), "zstandard"), ("a.gz", b"", None),
-     ("a.jsonl", b"text", None), ("a.gz", b"text", "gzip"), ("a.zstd", b"text", "zstandard")],
+    [("a", gzip.compress(b"text", mtime=0), "gzip"), ("a.txt", zstandard.compress(b"text"), "zstandard"),
+     ("a.gz", b"", None), ("a.jsonl", b"text", None), ("a.gz", b"text", "gzip"), ("a.zstd", b"text", "zstandard")],
 )
 def test_compression_is_told_by_content_then_by_name(tmp_path: Path, name: str, data: bytes, kind: str | None) -> None:
     (tmp_path / name).write_bytes(data)

@@ -131,7 +131,8 @@ def reshard_head(
         like: has the weight's dtype and device.
 
     Returns:
-        The head on a rank of the student's last stages (``own`` itself if nothing moves); else None.
+        The head on a rank of the student's last stages (``own`` itself if nothing moves), of the ids that the student
+        has rows for; else None.
 
     Raises:
         ConfigError: the head has a bias, a scale or a softcap, which are not moved.
@@ -145,11 +146,12 @@ def reshard_head(
             "give the teacher the student's layout"
         )
     rank, head, transfers = carrier.rank, None, []
+    arriving = min(valid_vocab_size, student_rows * routing.student.tensor)
     for data_rank in range(routing.student.data):
         for destination in routing.destinations(data_rank):
             if destination.rank == rank:
                 weight = torch.zeros(student_rows, hidden_size, dtype=like.dtype, device=like.device)
-                head = OutputHead(weight, valid_vocab_size, vocab_start=destination.tensor * student_rows)
+                head = OutputHead(weight, arriving, vocab_start=destination.tensor * student_rows)
     for move in head_moves(routing, student_rows, teacher_rows, valid_vocab_size):
         if rank == move.destination:
             target = head.weight[move.start - head.vocab_start : move.stop - head.vocab_start]

@@ -131,6 +131,9 @@ def _draw(axes: Any, key: str, name: str, rows: list[dict[str, Any]], x: str, sm
 
 def _cut_off_the_start(axes: Any, losses: Sequence[np.ndarray]) -> None:
     """The first steps' losses are far above all that follows: they would flatten it."""
+    losses = [values for values in losses if len(values)]
+    if not losses:
+        return
     top = max(float(np.quantile(values, 0.97)) for values in losses)
     bottom = min(float(values.min()) for values in losses)
     margin = 0.04 * (top - bottom) or 0.1

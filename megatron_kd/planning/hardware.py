@@ -31,6 +31,11 @@ GPUS: dict[str, GPU] = {
 
 
 def peak_tflops_of(device_name: str) -> float | None:
-    """Peak of the device that calls itself ``device_name`` (``NVIDIA H100 80GB HBM3``); None where it is not listed."""
+    """Peak of the device that calls itself ``device_name`` (``NVIDIA H100 80GB HBM3``); None where it is not listed.
+
+    The PCIe and NVL boards of a listed GPU are slower, and not listed.
+    """
     lowered = device_name.lower()
+    if "h100" in lowered and ("pcie" in lowered or "nvl" in lowered):
+        return None
     return next((gpu.peak_tflops for key, gpu in GPUS.items() if key in lowered), None)

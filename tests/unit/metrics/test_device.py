@@ -16,7 +16,8 @@ def test_the_stated_peak_wins_and_a_cpu_has_none():
 
 
 @pytest.mark.parametrize(("name", "peak"), [("NVIDIA H100 80GB HBM3", 989.5), ("NVIDIA A100-SXM4-80GB", 312.0),
-                                            ("NVIDIA L40S", 362.0), ("Voodoo 2", None)])
+                                            ("NVIDIA L40S", 362.0), ("Voodoo 2", None),
+                                            ("NVIDIA H100 PCIe", None), ("NVIDIA H100 NVL", None)])
 def test_known_gpus(name, peak):
     assert peak_tflops_of(name) == peak
 

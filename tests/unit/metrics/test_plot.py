@@ -53,6 +53,13 @@ def test_a_panel_that_no_run_fills_is_left_out():
     assert "FLOPs" in loss.get_xlabel()
 
 
+def test_a_run_that_lacks_a_term_leaves_its_panel_to_the_others():
+    without = [{name: value for name, value in row.items() if name != "lm_loss"} for row in rows()]
+    figure = figure_of({"without": without, "with": rows()}, "steps", 5)
+    lm_term = next(axes for axes in figure.axes if "LM term" in axes.get_title())
+    assert {line.get_label() for line in lm_term.get_lines() if not line.get_label().startswith("_")} == {"with"}
+
+
 def test_what_it_refuses(tmp_path):
     with pytest.raises(ConfigError, match="at least one run folder"):
         from_mapping(PlotConfig, {}, "test")

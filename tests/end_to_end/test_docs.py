@@ -1,9 +1,13 @@
 """Every command of docs/, in order, in a shell; every configuration of the examples; names, links and line lengths."""
 
+import dataclasses
+import importlib
 import re
+import typing
 
 import pytest
 
+from megatron_kd.cli import VERBS
 from megatron_kd.config import load_config
 from megatron_kd.data.sample_by_difference import SampleByDifferenceConfig
 from megatron_kd.data.tokenize_corpus import TokenizeCorpusConfig
@@ -103,6 +107,32 @@ def test_files_and_links_that_a_page_names_are_there(page):
     named += re.findall(r"\]\(([^)#:]+)\)", text)
     missing = [name for name in named if not any(list(root.glob(name)) for root in roots)]
     assert not missing
+
+
+def keys_of(schema, prefix=""):
+    for field in dataclasses.fields(schema):
+        yield prefix + field.name
+        kind = typing.get_type_hints(schema)[field.name]
+        for part in (kind, *typing.get_args(kind)):
+            if dataclasses.is_dataclass(part):
+                yield from keys_of(part, f"{prefix}{field.name}.")
+
+
+@pytest.fixture(scope="module")
+def every_key():
+    schemas = (getattr(importlib.import_module(verb.module), verb.config) for verb in VERBS.values())
+    return {key for schema in schemas for key in keys_of(schema)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_keys_that_a_page_names_are_keys(page, every_key):
+    text = page.read_text(encoding="utf-8")
+    sections = {key.partition(".")[0] for key in every_key if "." in key}
+    dotted = re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:[=:][^`]*)?`", text)
+    unknown = {key for key in dotted if key.partition(".")[0] in sections and key not in every_key
+               and not key.endswith((".jsonl", ".png"))}
+    last = {key.rpartition(".")[2] for key in every_key}
+    assert not unknown | {key for key in re.findall(r"`([a-z_]+)=[^`]*`", text) if key not in last}
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/laptop_to_cluster.md", "docs/installation.md", "docs/scaling.md"])

@@ -99,7 +99,7 @@ def run(config: ConvertTokenizationConfig) -> str:
     """Convert a dataset; returns the path of the result.
 
     Raises:
-        DataError: the dataset is missing, damaged, or carries no tokenizer; the new tokenizer is unreadable or has no
+        DataError: the dataset is missing, damaged, carries no tokenizer or leaves prompts out of the loss; the new tokenizer is unreadable or has no
             bos that ``prepend_bos`` could put; the output exists and is something else.
     """
     dataset = ChunkDataset.open(config.data.path)
@@ -140,6 +140,9 @@ def source_chunk_ids(dataset: ChunkDataset) -> np.ndarray | None:
 def _tokenizers(config: ConvertTokenizationConfig, dataset: ChunkDataset) -> tuple[LoadedTokenizer, LoadedTokenizer]:
     if not dataset.tokenizer_path.is_dir():
         raise DataError(f"{dataset.path}: carries no tokenizer, so its ids cannot be decoded")
+    if dataset.masks_prompts:
+        raise DataError(f"{dataset.path}: leaves prompts out of the loss, and where they end is not carried over; make "
+                        "it again from its text with tokenize_corpus and the new tokenizer")
     old, new = load_tokenizer(dataset.tokenizer_path), load_tokenizer(config.tokenizer, config.eos_token)
     if config.prepend_bos and new.bos_id is None:
         raise DataError(f"{config.tokenizer}: names no bos_token, which prepend_bos=true needs")

@@ -154,6 +154,19 @@ def test_refusals_and_what_is_made_already(
         convert(root, other_tokenizer, tmp_path / "out", seq_length=9)
 
 
+def test_prompts_that_no_loss_counts_are_not_lost_silently(
+    root: ChunkDataset, other_tokenizer: Path, tmp_path: Path
+) -> None:
+    with building(tmp_path / "pairs") as folder, closing(ChunkDatasetWriter(folder, root.tokenizer_info(), 16)) as writer:
+        writer.add(np.arange(1, 9), np.array([8]))
+        writer.add_array("prompt_lengths.npy", np.array([3], np.int32))
+        writer.mask_prompts = True
+        writer.finish({"tool": "test"})
+    with pytest.raises(DataError, match="leaves prompts out of the loss.*tokenize_corpus and the new tokenizer"):
+        convert(ChunkDataset.open(tmp_path / "pairs"), other_tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_killed_at_any_write_leaves_nothing_and_runs_again(
     root: ChunkDataset, other_tokenizer: Path, tmp_path: Path
 ) -> None:

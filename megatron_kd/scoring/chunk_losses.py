@@ -63,6 +63,7 @@ class ChunkScorer:
         groups: of the model.
         dataset: what is scored.
         device: of the model.
+        chunk_bytes: budget of the fused loss; None is ``CPU_CHUNK_BYTES`` on a CPU, the loss's own default on CUDA.
     """
 
     def __init__(
@@ -71,8 +72,10 @@ class ChunkScorer:
         groups: ProcessGroupCollection,
         dataset: ChunkDataset,
         device: torch.device,
+        chunk_bytes: int | None = None,
     ) -> None:
         self._chunks, self._groups, self._dataset, self._device = chunks, groups, dataset, device
+        self._chunk_bytes = chunk_bytes or (CPU_CHUNK_BYTES if device.type == "cpu" else None)
         self._workspace = Workspace()
         byte_lengths = numpy.asarray(dataset.token_byte_lengths, dtype=numpy.int64)
         self._byte_lengths = torch.from_numpy(byte_lengths).to(device)
@@ -120,7 +123,7 @@ class ChunkScorer:
             weights.transpose(0, 1).reshape(-1),
             tp_group=self._groups.tp,
             sequence_parallel=model.config.sequence_parallel,
-            chunk_bytes=CPU_CHUNK_BYTES if self._device.type == "cpu" else None,
+            chunk_bytes=self._chunk_bytes,
             workspace=self._workspace,
         )
         rows, length = labels.shape
@@ -145,16 +148,18 @@ def chunk_losses(
     device: torch.device,
     micro_batch_size: int,
     on_chunks: Callable[[int], object] | None = None,
+    chunk_bytes: int | None = None,
 ) -> ChunkLosses:
     """Losses of every chunk, equal on all ranks. Collective over the ranks that hold the model.
 
     Args:
         chunks: the model on this rank (not DDP-wrapped).
         on_chunks: told how many chunks were done, for progress.
+        chunk_bytes: as :class:`ChunkScorer`'s.
     """
     multiple = width_multiple(groups.tp.size(), chunks[0].config.sequence_parallel, groups.cp.size())
     plan = MicroBatchPlan(dataset, micro_batch_size, multiple)
-    scorer = ChunkScorer(chunks, groups, dataset, device)
+    scorer = ChunkScorer(chunks, groups, dataset, device, chunk_bytes)
     # fp64 columns: nats, tokens, bytes; every rank fills what it computed, one sum at the end merges them.
     table = torch.zeros(dataset.num_chunks, 3, dtype=torch.float64)
     was_training = chunks[0].training
@@ -181,7 +186,10 @@ def heldout_loss(
     *,
     device: torch.device,
     micro_batch_size: int,
+    chunk_bytes: int | None = None,
 ) -> HeldoutLoss:
     """Totals of :func:`chunk_losses`."""
-    losses = chunk_losses(chunks, groups, dataset, device=device, micro_batch_size=micro_batch_size)
+    losses = chunk_losses(
+        chunks, groups, dataset, device=device, micro_batch_size=micro_batch_size, chunk_bytes=chunk_bytes
+    )
     return HeldoutLoss(float(losses.nats.sum()), int(losses.tokens.sum()), int(losses.text_bytes.sum()))

@@ -9,7 +9,9 @@ import torch
 from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import DataError
+from megatron_kd.losses import linear_distillation_loss
 from megatron_kd.parallel.runtime import distributed_runtime
+from megatron_kd.scoring import chunk_losses as scoring
 from megatron_kd.scoring.chunk_losses import ChunkLosses, HeldoutLoss, chunk_losses, heldout_loss
 from megatron_kd.scoring.run import mean_losses
 from tests.distributed.training.runs import SEQ_LENGTH, VOCABULARY, make_dataset
@@ -38,6 +40,21 @@ def test_equal_to_float64_whatever_the_micro_batch(dataset, micro_batch_size):
     numpy.testing.assert_allclose(ours.nats, nats, rtol=1e-5)
     assert sum(told) >= 19 and len(set(tokens)) > 2
     numpy.testing.assert_allclose(mean_losses(ours), nats / tokens, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, scoring.CPU_CHUNK_BYTES), (5000, 5000)])
+def test_the_budget_reaches_the_loss(dataset, monkeypatch, given, used):
+    budgets = set()
+
+    def spy(*arguments, **keywords):
+        budgets.add(keywords["chunk_bytes"])
+        return linear_distillation_loss(*arguments, **keywords)
+
+    monkeypatch.setattr(scoring, "linear_distillation_loss", spy)
+    with distributed_runtime():
+        model = tiny_model()
+        heldout_loss([model], model.pg_collection, dataset, device=CPU, micro_batch_size=8, chunk_bytes=given)
+    assert budgets == {used}
 
 
 def test_bytes_are_those_of_the_predicted_tokens(dataset):

@@ -35,7 +35,8 @@ METHODS_WITH_TEXT = ("gkd", "distillm", "minillm")
 
 @dataclass(frozen=True)
 class LossConfig:
-    """``distillation.loss``: how the fused loss runs; changes memory and speed, never the value."""
+    """``distillation.loss``: how the fused loss runs, in training and between its steps; changes memory and speed,
+    never the value."""
 
     backend: Literal["auto", "torch", "triton"] = "auto"
     """auto is triton on CUDA once a recorded run has verified its kernels there (docs/losses.md), else torch."""

@@ -29,6 +29,7 @@ CASES = {
     "softcap and temperature": {"softcap": 3.0, "temperature": 2.0, "teacher_rows": 64, "teacher_vocab": 61},
     "large logits": {"logit_size": 4e3},
     "bf16": {"dtype": torch.bfloat16},
+    "bf16 and a teacher in fp32": {"dtype": torch.bfloat16, "teacher_dtype": torch.float32},
 }
 
 
@@ -65,9 +66,12 @@ def test_matches_the_reference(interpreter, target, name):
 
 
 @needs_triton
-@pytest.mark.parametrize("target", ["ghost", "0.5*jsd+0.25*reverse_kl+0.25*tvd"])
-def test_what_the_kernels_do_not_have_runs_in_pytorch(interpreter, target):
-    case = LossCase(target)
+@pytest.mark.parametrize(
+    "case",
+    [LossCase("ghost"), LossCase("0.5*jsd+0.25*reverse_kl+0.25*tvd"), LossCase("jsd", teacher_dtype=torch.float64)],
+    ids=["ghost", "mixture", "fp64"],
+)
+def test_what_the_kernels_do_not_have_runs_in_pytorch(interpreter, case):
     [(got, kernels_ran)] = interpreter.run(evaluate, case)
     assert not kernels_ran
     torch.testing.assert_close(got["grad_weight"], run_fused(case, build(case))["grad_weight"])

@@ -23,6 +23,8 @@ from megatron_kd.planning.memory import (
 
 STASH_BYTES = 1024 << 20
 """teacher.stash_megabytes unless it says otherwise."""
+PASSES_A_STAGE = 2
+"""As teachers/colocated.py; a test compares them."""
 BYTES_PER_ENTRY = 8
 """Of a sparse payload: an int32 id and an fp32 weight; a token's tail mass takes another 4."""
 TAIL_BYTES = 4
@@ -83,22 +85,38 @@ def teacher_memory(
 ) -> RankMemory:
     """Memory of a co-located teacher on one rank, in a layout of its own over the student's ranks.
 
-    Hidden states wait on the student's last stage: one micro-batch's, or under a pipeline a step's as far as the stash
-    allows (the rest waits in host memory). Where the layouts differ, that stage holds its part of the teacher's head.
+    Hidden states wait on the student's last stage, as far as the stash allows; the rest waits in host memory. Where the
+    layouts differ, that stage holds its part of the teacher's head.
     """
     a, width = architecture, ELEMENT_BYTES[precision]
     positions = micro_batch_size * seq_length
     transient = positions * (2 * a.hidden_size + FFN_FUSED * a.ffn_hidden_size / own.tensor) * width
     kept = head = 0.0
     if student.coordinates(rank).pipeline == student.pipeline - 1:
-        waiting = micro_batches if student.pipeline > 1 else 1
-        kept = min(positions / student.context * a.hidden_size * width * waiting, stash_bytes)
+        hidden = positions * a.hidden_size * width
+        waiting = waiting_micro_batches(student, own, hidden, micro_batches, stash_bytes)
+        kept = min(hidden / student.context * waiting, stash_bytes)
         if (student.tensor, student.pipeline) != (own.tensor, own.pipeline):
             head = padded_rows(a.vocab_size, student.tensor) / student.tensor * a.hidden_size * width
     return RankMemory(
         teacher_weights=rank_parameters(a, own, own.coordinates(rank).pipeline) * width + head,
         teacher_activations=transient + kept,
     )
+
+
+def waiting_micro_batches(
+    student: ParallelLayout, own: ParallelLayout, hidden_bytes: float, micro_batches: int, stash_bytes: float
+) -> int:
+    """Micro-batches whose hidden states, ``hidden_bytes`` each, wait on the student's last stage at a time.
+
+    Under a pipeline a step's; else those of a wave, which keeps all of the teacher's replicas and stages busy
+    (``teachers/colocated.py``).
+    """
+    if student.pipeline > 1:
+        return micro_batches
+    passes = 1 if own.pipeline == 1 else PASSES_A_STAGE * own.pipeline
+    of_a_replica = min(passes, max(1, int(stash_bytes / 2 / hidden_bytes)))
+    return min(micro_batches, max(1, -(-own.data * of_a_replica // student.data)))
 
 
 def received_memory(

@@ -71,6 +71,8 @@ def measure_step(settings: list[str]) -> dict[str, float]:
                                    for b in [*chunk.buffers, *chunk.expert_parallel_buffers])),
             "optimizer": _optimizer_bytes(optimizer),
             "teacher_weights": _teacher_bytes(teacher),
+            "waiting": 0.0 if teacher is None else float(
+                teacher.stash.peak_device_bytes + teacher.stash.peak_host_bytes),
             **peaks,
         }
 

@@ -13,7 +13,7 @@ from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.models.architecture import architecture_by_name
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_kd.planning.memory import loss_chunk_bytes, rank_parameters, student_memory
-from megatron_kd.planning.teacher_memory import teacher_layout, teacher_memory
+from megatron_kd.planning.teacher_memory import STASH_BYTES, teacher_layout, teacher_memory, waiting_micro_batches
 from tests.distributed.ranks import shared_ranks
 from tests.distributed.training.runs import train_in_ranks
 from tests.reference.tensor_bytes import measure_step
@@ -99,6 +99,9 @@ def test_every_part_is_within_ten_per_cent(case, precision, rows, big_teacher, t
         if with_teacher:
             frozen = teacher_memory(teacher, layout, own, rank, **sizes)
             assert_within(frozen.teacher_weights, found["teacher_weights"], f"{where}, teacher's weights")
+            states = MICRO_BATCH * SEQ_LENGTH * teacher.hidden_size * 2
+            waiting = waiting_micro_batches(layout, own, states, sizes["micro_batches"], STASH_BYTES) if last else 0
+            assert_within(waiting * states / layout.context, found["waiting"], f"{where}, hidden states that wait")
 
 
 @pytest.mark.gpu

@@ -8,7 +8,8 @@ from megatron_kd.losses.fused_linear import DEFAULT_CHUNK_BYTES
 from megatron_kd.models.architecture import architecture_by_name
 from megatron_kd.models.gpt import padded_vocab_size
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_kd.planning import memory
+from megatron_kd.planning import memory, teacher_memory
+from megatron_kd.teachers import colocated
 
 
 def test_constants_are_those_of_the_loss():
@@ -17,6 +18,21 @@ def test_constants_are_those_of_the_loss():
     for models in (1, 2):
         assert bytes_per_logit([torch.float32] * models, torch.float32) == memory.LOGIT_BYTES * models
         assert bytes_per_logit([torch.bfloat16] * models, torch.float32) == memory.LOGIT_BYTES * models + 2
+
+
+def test_hidden_states_wait_as_long_as_a_wave():
+    """A whole step's under the student's pipeline; else enough for every replica and stage of the teacher."""
+    assert teacher_memory.PASSES_A_STAGE == colocated.PASSES_A_STAGE
+
+    def waiting(student, own, micro_batches=16, stash=1 << 30):
+        layouts = [ParallelLayout.for_world(ParallelConfig(**dict(zip(
+            ("tensor_model_parallel_size", "pipeline_model_parallel_size"), sizes))), 8) for sizes in (student, own)]
+        return teacher_memory.waiting_micro_batches(*layouts, 1 << 20, micro_batches, stash)
+
+    assert waiting((1, 1), (1, 1)) == 1 and waiting((1, 2), (1, 2)) == 16
+    assert waiting((2, 1), (1, 2)) == 4 and waiting((2, 1), (1, 1)) == 2 and waiting((1, 1), (2, 1)) == 1
+    assert waiting((1, 1), (1, 4), micro_batches=3) == 2, "two replicas of the teacher serve eight of the student"
+    assert waiting((8, 1), (1, 1), micro_batches=3) == 3 and waiting((1, 1), (1, 8), stash=8 << 20) == 1
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4, 8])

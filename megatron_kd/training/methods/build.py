@@ -105,7 +105,9 @@ def _text_source(
     if settings.method == "distillm":
         return DistiLLMSource(settings.distillm, writer, speaks, groups, seed=seed, global_batch_size=size)
     policy = _rollout_policy(settings.minillm.teacher_mix, student, teacher, groups, ids)
-    return MiniLLMSource(settings.minillm, writer, policy, teacher, groups, global_batch_size=size)
+    return MiniLLMSource(
+        settings.minillm, writer, policy, teacher, groups, global_batch_size=size, execution=settings.loss
+    )
 
 
 def _teacher_decoder(

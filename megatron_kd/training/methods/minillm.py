@@ -36,7 +36,7 @@ from megatron_kd.training.methods.config import MiniLLMConfig
 from megatron_kd.training.methods.kept_rollouts import block_of, gathered, kept_in, restored
 from megatron_kd.training.methods.source import Place, StepBatches, TextCounts
 from megatron_kd.training.methods.writer import PolicyMaker, TextWriter
-from megatron_kd.training.objective import MicroBatchLoss, sequence_major
+from megatron_kd.training.objective import LossConfig, MicroBatchLoss, sequence_major
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,11 @@ class MiniLLMSource:
         groups: ProcessGroupCollection,
         *,
         global_batch_size: int,
+        execution: LossConfig | None = None,
     ) -> None:
         self._config, self._writer, self._policy = config, writer, policy
         self._teacher, self._groups = teacher, groups
+        self._execution = execution or LossConfig()
         self._global_batch_size = global_batch_size
         self.counts = TextCounts()
         self._rollouts: list[GeneratedBatch] | None = None
@@ -104,7 +106,7 @@ class MiniLLMSource:
             knowledge = self._teacher.knowledge(batch)
             known = dict(batch.log_probabilities)
             if is_last_stage(self._groups):
-                known |= {"log_p": teacher_log_probabilities(batch, knowledge, self._groups)}
+                known |= {"log_p": teacher_log_probabilities(batch, knowledge, self._groups, self._execution)}
                 known |= {"log_mixed": known["log_q"]}
             scored.append(dataclasses.replace(batch, log_probabilities=known))
         return scored
@@ -232,6 +234,7 @@ class MiniLLMLoss(MicroBatchLoss):
             sequence_parallel=model.config.sequence_parallel,
             chunk_bytes=self._execution.chunk_bytes,
             backend=self._execution.backend,
+            workspace=self._workspace,
         )
 
 
@@ -243,7 +246,7 @@ def main_count(batch: Batch, config: MiniLLMConfig) -> Tensor:
 
 @torch.no_grad()
 def teacher_log_probabilities(
-    batch: Batch, knowledge: DenseKnowledge | SparseKnowledge, groups: ProcessGroupCollection
+    batch: Batch, knowledge: DenseKnowledge | SparseKnowledge, groups: ProcessGroupCollection, execution: LossConfig
 ) -> Tensor:
     """log p of every label [b, s], 0 outside the mask, from the teacher's hidden states.
 
@@ -258,6 +261,8 @@ def teacher_log_probabilities(
         sequence_major(batch.labels),
         sequence_major(batch.loss_mask),
         tp_group=groups.tp,
+        chunk_bytes=execution.chunk_bytes,
+        backend=execution.backend,
     )
     rows, length = batch.tokens.shape
     return -result.token_lm_losses.view(length, rows).transpose(0, 1)

@@ -16,7 +16,7 @@ from megatron_kd.training.objective import DistillationConfig, MicroBatchLoss, b
 from tests.reference import naive_losses
 
 VOCABULARY, HIDDEN, LENGTH, ROWS = 7, 5, 6, 3
-GROUPS = SimpleNamespace(tp=None)
+GROUPS = SimpleNamespace(tp=None, cp=None)
 
 
 class Case:

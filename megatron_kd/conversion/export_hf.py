@@ -46,7 +46,7 @@ class ConvertToHFConfig:
     """A checkpoint, or a run folder, which means its newest."""
     output: str
     verify: bool = True
-    """Compare the logits of the result in transformers with Megatron-Core's (fp32, largest difference below 1e-4)."""
+    """Compare the logits of the result in transformers with Megatron-Core's (fp32; parity.py says how near)."""
     tokenizer: str | None = None
     """Folder with the tokenizer's files; None means the one of the dataset that the checkpoint was trained on."""
     max_shard_size: str = "5GB"

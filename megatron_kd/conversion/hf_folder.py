@@ -131,8 +131,9 @@ class HFFolder:
                 try:
                     whole = rule.to_mcore([self.tensor(part) for part in rule.hf], self.architecture,
                                           self.architecture.vocab_size)
-                    if tuple(whole.shape) != global_shape(name, parameter, chunk):  # a shorter one would be padded
-                        raise RuntimeError(f"shape {list(whole.shape)}, not {list(global_shape(name, parameter, chunk))}")
+                    shape = global_shape(name, parameter, chunk)
+                    if tuple(whole.shape) != shape:  # a shorter one would be padded
+                        raise RuntimeError(f"shape {list(whole.shape)}, not {list(shape)}")
                     parameter.copy_(take_local_part(whole, global_indices(name, parameter, chunk)))
                 except (RuntimeError, IndexError) as error:
                     raise self._misfit(rule, error) from None

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from megatron_kd.errors import CheckpointError
 from megatron_kd.models.gpt import HiddenStateGPTModel, full_logits
 
-LOGIT_TOLERANCE = 1e-4
+LOGIT_TOLERANCE = 1e-4  # of the largest logit where that is above 1: fp32 rounds no finer through dozens of layers
 VERIFIED_TOKENS = (2, 64)
 
 
@@ -22,7 +22,7 @@ def compare_logits(model: HiddenStateGPTModel, folder: Path, whose: str) -> floa
         whose: what to call the model that was just made, in an error.
 
     Raises:
-        CheckpointError: the difference is not below 1e-4.
+        CheckpointError: the difference is not below 1e-4, times the largest logit where that is above 1.
     """
     theirs = transformers_model(folder)
     generator = torch.Generator().manual_seed(0)
@@ -33,10 +33,11 @@ def compare_logits(model: HiddenStateGPTModel, folder: Path, whose: str) -> floa
     if found.shape != ours.shape:
         raise CheckpointError(f"{whose} logits: transformers gives shape {list(found.shape)}, not {list(ours.shape)}")
     difference = (found - ours).abs().max().item()
-    if not difference < LOGIT_TOLERANCE:
+    limit = LOGIT_TOLERANCE * max(1.0, found.abs().max().item())
+    if not difference < limit:
         raise CheckpointError(
-            f"{whose} logits differ between transformers and Megatron-Core by {difference:.2e}, not below "
-            f"{LOGIT_TOLERANCE:.0e}: nothing was written"
+            f"{whose} logits differ between transformers and Megatron-Core by {difference:.2e}, not below {limit:.1e}: "
+            "nothing was written"
         )
     return difference
 

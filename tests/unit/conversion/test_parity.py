@@ -1,12 +1,15 @@
-"""The comparison with transformers notices a tensor too few, one too many, and another vocabulary."""
+"""The comparison with transformers: whose tensors it reads, and what it allows for fp32's rounding."""
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_kd.conversion.parity import transformers_model
+from megatron_kd.conversion.hf_folder import HFFolder
+from megatron_kd.conversion.parity import LOGIT_TOLERANCE, compare_logits, transformers_model
 from megatron_kd.errors import CheckpointError
+from megatron_kd.parallel.runtime import distributed_runtime
 from tests.reference.hf_models import make_hf_folder
+from tests.reference.one_rank import tiny_model
 
 
 @pytest.fixture
@@ -34,3 +37,17 @@ def test_a_tensor_too_few_and_one_too_many_are_named(folder):
     change(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(48), "extra": torch.ones(1)}))
     with pytest.raises(CheckpointError, match=r"misses \[\] and does not know \['extra'\]"):
         transformers_model(folder)
+
+
+def test_large_logits_may_differ_by_what_fp32_rounds_and_no_more(folder):
+    """A deep model's logits of 20 differ by 1e-3 between any two programs; a weight wrong by 0.1% does not pass."""
+    change(folder, lambda tensors: tensors["model.norm.weight"].mul_(500))
+    with distributed_runtime():
+        source = HFFolder(folder)
+        model = tiny_model(source.architecture)
+        source.load_into([model])
+        assert compare_logits(model, folder, "the") > LOGIT_TOLERANCE
+        with torch.no_grad():
+            model.decoder.final_layernorm.weight.mul_(1.001)
+        with pytest.raises(CheckpointError, match="the logits differ"):
+            compare_logits(model, folder, "the")

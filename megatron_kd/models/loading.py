@@ -79,3 +79,9 @@ def check_same_tokenizer(info: CheckpointInfo, dataset: ChunkDataset) -> None:
             f"{info.path} was trained with tokenizer {info.tokenizer_hash}, but the dataset {dataset.path} has "
             f"{dataset.tokenizer_hash}: use a dataset of the same tokenizer"
         )
+    rows = info.architecture.vocab_size
+    if rows < dataset.vocab_size:  # a vocabulary-parallel embedding would give zeros for the others
+        raise CheckpointError(
+            f"{info.path} has embeddings for {rows} ids, but the tokenizer of the dataset {dataset.path} has "
+            f"{dataset.vocab_size}: use a model with all of them"
+        )

@@ -88,9 +88,10 @@ def run(config: GenerateCorpusConfig) -> Path:
         _check_positions(loaded, prompts)
         ingredients = _ingredients(config, dataset, fingerprint, prompts)
         recipe = recipe_of(ingredients)
+        parts = PartFolder(Path(f"{config.output}.parts"), {**ingredients, "texts_per_part": TEXTS_PER_PART})
         if on_main_rank(lambda: already_made(config.output, KIND, recipe)):
+            on_main_rank(parts.remove)
             return Path(config.output)
-        parts = PartFolder(Path(f"{config.output}.parts"), ingredients)
         on_main_rank(parts.prepare)
         _generate_missing(config, loaded, prompts, parts, runtime)
         on_main_rank(lambda: _write(config, dataset, loaded, fingerprint, recipe, prompts, parts))

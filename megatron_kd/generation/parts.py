@@ -90,8 +90,9 @@ class PartFolder:
             return Part(file["ids"], file["lengths"], file["prompt_lengths"])
 
     def remove(self) -> None:
-        """Remove everything: the dataset is written."""
-        shutil.rmtree(self._path)
+        """Remove what there is of this recipe: the dataset is written."""
+        if not self._difference(self._path / RECIPE_NAME):
+            shutil.rmtree(self._path)
 
     def _file(self, number: int) -> Path:
         return self._path / f"part-{number:06d}.npz"

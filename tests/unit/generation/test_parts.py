@@ -34,6 +34,14 @@ def test_another_recipe_is_refused_and_removes_nothing(parts: PartFolder, tmp_pa
     assert parts.is_done(0)
 
 
+def test_removal_leaves_the_parts_of_another_recipe(parts: PartFolder, tmp_path: Path) -> None:
+    PartFolder(tmp_path / "out.parts", {"seed": 2, "sampling": {"top_k": 5}}).remove()
+    assert parts.is_done(0)
+    parts.remove()
+    assert not (tmp_path / "out.parts").exists()
+    parts.remove()
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
 def test_a_damaged_part_is_made_again(
     parts: PartFolder, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]

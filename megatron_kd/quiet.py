@@ -18,6 +18,7 @@ _MESSAGES = (
     ".*MimoModelConfig is experimental.*",
     ".*torch.distributed is disabled, unavailable.*",
     ".*argument order of load has been changed.*",
+    ".*invalid escape sequence.*",
 )
 
 

@@ -5,18 +5,17 @@ asked for get memory (Megatron-Core's own load wants every layer of a key at onc
 Megatron-Core, whichever version is installed.
 """
 
-import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import Any, Iterable, Iterator, Sequence
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_local_load_plan
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, MetadataIndex
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, WriteItem
+from torch.distributed.checkpoint.planner import ReadItem, WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_kd.errors import CheckpointError
@@ -52,6 +51,8 @@ def tensors_of(state: dict[str, Any]) -> dict[str, Tensor]:
 def stream_tensors(path: Path, architecture: ModelArchitecture, precision: Precision) -> Iterator[tuple[str, Tensor]]:
     """Every whole tensor of a checkpoint, one after another, in the model's order and precision.
 
+    While one is used, a thread reads the next.
+
     Raises:
         CheckpointError: the checkpoint is damaged, or lacks tensors of the architecture (lists them).
     """
@@ -59,8 +60,13 @@ def stream_tensors(path: Path, architecture: ModelArchitecture, precision: Preci
     state = meta_state(architecture, precision)
     entries = {name: state[name] for name in tensors_of(state)}
     stored.require_entries(entries.values())
-    for name, entry in entries.items():
-        yield name, stored.read(entry).to(entry.data.dtype)
+    with ThreadPoolExecutor(1) as pool:
+        ahead = [pool.submit(stored.read, entry) for entry in list(entries.values())[:1]]
+        for number, (name, entry) in enumerate(entries.items()):
+            tensor = ahead.pop().result().to(entry.data.dtype)
+            ahead += [pool.submit(stored.read, later) for later in list(entries.values())[number + 1 : number + 2]]
+            yield name, tensor
+            del tensor  # or it would be held while the next is waited for
 
 
 class StoredTensors:
@@ -96,10 +102,9 @@ class StoredTensors:
         found = sorted(name for name in self.object_keys() if name.split("/")[0] == key)
         if not found:
             return None
-        planner = _Into({})
-        items = create_default_local_load_plan({found[0]: None}, self._metadata).items
-        self._reader.read_data(LoadPlan(items), planner)
-        return planner.bytes
+        place = self._reader.storage_data[MetadataIndex(found[0])]
+        with open(self._path / place.relative_path, "rb") as file:
+            return self._reader._slice_file(file, place).read()
 
     def read(self, entry: ShardedTensor | ShardedTensorFactory) -> Tensor:
         """The tensor of an entry of a sharded state, whole or this rank's part.
@@ -111,21 +116,40 @@ class StoredTensors:
         """
         parts = _parts(entry)
         stored = self._metadata.state_dict_metadata
-        whole = torch.zeros(entry.data.shape, dtype=stored[self._place(parts[0])[0]].properties.dtype)
-        targets, items, start = {}, [], 0
+        pieces: list[tuple[int, torch.Size, list[ReadItem]]] = []
+        start = 0
         for part in parts:
             key, offsets, sizes = self._place(part)
-            target = whole[start : start + part.local_shape[0]].view(sizes)
-            start += part.local_shape[0]
             chunk = ChunkStorageMetadata(torch.Size(offsets), self._stored_sizes(part, key, offsets, sizes))
-            found = create_read_items_for_chunk_list(key, stored[key], [chunk])
-            targets |= {item.dest_index: target for item in found}
-            items += found
+            pieces.append((start, torch.Size(sizes), create_read_items_for_chunk_list(key, stored[key], [chunk])))
+            start += part.local_shape[0]
         try:
-            self._reader.read_data(LoadPlan(items), _Into(targets))
+            return self._assembled(entry.data.shape, pieces, stored[self._place(parts[0])[0]].properties.dtype)
         except Exception as error:  # noqa: BLE001 - a damaged file raises anything
             raise CheckpointError(f"{self._path}: '{parts[0].key}' cannot be read ({root_cause(error)})") from None
+
+    def _assembled(
+        self, shape: torch.Size, pieces: Sequence[tuple[int, torch.Size, list[ReadItem]]], dtype: torch.dtype
+    ) -> Tensor:
+        """A tensor from its pieces: first row, stored sizes and what to read of each. One that was stored whole is not
+        copied."""
+        items = [item for _, _, found in pieces for item in found]
+        if len(items) == 1 and items[0].lengths.numel() == shape.numel():
+            return self._load(items[0]).reshape(shape)
+        whole = torch.zeros(shape, dtype=dtype)
+        for start, sizes, found in pieces:
+            rows = sizes.numel() // shape[1:].numel()
+            target = whole[start : start + rows].view(sizes)
+            for item in found:
+                narrow_tensor_by_index(target, item.dest_offsets, item.lengths).copy_(self._load(item))
         return whole
+
+    def _load(self, item: ReadItem) -> Tensor:
+        """What an item asks for of the tensor that some rank wrote."""
+        place = self._reader.storage_data[item.storage_index]
+        with open(self._path / place.relative_path, "rb") as file:
+            stored = torch.load(self._reader._slice_file(file, place), map_location="cpu", weights_only=True)
+        return narrow_tensor_by_index(stored, item.storage_offsets, item.lengths)
 
     def _place(self, part: ShardedTensor) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         """Key, offsets and sizes under which a part is stored: layers stacked under one key, or each under its own."""
@@ -145,24 +169,6 @@ class StoredTensors:
         if stored != wanted:
             raise CheckpointError(f"{self._path}: '{key}' has shape {list(stored)}, the architecture {list(wanted)}")
         return torch.Size(sizes)
-
-
-class _Into(DefaultLoadPlanner):
-    """Reads into given tensors."""
-
-    def __init__(self, targets: dict[MetadataIndex, Tensor]):
-        super().__init__()
-        self._targets = targets
-        self.bytes: bytes | None = None
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.bytes = value.getvalue()
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        return narrow_tensor_by_index(self._targets[read_item.dest_index], read_item.dest_offsets, read_item.lengths)
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass
 
 
 def _parts(entry: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:

@@ -157,7 +157,8 @@ def test_refusals_and_what_is_made_already(
 def test_prompts_that_no_loss_counts_are_not_lost_silently(
     root: ChunkDataset, other_tokenizer: Path, tmp_path: Path
 ) -> None:
-    with building(tmp_path / "pairs") as folder, closing(ChunkDatasetWriter(folder, root.tokenizer_info(), 16)) as writer:
+    info = root.tokenizer_info()
+    with building(tmp_path / "pairs") as folder, closing(ChunkDatasetWriter(folder, info, 16)) as writer:
         writer.add(np.arange(1, 9), np.array([8]))
         writer.add_array("prompt_lengths.npy", np.array([3], np.int32))
         writer.mask_prompts = True

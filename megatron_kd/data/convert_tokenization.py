@@ -99,8 +99,9 @@ def run(config: ConvertTokenizationConfig) -> str:
     """Convert a dataset; returns the path of the result.
 
     Raises:
-        DataError: the dataset is missing, damaged, carries no tokenizer or leaves prompts out of the loss; the new tokenizer is unreadable or has no
-            bos that ``prepend_bos`` could put; the output exists and is something else.
+        DataError: the dataset is missing, damaged, carries no tokenizer or leaves prompts out of the loss; the new
+            tokenizer is unreadable or has no bos that ``prepend_bos`` could put; the output exists and is something
+            else.
     """
     dataset = ChunkDataset.open(config.data.path)
     old, new = _tokenizers(config, dataset)

@@ -19,6 +19,9 @@ TEST_PROCESSES ?= 2
 TESTS ?= tests
 
 PIP_INSTALL := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-compile --progress-bar off
+# Python keeps what it compiles, whatever the shell says: else each of many processes would compile all libraries anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 # The environment is rebuilt when this changes: the interpreter, the requirements, or how they are installed.
 ENVIRONMENT_KEY = $(shell { $(PYTHON) -c 'import sys; print(sys.version, sys.base_prefix)'; \
 	cat pyproject.toml $(CONSTRAINTS); \

@@ -155,6 +155,6 @@ def test_sparse_payloads_are_what_a_cache_holds(payload, layout, dataset, teache
     remote = [*common, "teacher.placement=remote", f"teacher.path={teacher}", "teacher.num_ranks=2",
               f"teacher.payload={payload}", "teacher.top_k=20", "teacher.num_draws=30"]  # fmt: skip
     expected = two_steps(1, cached, tmp_path / "cached")
-    # A cache keeps probabilities in 16 or 10 bits, a payload all of them. Another layout rounds otherwise: one of the
-    # 30,720 draws may so fall to the next id.
-    assert_same(two_steps(4, [*remote, *layout], tmp_path / "remote"), expected, 2e-3 if payload == "sampled" else 3e-2)
+    # A cache keeps probabilities in 16 or 10 bits, a payload all of them. Another layout rounds otherwise: a few of the
+    # 30,720 draws may so fall to the next id, each of which moves the gradients by about 0.1%.
+    assert_same(two_steps(4, [*remote, *layout], tmp_path / "remote"), expected, 1e-2 if payload == "sampled" else 3e-2)

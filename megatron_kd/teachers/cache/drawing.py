@@ -5,14 +5,15 @@ of an id's interval). The cumulative distribution is never written out: a draw f
 blocks' sums, then its id inside the block.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_kd.data.mixing import mix64, mix_int
-
-BLOCK = 128
+from megatron_kd.teachers.cache.blocks import BLOCK
 
 
 def uniform_numbers(seed: int, chunk_ids: np.ndarray, positions: np.ndarray, draws: int) -> np.ndarray:
@@ -24,63 +25,45 @@ def uniform_numbers(seed: int, chunk_ids: np.ndarray, positions: np.ndarray, dra
 
 
 def draw(
-    weights: Tensor,
+    masses: Tensor,
+    weights_of: Callable[[Tensor], Tensor],
     uniforms: Tensor,
     first_id: int,
     group: dist.ProcessGroup | None,
-    sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw ids with probabilities proportional to ``weights``. Collective over ``group``.
+    """Draw ids with probabilities proportional to weights. Collective over ``group``.
 
     Args:
-        weights: [n, R] >= 0, this rank's columns.
+        masses: [n, B] >= 0, sums of the weights of this rank's blocks.
+        weights_of: gives the weights [n, N, BLOCK] of blocks [n, N].
         uniforms: float64 [n, N] in [0, 1), the same on every rank.
-        first_id: id of column 0.
-        sums: ``block_sums(weights)`` where they are known.
+        first_id: id of this rank's first column.
 
     Returns:
         ids int64 [n, N], and [n] the sum of the weights over all ranks; the same on every rank.
     """
-    sums = block_sums(weights) if sums is None else sums
-    cumulative = sums.double().cumsum(-1)
-    own = cumulative[:, -1] if cumulative.shape[1] else uniforms.new_zeros(len(weights))
+    cumulative = masses.double().cumsum(-1)
+    own = cumulative[:, -1]
     before, upto, totals = _intervals(own, group)
     wanted = uniforms * totals.unsqueeze(1)
-    ids = torch.zeros(uniforms.shape, dtype=torch.long, device=weights.device)
-    if cumulative.shape[1]:
-        mine = (wanted >= before.unsqueeze(1)) & (wanted < upto.unsqueeze(1))
-        below_own = torch.nextafter(own, torch.zeros_like(own)).unsqueeze(1)
-        targets = torch.minimum((wanted - before.unsqueeze(1)).clamp_min_(0.0), below_own)
-        ids = torch.where(mine, _find(weights, cumulative, targets) + first_id, 0)
+    mine = (wanted >= before.unsqueeze(1)) & (wanted < upto.unsqueeze(1))
+    below_own = torch.nextafter(own, torch.zeros_like(own)).unsqueeze(1)
+    targets = torch.minimum((wanted - before.unsqueeze(1)).clamp_min_(0.0), below_own)
+    ids = torch.where(mine, _find(cumulative, weights_of, targets) + first_id, 0)
     if group is not None and group.size() > 1:
         dist.all_reduce(ids, group=group)
     return ids, totals
 
 
-def block_sums(weights: Tensor) -> Tensor:
-    """[n, ceil(R / BLOCK)] sums of neighbouring columns."""
-    rows, columns = weights.shape
-    whole = columns // BLOCK
-    sums = weights[:, : whole * BLOCK].unflatten(-1, (whole, BLOCK)).sum(-1)
-    if columns % BLOCK:
-        sums = torch.cat([sums, weights[:, whole * BLOCK :].sum(-1, keepdim=True)], dim=-1)
-    return sums
-
-
-def _find(weights: Tensor, cumulative: Tensor, targets: Tensor) -> Tensor:
+def _find(cumulative: Tensor, weights_of: Callable[[Tensor], Tensor], targets: Tensor) -> Tensor:
     """Columns int64 [n, N] at which the cumulative weights pass ``targets``; any valid column for those outside."""
-    columns, last = weights.shape[1], cumulative.shape[1] - 1
-    blocks = torch.searchsorted(cumulative, targets.contiguous(), right=True).clamp_(max=last)
+    blocks = torch.searchsorted(cumulative, targets.contiguous(), right=True).clamp_(max=cumulative.shape[1] - 1)
     below = torch.where(blocks > 0, cumulative.gather(-1, (blocks - 1).clamp_min(0)), 0.0)
-    places = blocks.unsqueeze(-1) * BLOCK + torch.arange(BLOCK, device=weights.device)
-    inside = weights.gather(-1, places.clamp_max(columns - 1).flatten(1)).view(places.shape)
-    if columns % BLOCK:
-        inside.masked_fill_(places >= columns, 0.0)
-    inner = inside.cumsum(-1)
+    inner = weights_of(blocks).cumsum(-1)
     rest = (targets - below).to(inner.dtype).clamp_min_(0.0)
     rest = torch.minimum(rest, torch.nextafter(inner[..., -1], inner.new_zeros(())))  # never behind the last weight
     offset = torch.searchsorted(inner, rest.unsqueeze(-1), right=True).squeeze(-1)
-    return (blocks * BLOCK + offset).clamp_(max=columns - 1)
+    return blocks * BLOCK + offset.clamp_(max=BLOCK - 1)
 
 
 def _intervals(own: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,55 +1,54 @@
-"""The largest entries of long rows, over a vocabulary that may be split over ranks."""
+"""The largest entries of long rows in blocks, over a vocabulary that may be split over ranks."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BLOCK = 128
+from megatron_kd.teachers.cache.blocks import BLOCK, NO_LOGIT, take_blocks
+
+PIECE = 16  # of a block
 
 
-def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def largest(values: Tensor, maxima: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The ``count`` largest of every row, falling: values and columns [n, count]. Exact.
 
-    The largest entries lie in the blocks with the largest maxima, so only that many blocks are searched.
+    They lie in the blocks with the largest maxima, and there in the pieces with the largest maxima; so only as many
+    blocks and pieces as entries are searched.
 
     Args:
-        values: [n, R], R >= count.
+        values: [n, B, BLOCK], contiguous, B * BLOCK >= count.
+        maxima: [n, B] of the blocks.
     """
-    rows, columns = values.shape
-    whole = columns // BLOCK
-    if whole <= 2 * count:
-        return torch.topk(values, count, dim=-1)
-    maxima = values[:, : whole * BLOCK].unflatten(-1, (whole, BLOCK)).amax(-1)
-    blocks = torch.topk(maxima, count, dim=-1).indices
-    candidates = (blocks.unsqueeze(-1) * BLOCK + torch.arange(BLOCK, device=values.device)).flatten(1)
-    if columns % BLOCK:
-        rest = torch.arange(whole * BLOCK, columns, device=values.device).expand(rows, -1)
-        candidates = torch.cat([candidates, rest], dim=-1)
-    found = torch.topk(values.gather(-1, candidates), count, dim=-1)
-    return found.values, candidates.gather(-1, found.indices)
+    columns = torch.arange(maxima.shape[1], device=values.device).expand_as(maxima) * BLOCK
+    if maxima.shape[1] > count:
+        blocks = torch.topk(maxima, count, dim=-1, sorted=False).indices
+        columns, values = blocks * BLOCK, take_blocks(values, blocks)
+    pieces = values.unflatten(-1, (-1, PIECE)).flatten(1, 2)  # [n, P, PIECE]
+    best = torch.topk(pieces.amax(-1), min(count, pieces.shape[1]), dim=-1, sorted=False).indices
+    starts = columns.gather(-1, best // (BLOCK // PIECE)) + best % (BLOCK // PIECE) * PIECE
+    candidates = pieces.gather(1, best.unsqueeze(-1).expand(-1, -1, PIECE)).flatten(1)
+    found = torch.topk(candidates, count, dim=-1)
+    return found.values, starts.gather(-1, found.indices // PIECE) + found.indices % PIECE
 
 
 def largest_over_ranks(
-    values: Tensor, first_id: int, count: int, group: dist.ProcessGroup | None
+    values: Tensor, maxima: Tensor, first_id: int, count: int, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """:func:`largest` of rows whose columns are split over a group: values and global ids [n, count], on every rank.
 
     Args:
-        values: [n, R], this rank's columns (R may be anything); all ranks together have at least ``count``.
+        values, maxima: this rank's blocks; all ranks together have at least ``count`` ids.
         first_id: id of column 0.
     """
-    size = 1 if group is None else group.size()
-    if size == 1:
-        found, columns = largest(values, count)
-        return found, columns + first_id
-    own = min(count, values.shape[1])
-    found, ids = values.new_full((len(values), count), -1.0), values.new_zeros((len(values), count), dtype=torch.long)
-    if own:
-        found[:, :own], columns = largest(values, own)
-        ids[:, :own] = columns + first_id
+    own = min(count, values.shape[1] * BLOCK)
+    best, columns = largest(values, maxima, own)
+    if group is None or group.size() == 1:
+        return best, columns + first_id
+    found, ids = values.new_full((len(values), count), NO_LOGIT), columns.new_zeros((len(values), count))
+    found[:, :own], ids[:, :own] = best, columns + first_id
     all_found, all_ids = _gather(found, group), _gather(ids, group)
-    best = torch.topk(all_found, count, dim=-1)
-    return best.values, all_ids.gather(-1, best.indices)
+    chosen = torch.topk(all_found, count, dim=-1)
+    return chosen.values, all_ids.gather(-1, chosen.indices)
 
 
 def _gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_kd.teachers.cache.drawing import BLOCK, block_sums, draw, uniform_numbers
+from megatron_kd.teachers.cache.blocks import BLOCK, blocks_of, take_blocks
+from megatron_kd.teachers.cache.drawing import draw, uniform_numbers
 
 
 def uniforms(rows, draws, seed=0):
@@ -22,6 +23,13 @@ def test_numbers_depend_on_seed_chunk_and_position_and_fill_the_interval():
     assert abs(np.corrcoef(numbers[0], numbers[1])[0, 1]) < 0.1 and abs(np.corrcoef(numbers[0], numbers[2])[0, 1]) < 0.1
 
 
+def draw_from(weights, numbers):
+    blocks = torch.zeros(len(weights), blocks_of(weights.shape[1]) * BLOCK)
+    blocks[:, : weights.shape[1]] = weights
+    blocks = blocks.unflatten(1, (-1, BLOCK))
+    return draw(blocks.sum(-1), lambda wanted: take_blocks(blocks, wanted), numbers, 0, None)
+
+
 @pytest.mark.parametrize("columns", [3, BLOCK, BLOCK + 1, 5 * BLOCK + 17])
 def test_a_draw_is_where_the_cumulative_weight_passes_it(columns):
     weights = torch.rand(6, columns, generator=torch.Generator().manual_seed(columns)) ** 8
@@ -29,7 +37,7 @@ def test_a_draw_is_where_the_cumulative_weight_passes_it(columns):
     weights[2] = 0.0
     weights[2, columns // 3] = 1.0
     numbers = uniforms(6, 400)
-    ids, total = draw(weights, numbers, 0, None)
+    ids, total = draw_from(weights, numbers)
     cumulative = weights.double().cumsum(-1) / weights.double().sum(-1, keepdim=True)
     expected = torch.searchsorted(cumulative, numbers, right=True).clamp_max(columns - 1)
     assert (ids != expected).sum() <= 3  # rounding at the edges
@@ -40,19 +48,13 @@ def test_a_draw_is_where_the_cumulative_weight_passes_it(columns):
 def test_the_largest_number_never_draws_an_impossible_id():
     weights = torch.zeros(1, 700)
     weights[0, 10], weights[0, 300] = 1.0, 1e-30
-    ids, _ = draw(weights, torch.tensor([[0.0, 0.5, 1 - 2**-53]], dtype=torch.float64), 0, None)
+    ids, _ = draw_from(weights, torch.tensor([[0.0, 0.5, 1 - 2**-53]], dtype=torch.float64))
     assert bool((weights.gather(-1, ids) > 0).all())
 
 
 def test_counts_estimate_the_distribution_without_bias():
     weights = torch.tensor([[0.6, 0.3, 0.08, 0.02]]).expand(4000, 4)
-    ids, _ = draw(weights, uniforms(4000, 5), 0, None)
+    ids, _ = draw_from(weights, uniforms(4000, 5))
     shares = torch.bincount(ids.flatten(), minlength=4) / ids.numel()
     torch.testing.assert_close(shares, weights[0], atol=0.012, rtol=0)
 
-
-def test_block_sums():
-    weights = torch.rand(2, 3 * BLOCK + 5)
-    sums = block_sums(weights)
-    assert sums.shape == (2, 4)
-    torch.testing.assert_close(sums[:, 3], weights[:, -5:].sum(-1))

@@ -6,7 +6,7 @@ import torch
 
 from megatron_kd.errors import DataError
 from megatron_kd.losses import OutputHead
-from megatron_kd.teachers.cache import selection
+from megatron_kd.teachers.cache import blocks, selection
 from megatron_kd.teachers.cache.codec import Codec
 from megatron_kd.teachers.cache.selection import Selection
 
@@ -45,11 +45,13 @@ def test_top_k(teacher, temperature, chunk_bytes):
 
 @pytest.mark.parametrize("codec", [Codec("top_k", 12, VOCABULARY), Codec("sampled", 20, VOCABULARY)])
 def test_tiles_change_nothing(teacher, codec, monkeypatch):
-    """Chunks of 13 tokens in tiles of 5, against one tile."""
+    """Chunks of 13 tokens, read in tiles of 5 and searched 4 at a time, against one of each."""
     head, hidden, _ = teacher
     whole = select(codec, head, hidden)
-    monkeypatch.setattr(selection, "TILE_ELEMENTS", 5 * VOCABULARY)
-    tiled = select(codec, head, hidden, chunk_bytes=4 * VOCABULARY * 13)
+    padded = blocks.BLOCK * blocks.blocks_of(VOCABULARY)
+    monkeypatch.setattr(blocks, "CPU_TILE_ELEMENTS", 5 * padded)
+    monkeypatch.setattr(selection, "CPU_ROWS_AT_ONCE", 4)
+    tiled = select(codec, head, hidden, chunk_bytes=4 * padded * 13)
     for name, values in vars(whole).items():
         if values is not None:
             np.testing.assert_allclose(getattr(tiled, name), values, rtol=1e-5, atol=1e-8, err_msg=name)

@@ -31,7 +31,7 @@ def evaluate(
     label = LabelLogits.of(chunk, problem)
     sparse = None if chunk.sparse is None else SparseTerm(chunk.sparse, chunk.student, problem, 1.0)
     coefficients = _coefficients(chunk, problem) if with_gradient else None
-    at_once = coefficients if tensor_parallel.size == 1 and chunk.teacher is not None else None
+    at_once = coefficients if tensor_parallel.size == 1 and sparse is None else None
     local_maxima, local = _first_pass(chunk, sparse, at_once, tile_elements)
     maxima = tensor_parallel.max_(local_maxima.clone())
     shift = local_maxima - maxima
@@ -89,6 +89,8 @@ def _first_pass(
             maxima[0, rows] = row_max(s)
             torch.softmax(s, -1, out=s)
             local[0, rows] = _z_of_softmax(s)
+            if at_once is not None:
+                s.mul_(at_once.lm[rows].unsqueeze(1))
     else:
         maxima, local = student.new_empty((2, n)), student.new_empty((4, n))
         for rows in row_tiles(*student.shape, tile_elements):

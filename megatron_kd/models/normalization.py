@@ -46,13 +46,11 @@ class _RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        # With g the upstream gradient, r the inverse RMS and p = g · x: r · g · w − x · r³ · mean(p · w), and Σ p · r.
         hidden, weight, inverse_rms = ctx.saved_tensors
         rows, upstream, scale, width = hidden.float(), gradient.float(), weight.float(), hidden.shape[-1]
-        # LayerNorm's kernel at mean 0 gives r · (g·w − mean(g·w) − x̂ · mean(g·w·x̂)), with r the inverse RMS and x̂ the
-        # normalized row; RMSNorm lacks the term mean(g·w), which is added back.
-        hidden_gradient, weight_gradient, _ = torch.ops.aten.native_layer_norm_backward(
-            upstream, rows, [width], torch.zeros_like(inverse_rms), inverse_rms, scale, None, [True, True, False]
-        )
-        mean = torch.mv(upstream.flatten(0, -2), scale).view(inverse_rms.shape).div_(width)
-        hidden_gradient.addcmul_(inverse_rms, mean)
+        products = (upstream * rows).flatten(0, -2)
+        weight_gradient = torch.mv(products.t(), inverse_rms.flatten())
+        factor = torch.mv(products, scale).view(inverse_rms.shape).mul_(inverse_rms.pow(3)).div_(-width)
+        hidden_gradient = (upstream * scale).mul_(inverse_rms).addcmul_(rows, factor)
         return hidden_gradient.to(hidden.dtype), weight_gradient.to(weight.dtype), None

@@ -11,6 +11,7 @@ from megatron_kd.errors import ConfigError
 from megatron_kd.losses.types import OutputHead
 
 MATMUL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CPU_COLUMN_TILE, CPU_ROWS_OF_WHOLE_PRODUCTS = 1536, 1536
 LOGIT_FLOOR = -1.0e5  # what a bias of -inf makes of a logit: its probability is exactly 0, and 0 * LOGIT_FLOOR is 0
 
 
@@ -39,11 +40,19 @@ class HeadLogits:
         """``out`` [n, R] = hidden [n, h] @ weight.T, in out's dtype."""
         own = self.weight.dtype
         if out.dtype == own:
-            torch.mm(hidden, self.weight.t(), out=out)
+            for columns in self._column_tiles(out):
+                torch.mm(hidden, self.weight[columns].t(), out=out[:, columns])
         elif out.device.type == "cuda" and is_narrow(own) and out.dtype == torch.float32:
             torch.mm(hidden, self.weight.t(), out_dtype=out.dtype, out=out)
         else:
             out.copy_(torch.mm(hidden, self.weight.t()))
+
+    def _column_tiles(self, out: Tensor) -> list[slice]:
+        """Few rows: the parts of the weight that a CPU's product copies stay in its cache from one use to the next."""
+        columns = self.weight.shape[0]
+        if out.device.type != "cpu" or len(out) >= CPU_ROWS_OF_WHOLE_PRODUCTS:
+            return [slice(0, columns)]
+        return [slice(start, min(columns, start + CPU_COLUMN_TILE)) for start in range(0, columns, CPU_COLUMN_TILE)]
 
     def finish(self, logits: Tensor) -> None:
         """Scale, bias and softcap of ``logits`` [n, R], in place."""

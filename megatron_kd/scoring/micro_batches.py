@@ -16,6 +16,7 @@ from megatron_kd.parallel.layout import sequence_multiple
 
 WIDTH_MULTIPLE = 16
 MICRO_BATCHES_PER_UNIT = 128
+LEAST_MICRO_BATCHES_PER_UNIT = 8  # fewer neighbours have few rows of about one length
 LEAST_UNITS = 64
 
 
@@ -39,7 +40,7 @@ class MicroBatchPlan:
         dataset: what is scored.
         micro_batch_size: rows of full length; shorter rows are more, for the same number of positions.
         width_multiple: positions of a row are rounded up to it (never beyond ``seq_length``).
-        chunks_per_unit: None for 128 micro-batches, fewer where that would make less than 64 units.
+        chunks_per_unit: None for 128 micro-batches, fewer (8 at least) where that would make less than 64 units.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class MicroBatchPlan:
         self._positions = micro_batch_size * dataset.seq_length
         self._multiple = width_multiple
         if chunks_per_unit is None:
-            share = dataset.num_chunks // LEAST_UNITS // micro_batch_size * micro_batch_size
-            chunks_per_unit = max(micro_batch_size, min(MICRO_BATCHES_PER_UNIT * micro_batch_size, share))
+            share = dataset.num_chunks // LEAST_UNITS // micro_batch_size
+            share = max(LEAST_MICRO_BATCHES_PER_UNIT, min(MICRO_BATCHES_PER_UNIT, share))
+            chunks_per_unit = share * micro_batch_size
         self.chunks_per_unit = chunks_per_unit
 
     @property

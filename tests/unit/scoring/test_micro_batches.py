@@ -59,6 +59,14 @@ def test_small_datasets_make_enough_units_for_many_ranks():
     assert MicroBatchPlan(Lengths([9] * 3, 8), 4).num_units == 1
 
 
+def test_units_of_small_datasets_have_neighbours_to_choose_from():
+    """In units of one micro-batch 1.9 times what is needed was computed."""
+    lengths = np.random.default_rng(0).integers(2, 514, 64)
+    plan = MicroBatchPlan(Lengths(lengths.tolist(), 512), 8)
+    computed = sum(np.prod(micro_batch.shape) for unit in range(plan.num_units) for micro_batch in plan.unit(unit))
+    assert computed / (lengths - 1).sum() < 1.3
+
+
 def test_widths_suit_sequence_parallelism():
     assert width_multiple(8, True) == width_multiple(8, False) == width_multiple(1, False) == 16
     assert width_multiple(3, True) == 48

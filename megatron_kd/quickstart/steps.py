@@ -10,11 +10,15 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Mapping, Sequence
+from types import FrameType
+from typing import Callable, Iterator, Mapping, Sequence
 
 from megatron_kd.data.artefact_folder import write_file
 from megatron_kd.errors import EXIT_BAD_INPUT, UserError
@@ -22,6 +26,7 @@ from megatron_kd.errors import EXIT_BAD_INPUT, UserError
 POLL_SECONDS = 0.2
 STOP_SECONDS = 10
 LOG_TAIL_LINES = 25
+STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ class StepRunner:
             if not (record and step.resumable):
                 _remove(step.outputs)
             self._write_record(step, None)
-            with open(self._logs / f"{step.name}.log", "wb") as log:
+            with open(self._logs / f"{step.name}.log", "wb") as log, signals_wait():
                 self._processes[step.name] = subprocess.Popen(
                     step.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=self._environment)
             self.schedule.running[step.name] = time.monotonic()
@@ -186,6 +191,24 @@ class StepRunner:
     def _write_record(self, step: Step, seconds: float | None) -> None:
         text = json.dumps({"key": self._keys[step.name], "seconds": seconds})
         write_file(self._state / f"{step.name}.json", text + "\n")
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """Handle SIGINT and SIGTERM at the end: a process that starts now must be known to whoever stops all of them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    handlers = {number: signal.signal(number, lambda *arrived: came.append(arrived)) for number in STOPPING_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in came[:1]:
+            handler = handlers[number]
+            handler(number, frame) if callable(handler) else signal.raise_signal(number)
 
 
 def step_keys(steps: Sequence[Step]) -> dict[str, str]:

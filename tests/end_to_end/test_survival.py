@@ -1,5 +1,6 @@
 """A run that meets a batch without a finite loss, a loss that jumps, a rank that hangs, data that changed."""
 
+import contextlib
 import json
 import os
 import signal
@@ -120,7 +121,7 @@ if __name__ == "__main__":
 def test_a_rank_that_hangs_is_named(dataset, tmp_path):
     folder = tmp_path / "run"
     keys = ["training.train_iters=100000", "survival.hang_minutes=0.1"]
-    process = start("train", *settings(dataset, folder, *keys), ranks=2)
+    process, children = start("train", *settings(dataset, folder, *keys), ranks=2), []
     try:
         while not (folder / "metrics.jsonl").exists() or len(read_metrics(folder)) < 3:
             assert process.poll() is None, process.stderr.read()
@@ -131,6 +132,9 @@ def test_a_rank_that_hangs_is_named(dataset, tmp_path):
         line = next(line for line in process.stderr if "has not ended after" in line)
     finally:
         kill(process)
+        for child in children:  # in sessions of their own, and one of them stopped
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
     assert "rank 1 does not answer" in line and "rank 0 wait" in line and "survival.hang_minutes" in line
 
 

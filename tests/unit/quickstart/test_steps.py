@@ -1,7 +1,11 @@
 """The step runner with real small processes: order, parallel slots, skipping, resuming, failures."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -124,3 +128,29 @@ def test_keys_follow_what_a_step_needs() -> None:
     before = step_keys([Step("a", ("x",)), Step("b", ("y",), needs=("a",)), Step("c", ("z",))])
     after = step_keys([Step("a", ("x2",)), Step("b", ("y",), needs=("a",)), Step("c", ("z",))])
     assert before["a"] != after["a"] and before["b"] != after["b"] and before["c"] == after["c"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_process_starts_stops_that_process_too(tmp_path: Path, monkeypatch, number: int) -> None:
+    started = []
+
+    def popen(*arguments, **options) -> subprocess.Popen:
+        process = real(*arguments, **options)
+        started.append(process)
+        os.kill(os.getpid(), number)
+        time.sleep(0.05)  # Python handles it here, if at once
+        return process
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    before = signal.signal(number, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            runner([python("a", "import time; time.sleep(60)", tmp_path)], tmp_path).run()
+        assert signal.getsignal(number) is interrupt
+    finally:
+        signal.signal(number, before)
+    assert len(started) == 1 and started[0].returncode == -signal.SIGTERM

@@ -165,8 +165,16 @@ def _work(rank: int, world_size: int, store: str, pipe: Any, path: list[str]) ->
             answer = (True, _to_bytes(function(*arguments, **keywords)))
         except BaseException:
             answer = (False, traceback.format_exc())
+        _end_groups()
         pipe.send_bytes(pickle.dumps(answer))
     dist.destroy_process_group()
+
+
+def _end_groups() -> None:
+    """End all groups but the world: each has threads of its own that wake a hundred times a second."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def _to_bytes(value: Any) -> bytes:

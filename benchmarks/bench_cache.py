@@ -40,7 +40,7 @@ from benchmarks.cache_parts import (  # noqa: E402
     zipf_exponent,
 )
 from benchmarks.provenance import provenance  # noqa: E402
-from megatron_kd.quiet import silence_known_noise  # noqa: E402
+from megatron_kd.logs import silence_known_noise  # noqa: E402
 from megatron_kd.teachers.cache.codec import Codec  # noqa: E402
 
 CODECS = {
@@ -85,8 +85,15 @@ def measure_size(quick: bool, folder: Path) -> list[dict[str, Any]]:
         entries = entries_of(codec, head, tokens)
         size = len(codec.encode(np.ones(tokens, dtype=bool), entries)) / tokens
         ids = len(entries.ids) / tokens
-        rows.append({"codec": name, "ids_per_token": round(ids, 3), "bytes_per_token": round(size, 3),
-                     "bound_3_ids_plus_5": round(3 * ids + 5, 3), "mean_tail_mass": float(entries.tail.mean())})
+        rows.append(
+            {
+                "codec": name,
+                "ids_per_token": round(ids, 3),
+                "bytes_per_token": round(size, 3),
+                "bound_3_ids_plus_5": round(3 * ids + 5, 3),
+                "mean_tail_mass": float(entries.tail.mean()),
+            }
+        )
     return rows  # fmt: skip
 
 
@@ -136,8 +143,14 @@ def measure_writing(quick: bool, folder: Path) -> list[dict[str, Any]]:
                 results = in_processes(write_shard, items)
                 rates[processes].append(sum(size for _, size in results) / max(s for s, _ in results) / 1e6)
         ratios = [two / one for one, two in zip(rates[1], rates[2], strict=True)]
-        rows.append({"codec": name, "mb_per_second_one": statistics.median(rates[1]),
-                     "mb_per_second_two": statistics.median(rates[2]), "scaling": statistics.median(ratios)})
+        rows.append(
+            {
+                "codec": name,
+                "mb_per_second_one": statistics.median(rates[1]),
+                "mb_per_second_two": statistics.median(rates[2]),
+                "scaling": statistics.median(ratios),
+            }
+        )
     return rows  # fmt: skip
 
 
@@ -160,8 +173,14 @@ def measure_reading(quick: bool, folder: Path) -> list[dict[str, Any]]:
             for batch in batches:
                 teacher.knowledge(batch)
             rates.append(dataset.num_chunks * 1024 / (time.perf_counter() - started))
-        rows.append({"codec": name, "ids_per_token": cache.manifest["ids_per_token"],
-                     "tokens_per_second_first_touch": rates[0], "tokens_per_second": statistics.median(rates[1:])})
+        rows.append(
+            {
+                "codec": name,
+                "ids_per_token": cache.manifest["ids_per_token"],
+                "tokens_per_second_first_touch": rates[0],
+                "tokens_per_second": statistics.median(rates[1:]),
+            }
+        )
     return rows  # fmt: skip
 
 

@@ -28,21 +28,20 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.provenance import REPOSITORY, provenance  # noqa: E402
-from megatron_kd.quiet import silence_known_noise  # noqa: E402
+from megatron_kd.logs import silence_known_noise  # noqa: E402
 
 RUN_VERB = "import sys; from megatron_kd.cli import main; main(sys.argv[1], sys.argv[2:])"
-IMPORT_ONLY = "import sys; import megatron_kd.conversion.import_hf, megatron_kd.conversion.export_hf"
+IMPORT_ONLY = "import sys; import megatron_kd.conversion.convert_from_hf, megatron_kd.conversion.convert_to_hf"
 
 
 def generate_folder(folder: Path, scale: float) -> dict[str, int]:
     """Write a Qwen2-like folder of ``scale`` x 1.8B parameters in bf16; its bytes and those of its largest tensor."""
     import torch
 
-    from megatron_kd.conversion.decoder import decoder_rules
-    from megatron_kd.conversion.families import hf_config
-    from megatron_kd.conversion.rules import mcore_to_hf
-    from megatron_kd.conversion.safetensors_file import SafetensorsWriter, TensorSpec, parse_size
-    from megatron_kd.conversion.sharded_state import meta_state, tensors_of
+    from megatron_kd.checkpoints.families import hf_config
+    from megatron_kd.checkpoints.rules import decoder_rules, mcore_to_hf
+    from megatron_kd.checkpoints.safetensors_file import SafetensorsWriter, TensorSpec, parse_size
+    from megatron_kd.checkpoints.sharded_state import meta_state, tensors_of
     from megatron_kd.data.tokenization import train_byte_level_bpe
     from megatron_kd.models.architecture import architecture_by_name
     from megatron_kd.parallel.runtime import distributed_runtime
@@ -135,9 +134,9 @@ def bench_conversion(work: Path, scale: float, rounds: int) -> dict[str, Any]:
 
 def bench_save(work: Path, rounds: int, model: str) -> dict[str, Any]:
     """Seconds for which a save holds the loop up, in the background and waited for."""
+    from megatron_kd.checkpoints.checkpoint_writer import CheckpointWriter, Retention
     from megatron_kd.parallel.runtime import distributed_runtime
     from megatron_kd.training.checkpoint import Progress, description, training_state
-    from megatron_kd.training.checkpoint_writer import CheckpointWriter, Retention
     from tests.distributed.training.runs import make_dataset
     from tests.reference import one_rank
 

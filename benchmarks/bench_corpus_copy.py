@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_kd.data.artefact_folder import building  # noqa: E402
+from megatron_kd.artefacts.artefact_folder import building  # noqa: E402
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter  # noqa: E402
 from megatron_kd.data.copy_chunks import copy_chunks  # noqa: E402
@@ -58,9 +58,7 @@ def make_corpus(path: Path, count: int) -> ChunkDataset:
     generator = np.random.default_rng(0)
     with (
         building(path) as folder,
-        closing(
-            ChunkDatasetWriter(folder, plain_tokenizer_info(VOCABULARY), SEQ_LENGTH, CHUNKS_PER_SHARD)
-        ) as writer,
+        closing(ChunkDatasetWriter(folder, plain_tokenizer_info(VOCABULARY), SEQ_LENGTH, CHUNKS_PER_SHARD)) as writer,
     ):
         for start in range(0, count, 10_000):
             lengths = generator.integers(960, SEQ_LENGTH + 2, min(10_000, count - start))

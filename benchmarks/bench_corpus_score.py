@@ -23,8 +23,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_kd.logs import silence_known_noise  # noqa: E402
 from megatron_kd.models.architecture import ModelArchitecture, architecture_by_name  # noqa: E402
-from megatron_kd.quiet import silence_known_noise  # noqa: E402
 
 LIMIT = 1.4
 
@@ -159,7 +159,7 @@ def make_model(case: Case, folder: Path) -> None:
 
 def our_side(case: Case, folder: Path, stack: ExitStack) -> Callable[[], np.ndarray]:
     """The scorer of ``score_corpus`` on one rank."""
-    from megatron_kd.conversion.hf_folder import HFFolder
+    from megatron_kd.checkpoints.hf_folder import HFFolder
     from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
     from megatron_kd.data.tokenizer_info import plain_tokenizer_info
     from megatron_kd.models.gpt import build_model
@@ -167,7 +167,7 @@ def our_side(case: Case, folder: Path, stack: ExitStack) -> Callable[[], np.ndar
     from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
     from megatron_kd.parallel.runtime import distributed_runtime
     from megatron_kd.scoring.chunk_losses import chunk_losses
-    from megatron_kd.scoring.run import mean_losses
+    from megatron_kd.scoring.score_corpus import mean_losses
 
     vocabulary = plain_tokenizer_info(case.vocab_size, 0)
     dataset = write_chunk_dataset(folder / "chunks", chunks_of(case), vocabulary, case.seq_length)
@@ -180,9 +180,7 @@ def our_side(case: Case, folder: Path, stack: ExitStack) -> Callable[[], np.ndar
         max_sequence_length=case.seq_length,
     )  # fmt: skip
     source.load_into(model)
-    return lambda: mean_losses(
-        chunk_losses(model, groups, dataset, device=runtime.device, micro_batch_size=case.rows)
-    )
+    return lambda: mean_losses(chunk_losses(model, groups, dataset, device=runtime.device, micro_batch_size=case.rows))
 
 
 def hugging_face_side(case: Case, folder: Path) -> Callable[[], np.ndarray]:

@@ -16,7 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_kd.data.selection import Candidates, select_within_budget  # noqa: E402
+from megatron_kd.selection.top_values import Candidates, select_within_budget  # noqa: E402
 
 FULL, QUICK = 100_000_000, 10_000_000
 LIMIT_SECONDS, LIMIT_GIB = 30.0, 2.0

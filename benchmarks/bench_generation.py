@@ -22,8 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.provenance import provenance  # noqa: E402
+from megatron_kd.logs import silence_known_noise  # noqa: E402
 from megatron_kd.models.architecture import architecture_by_name  # noqa: E402
-from megatron_kd.quiet import silence_known_noise  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def build_sides(case: Case, prompts: np.ndarray) -> tuple[Callable[[], torch.Ten
     """Two functions that give [rows, prompt + response] ids, over the same weights."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from megatron_kd.conversion.hf_folder import HFFolder
+    from megatron_kd.checkpoints.hf_folder import HFFolder
     from megatron_kd.generation import Decoder, ModelPolicy, SamplingConfig, generate
     from megatron_kd.models.gpt import build_model
     from megatron_kd.parallel.groups import create_process_groups

@@ -182,8 +182,16 @@ def main() -> None:
     if torch.cuda.is_available():
         cuda = time_table(CUDA_SHAPE, repeats, "cuda", arguments.all_divergences)
     else:
-        cuda = [{"loss": name, "shape": CUDA_SHAPE.describe(), "seconds": NOT_MEASURED, "times_floor": NOT_MEASURED,
-                 "memory_mib": NOT_MEASURED} for name in ("ours, LM + forward_kl", "Liger-Kernel LigerFusedLinearJSD")]
+        cuda = [
+            {
+                "loss": name,
+                "shape": CUDA_SHAPE.describe(),
+                "seconds": NOT_MEASURED,
+                "times_floor": NOT_MEASURED,
+                "memory_mib": NOT_MEASURED,
+            }
+            for name in ("ours, LM + forward_kl", "Liger-Kernel LigerFusedLinearJSD")
+        ]
     print_table(f"CUDA: {CUDA_SHAPE.describe()}", cuda, columns)
     record = {"benchmark": "losses", "provenance": provenance() | {"threads": torch.get_num_threads()},
               "cpu_time": rows, "cpu_memory": memory, "cuda_time": cuda}  # fmt: skip

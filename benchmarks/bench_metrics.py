@@ -17,14 +17,28 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.provenance import provenance  # noqa: E402
-from megatron_kd.metrics.config import MetricsConfig  # noqa: E402
-from megatron_kd.metrics.device import MemoryMeter  # noqa: E402
-from megatron_kd.metrics.tracker import RunTracker  # noqa: E402
+from megatron_kd.metrics.sinks import MetricsConfig  # noqa: E402
+from megatron_kd.metrics.tracker import (
+    MemoryMeter,  # noqa: E402
+    RunTracker,  # noqa: E402
+)
 
 STEP_SECONDS = 0.1
-ROW = {"loss": 3.25, "lm_loss": 3.5, "kd_loss": 3.0, "teacher_entropy": 1.0, "grad_norm": 1.2, "learning_rate": 3e-4,
-       "step_seconds": 0.1, "tokens_per_second": 1e5, "tflops_per_second": 412.3,
-       "mfu": 0.41, "train_flops": 1e18, "seconds": 100.0, "tokens": 1_000_000}
+ROW = {
+    "loss": 3.25,
+    "lm_loss": 3.5,
+    "kd_loss": 3.0,
+    "teacher_entropy": 1.0,
+    "grad_norm": 1.2,
+    "learning_rate": 3e-4,
+    "step_seconds": 0.1,
+    "tokens_per_second": 1e5,
+    "tflops_per_second": 412.3,
+    "mfu": 0.41,
+    "train_flops": 1e18,
+    "seconds": 100.0,
+    "tokens": 1_000_000,
+}
 
 
 def measure(report_to: tuple[str, ...], rows: int) -> list[float]:
@@ -50,11 +64,16 @@ def main() -> None:
     results = {}
     for name, report_to in (("metrics.jsonl and console", ()), ("and TensorBoard", ("tensorboard",))):
         times = measure(report_to, rows)
-        results[name] = {"median_seconds": times[len(times) // 2], "p95_seconds": times[int(len(times) * 0.95)],
-                         "mean_share_of_a_step": sum(times) / len(times) / STEP_SECONDS}
-        sys.stdout.write(f"{name:<28} median {results[name]['median_seconds'] * 1e6:8.1f} us, p95 "
-                         f"{results[name]['p95_seconds'] * 1e6:8.1f} us, {results[name]['mean_share_of_a_step']:.3%} "
-                         "of a step at 10 steps/s\n")
+        results[name] = {
+            "median_seconds": times[len(times) // 2],
+            "p95_seconds": times[int(len(times) * 0.95)],
+            "mean_share_of_a_step": sum(times) / len(times) / STEP_SECONDS,
+        }
+        sys.stdout.write(
+            f"{name:<28} median {results[name]['median_seconds'] * 1e6:8.1f} us, p95 "
+            f"{results[name]['p95_seconds'] * 1e6:8.1f} us, {results[name]['mean_share_of_a_step']:.3%} "
+            "of a step at 10 steps/s\n"
+        )
     if options.output:
         options.output.write_text(json.dumps({"provenance": provenance(), "results": results}, indent=2) + "\n")
 

@@ -83,9 +83,7 @@ def in_processes(world: int, function: Callable[..., Any], *arguments: Any) -> l
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     with context.Pool(world) as pool:  # one task a process: each waits for the others
-        waiting = [
-            pool.apply_async(_call, (rank, world, port, function, arguments)) for rank in range(world)
-        ]
+        waiting = [pool.apply_async(_call, (rank, world, port, function, arguments)) for rank in range(world)]
         return [result.get() for result in waiting]
 
 
@@ -93,7 +91,7 @@ def _call(rank: int, world: int, port: int, function: Callable[..., Any], argume
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))  # fmt: skip
     torch.set_num_threads(1)
-    from megatron_kd.quiet import silence_known_noise
+    from megatron_kd.logs import silence_known_noise
 
     silence_known_noise()
     return function(*arguments)
@@ -102,7 +100,7 @@ def _call(rank: int, world: int, port: int, function: Callable[..., Any], argume
 def settings(folder: Path, pipeline: int = 1, **teacher: Any) -> Any:
     """The configuration of a run on so many pipeline stages, with a teacher or without."""
     from megatron_kd.config import from_mapping
-    from megatron_kd.training.config import TrainConfig
+    from megatron_kd.training.train_config import TrainConfig
 
     method = {"distillation": {"method": "vanilla_kd"}, "teacher": teacher} if teacher else {}
     return from_mapping(TrainConfig, {
@@ -119,8 +117,8 @@ def make_inputs(folder: Path) -> None:
     from megatron_kd.config import from_mapping
     from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
     from megatron_kd.data.tokenizer_info import plain_tokenizer_info
-    from megatron_kd.teachers.cache import run as cache
-    from megatron_kd.training.run import run
+    from megatron_kd.teachers.cache import cache_teacher_logits as cache
+    from megatron_kd.training.train import run
 
     ids = numpy.random.default_rng(0).integers(1, VOCABULARY, size=(256, SEQ_LENGTH + 1))
     write_chunk_dataset(folder / "data", ids, plain_tokenizer_info(VOCABULARY, 0), SEQ_LENGTH)
@@ -137,9 +135,9 @@ class Parts:
 
     def __init__(self, config: Any, runtime: Any):
         from megatron_kd.parallel.groups import create_process_groups
-        from megatron_kd.training.build import build_student, open_datasets, plan_layout, student_architecture
         from megatron_kd.training.optimizer import build_optimizer
-        from megatron_kd.training.teacher_ranks import StudentsBatches
+        from megatron_kd.training.setup import build_student, open_datasets, plan_layout, student_architecture
+        from megatron_kd.training.teacher_process import StudentsBatches
 
         self.config, self.runtime = config, runtime
         self.data, _ = open_datasets(config)
@@ -152,13 +150,13 @@ class Parts:
 
     def teacher(self, config: Any) -> Any:
         """The teacher that a configuration asks for."""
-        from megatron_kd.training.build import build_teacher
+        from megatron_kd.training.setup import build_teacher
 
         return build_teacher(config, self.architecture, self.data, self.layout, self.groups, self.runtime)
 
     def step(self, config: Any, teacher: Any) -> Callable[[int], float]:
         """Seconds of a step on the global batch at a position."""
-        from megatron_kd.training.methods.build import build_loss
+        from megatron_kd.training.methods.method_builders import build_loss
         from megatron_kd.training.train_step import TrainStep
 
         step = TrainStep(
@@ -174,7 +172,7 @@ class Parts:
 
     def batches(self, position: int) -> list[Any]:
         """The micro-batches at a position."""
-        from megatron_kd.teachers.routing import Item
+        from megatron_kd.teachers.remote.routing import Item
 
         return [self.schedule.read(position, Item(m, 0)) for m in range(MICRO_BATCHES)]
 
@@ -233,8 +231,8 @@ def local(folder: Path, pipeline: int, rounds: int) -> list[dict[str, Any]]:
 def remote(folder: Path, payload: str, rounds: int) -> list[dict[str, Any]]:
     """A remote payload: on the student's rank the figures, on the teacher's nothing."""
     from megatron_kd.parallel.runtime import distributed_runtime
-    from megatron_kd.teachers.control import Action, Decision
-    from megatron_kd.training.teacher_ranks import run_teacher_ranks
+    from megatron_kd.teachers.interface import Action, Decision
+    from megatron_kd.training.teacher_process import run_teacher_ranks
 
     config = settings(folder, placement="remote", path=str(folder / "teacher"), num_ranks=1, payload=payload,
                       prefetch_depth=4)  # fmt: skip
@@ -277,9 +275,7 @@ def measure(sides: dict[str, Callable[[int], float]], rounds: int, steps: int = 
 
 def row(side: str, times: dict[str, list[float]], with_teacher: str, alone: list[str]) -> dict[str, Any]:
     """One placement's step beside the sum of its parts alone."""
-    ratios = [
-        whole / sum(parts) for whole, *parts in zip(times[with_teacher], *(times[name] for name in alone))
-    ]
+    ratios = [whole / sum(parts) for whole, *parts in zip(times[with_teacher], *(times[name] for name in alone))]
     return {
         "side": side,
         "seconds": statistics.median(times[with_teacher]),

@@ -28,8 +28,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.provenance import provenance  # noqa: E402
+from megatron_kd.logs import silence_known_noise  # noqa: E402
 from megatron_kd.models.architecture import ModelArchitecture, architecture_by_name  # noqa: E402
-from megatron_kd.quiet import silence_known_noise  # noqa: E402
 
 SIDES = ("ours", "hf", "hf_fused")
 
@@ -168,10 +168,10 @@ def our_step(case: Case, folder: Path, stack: ExitStack) -> Callable[[], float]:
     from megatron_kd.parallel.groups import create_process_groups
     from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
     from megatron_kd.parallel.runtime import distributed_runtime
-    from megatron_kd.training.build import build_student, unwrap
-    from megatron_kd.training.config import TrainConfig
     from megatron_kd.training.objective import MicroBatchLoss, build_objective
     from megatron_kd.training.optimizer import build_optimizer
+    from megatron_kd.training.setup import build_student, unwrap
+    from megatron_kd.training.train_config import TrainConfig
     from megatron_kd.training.train_step import TrainStep
 
     dataset = write_chunk_dataset(

@@ -13,9 +13,9 @@ from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.losses import OutputHead
+from megatron_kd.teachers.cache.cache_writer import PROGRESS_FOLDER, ShardWriter
 from megatron_kd.teachers.cache.codec import Codec, Entries
-from megatron_kd.teachers.cache.selection import Selection
-from megatron_kd.teachers.cache.shard import PROGRESS_FOLDER, ShardWriter
+from megatron_kd.teachers.cache.kept_ids import Selection
 
 VOCABULARY = 151_936
 TEACHERS = 64
@@ -73,7 +73,7 @@ def write_shard(codec: Codec, entries: Entries, chunks: int, folder: str) -> tup
 
 def writer_index() -> np.dtype:
     """The dtype of an index entry."""
-    from megatron_kd.teachers.cache.shard import INDEX_DTYPE
+    from megatron_kd.teachers.cache.cache_reader import INDEX_DTYPE
 
     return INDEX_DTYPE
 

@@ -9,25 +9,24 @@ import numpy as np
 import torch
 
 from benchmarks.cache_parts import random_dataset
+from megatron_kd.checkpoints.loading import LoadedModel
 from megatron_kd.config import from_mapping
 from megatron_kd.data.batch import make_batch
-from megatron_kd.losses.logits import HeadLogits
+from megatron_kd.losses.tile_buffers import HeadLogits
 from megatron_kd.models.architecture import architecture_by_name
 from megatron_kd.models.gpt import build_model
-from megatron_kd.models.initialization import initialize_weights
-from megatron_kd.models.loading import LoadedModel
+from megatron_kd.models.parameters import initialize_weights
 from megatron_kd.parallel.groups import create_process_groups
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.parallel.schedule import forward_only
+from megatron_kd.teachers.cache.cache_writer import PROGRESS_FOLDER, ShardFiller
 from megatron_kd.teachers.cache.codec import Codec
-from megatron_kd.teachers.cache.fill import ShardFiller
-from megatron_kd.teachers.cache.shard import PROGRESS_FOLDER
 from megatron_kd.teachers.cached import CachedTeacher, choose_kind
-from megatron_kd.training.build import build_student, unwrap
-from megatron_kd.training.config import TrainConfig
 from megatron_kd.training.objective import MicroBatchLoss, build_objective
 from megatron_kd.training.optimizer import build_optimizer
+from megatron_kd.training.setup import build_student, unwrap
+from megatron_kd.training.train_config import TrainConfig
 from megatron_kd.training.train_step import TrainStep
 
 SEQ_LENGTH = 256

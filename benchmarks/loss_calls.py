@@ -105,7 +105,13 @@ def fused(inputs: Inputs, divergence: str, workspace: Workspace | None = None, b
 
     def call() -> None:
         linear_distillation_loss(
-            inputs.hidden, head, inputs.labels, inputs.token_weights, objective, knowledge, workspace=workspace,
+            inputs.hidden,
+            head,
+            inputs.labels,
+            inputs.token_weights,
+            objective,
+            knowledge,
+            workspace=workspace,
             backend=backend,
         ).loss_sum.backward()
 

@@ -9,8 +9,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "tokenizers", "gigatoken", "triton", "nvidia-modelopt",
-            "liger-kernel", "torchtune")
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformers",
+    "numpy",
+    "tokenizers",
+    "gigatoken",
+    "triton",
+    "nvidia-modelopt",
+    "liger-kernel",
+    "torchtune",
+)
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

@@ -9,7 +9,6 @@ to stop and goes on when started again; 1 for anything else.
 import argparse
 import importlib
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -17,7 +16,7 @@ from typing import Any, NoReturn
 
 from megatron_kd.config import dump_yaml, load_config
 from megatron_kd.errors import EXIT_BAD_INPUT, ConfigError, UserError, disk_full
-from megatron_kd.quiet import silence_known_noise
+from megatron_kd.logs import is_reporting_rank, silence_known_noise, start_logging
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,12 @@ VERBS: dict[str, Verb] = {
     "adopt_dataset": Verb(
         "megatron_kd.data.adopt_dataset", "AdoptDatasetConfig", "existing .bin/.idx files as a chunk dataset, no copy"
     ),
-    "train": Verb("megatron_kd.training.run", "TrainConfig", "pre-train or distil a model"),
-    "score_corpus": Verb("megatron_kd.scoring.run", "ScoreCorpusConfig", "mean NLL of every chunk under a model"),
+    "train": Verb("megatron_kd.training.train", "TrainConfig", "pre-train or distil a model"),
+    "score_corpus": Verb(
+        "megatron_kd.scoring.score_corpus", "ScoreCorpusConfig", "mean NLL of every chunk under a model"
+    ),
     "sample_by_difference": Verb(
-        "megatron_kd.data.sample_by_difference",
+        "megatron_kd.selection.sample_by_difference",
         "SampleByDifferenceConfig",
         "keep the chunks that the teacher finds easier",
     ),
@@ -50,15 +51,19 @@ VERBS: dict[str, Verb] = {
         "a model's own text as a chunk dataset (SeqKD)",
     ),
     "cache_teacher_logits": Verb(
-        "megatron_kd.teachers.cache.run", "CacheTeacherLogitsConfig", "what a teacher says about every chunk, on disk"
+        "megatron_kd.teachers.cache.cache_teacher_logits",
+        "CacheTeacherLogitsConfig",
+        "what a teacher says about every chunk, on disk",
     ),
     "convert_from_hf": Verb(
-        "megatron_kd.conversion.import_hf", "ConvertFromHFConfig", "Hugging Face folder to checkpoint"
+        "megatron_kd.conversion.convert_from_hf", "ConvertFromHFConfig", "Hugging Face folder to checkpoint"
     ),
-    "convert_to_hf": Verb("megatron_kd.conversion.export_hf", "ConvertToHFConfig", "checkpoint to Hugging Face folder"),
-    "evaluate": Verb("megatron_kd.evaluation.run", "EvaluateConfig", "held-out loss and bits per byte"),
+    "convert_to_hf": Verb(
+        "megatron_kd.conversion.convert_to_hf", "ConvertToHFConfig", "checkpoint to Hugging Face folder"
+    ),
+    "evaluate": Verb("megatron_kd.evaluation.evaluate", "EvaluateConfig", "held-out loss and bits per byte"),
     "plan_run": Verb(
-        "megatron_kd.planning.run", "PlanRunConfig", "memory, time and storage of a run, before it starts"
+        "megatron_kd.planning.plan_run", "PlanRunConfig", "memory, time and storage of a run, before it starts"
     ),
     "fit_scaling_law": Verb(
         "megatron_kd.evaluation.fit_scaling_law",
@@ -67,17 +72,23 @@ VERBS: dict[str, Verb] = {
         positional="runs",
     ),
     "plot": Verb("megatron_kd.metrics.plot", "PlotConfig", "charts of one or several runs", positional="runs"),
-    "split_dataset": Verb("megatron_kd.data.split_dataset", "SplitDatasetConfig", "a random part of a chunk dataset"),
+    "split_dataset": Verb(
+        "megatron_kd.selection.split_dataset", "SplitDatasetConfig", "a random part of a chunk dataset"
+    ),
     "predict_difference": Verb(
-        "megatron_kd.scoring.predict_difference", "PredictDifferenceConfig", "a proxy's r, learnt from scored chunks"
+        "megatron_kd.selection.predict_difference", "PredictDifferenceConfig", "a proxy's r, learnt from scored chunks"
     ),
     "convert_tokenization": Verb(
         "megatron_kd.data.convert_tokenization", "ConvertTokenizationConfig", "a chunk dataset to another tokenizer"
     ),
     "measure_diversity": Verb(
-        "megatron_kd.evaluation.diversity", "MeasureDiversityConfig", "n-gram diversity and Vendi score of corpora"
+        "megatron_kd.evaluation.measure_diversity",
+        "MeasureDiversityConfig",
+        "n-gram diversity and Vendi score of corpora",
     ),
-    "inspect_dataset": Verb("megatron_kd.data.inspect_dataset", "InspectDatasetConfig", "what an artefact on disk is"),
+    "inspect_dataset": Verb(
+        "megatron_kd.evaluation.inspect_dataset", "InspectDatasetConfig", "what an artefact on disk is"
+    ),
 }
 
 
@@ -114,6 +125,7 @@ def _run_verb(name: str, arguments: Sequence[str]) -> int:
     parser.add_argument("--config", metavar="FILE", help="YAML file with the verb's keys")
     parser.add_argument("--dry-run", action="store_true", help="check and print the resolved configuration, do nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the file, dotted keys")
+    start_logging(name)
     silence_known_noise()
 
     def load_and_run() -> None:
@@ -159,7 +171,7 @@ def _spell_out_flags(arguments: Sequence[str], schema: type) -> list[str]:
 
 def _refuse(name: str, message: str, is_reported: bool | None = None, status: int = EXIT_BAD_INPUT) -> int:
     """One line on stderr, from one rank only under torchrun: rank 0 where the ranks have not agreed on one."""
-    if not is_reported if is_reported is not None else os.environ.get("RANK", "0") == "0":
+    if not is_reported if is_reported is not None else is_reporting_rank():
         sys.stderr.write(f"{name}: {' '.join(message.split())}\n")
         sys.stderr.flush()
     return status

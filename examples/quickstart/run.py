@@ -2,7 +2,7 @@
 
     python examples/quickstart/run.py [--output FOLDER] [--processes N] [--all-methods]
 
-Steps that are done are skipped; an interrupted run continues. See megatron_kd/quickstart/plan.py for the steps,
+Steps that are done are skipped; an interrupted run continues. See megatron_kd/quickstart/recipe.py for the steps,
 examples/quickstart/*.yaml for their settings, and runs/quickstart/logs for what they said.
 """
 
@@ -18,16 +18,23 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
 # the checkout comes first, installed or not
+from megatron_kd.data.workers import cpu_count  # noqa: E402
 from megatron_kd.errors import EXIT_BAD_INPUT, UserError, disk_full  # noqa: E402
-from megatron_kd.processors import cpu_count  # noqa: E402
-from megatron_kd.quickstart import plan  # noqa: E402
-from megatron_kd.quickstart.progress import ProgressDisplay  # noqa: E402
-from megatron_kd.quickstart.steps import Schedule, StepFailed, StepRunner  # noqa: E402
+from megatron_kd.quickstart import recipe as plan  # noqa: E402
+from megatron_kd.quickstart.step_runner import (  # noqa: E402
+    ProgressDisplay,  # noqa: E402
+    Schedule,
+    StepFailed,
+    StepRunner,
+)
 
 MAX_PROCESSES = 4  # about 0.7 GB each
 ENVIRONMENT = {
-    "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",  # the same everywhere: one CPU core a step
-    "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",  # the same everywhere: one CPU core a step
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONUNBUFFERED": "1",
     "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
 }
 
@@ -37,8 +44,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path.cwd(), help="folder that gets runs/quickstart (default: .)")
     parser.add_argument("--processes", type=int, default=min(MAX_PROCESSES, cpu_count()))
-    parser.add_argument("--all-methods", action="store_true",
-                        help="also SeqKD, GKD, MiniLLM and DistiLLM: minutes more")
+    parser.add_argument(
+        "--all-methods", action="store_true", help="also SeqKD, GKD, MiniLLM and DistiLLM: minutes more"
+    )
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     os.chdir(options.output)
@@ -77,8 +85,14 @@ def quickstart(processes: int, all_methods: bool) -> int:
     sys.stdout.write(f"Quickstart: {processes} steps at a time, results in {plan.ROOT.absolute()}\n")
     display = ProgressDisplay(width=shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
     steps = plan.quickstart_steps(REPOSITORY, all_methods)
-    runner = StepRunner(steps, state=plan.ROOT / "state", logs=plan.ROOT / "logs", processes=processes,
-                        environment=ENVIRONMENT, on_progress=display)
+    runner = StepRunner(
+        steps,
+        state=plan.ROOT / "state",
+        logs=plan.ROOT / "logs",
+        processes=processes,
+        environment=ENVIRONMENT,
+        on_progress=display,
+    )
     schedule = runner.run()
     display.finish()
     return report(schedule, time.monotonic() - started, all_methods)
@@ -86,7 +100,7 @@ def quickstart(processes: int, all_methods: bool) -> int:
 
 def report(schedule: Schedule, seconds: float, all_methods: bool) -> int:
     """Write the report, print the table and the checks."""
-    from megatron_kd.quiet import silence_known_noise
+    from megatron_kd.logs import silence_known_noise
 
     silence_known_noise()
     from megatron_kd.evaluation.report import result_table, write_report

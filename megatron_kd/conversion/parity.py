@@ -1,9 +1,14 @@
-"""The same logits from Megatron-Core and from transformers: what ``verify=true`` of both conversions compares."""
+"""The same logits from Megatron-Core and from transformers: what ``verify=true`` of both conversions compares.
 
+The bar of both conversions.
+"""
+
+import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from megatron_kd.errors import CheckpointError
 from megatron_kd.models.gpt import HiddenStateGPTModel, full_logits
@@ -68,3 +73,16 @@ def transformers_model(folder: Path) -> torch.nn.Module:
     if missing or unexpected:
         raise CheckpointError(f"{folder}: transformers misses {missing} and does not know {unexpected}")
     return model
+
+
+def progress_bar(total: int, what: str) -> tqdm:
+    """Bytes, with an estimate of the time left."""
+    return tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        desc=what,
+        file=sys.stderr,
+        disable=None,
+        mininterval=0.5 if sys.stderr.isatty() else 10.0,
+    )

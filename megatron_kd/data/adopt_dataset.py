@@ -8,8 +8,8 @@ windows of ``seq_length + 1`` ids, one after another, as ``chunking: packed`` cu
 the old index are read, so one whose document part is not Megatron's (MiniPLM's) is as good.
 """
 
+import logging
 import os
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -20,18 +20,20 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from megatron_kd.artefacts.artefact_folder import building
+from megatron_kd.artefacts.checksums import BLOCK_BYTES, ChecksumStream, FileChecksums
+from megatron_kd.artefacts.manifest import already_made, recipe_of
 from megatron_kd.config import to_mapping
-from megatron_kd.data.artefact_folder import building
-from megatron_kd.data.checksums import BLOCK_BYTES, ChecksumStream, FileChecksums
 from megatron_kd.data.chunk_dataset import KIND, ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.documents import expand_inputs
 from megatron_kd.data.indexed_dataset import ForeignIndex, write_index
-from megatron_kd.data.manifest import already_made, recipe_of
 from megatron_kd.data.tokenization import LoadedTokenizer, load_tokenizer
 from megatron_kd.data.tokenize_corpus import ChunkLengthConfig
+from megatron_kd.data.workers import cpu_count
 from megatron_kd.errors import DataError
-from megatron_kd.processors import cpu_count
+
+logger = logging.getLogger(__name__)
 
 SEGMENT_BYTES = 16 * BLOCK_BYTES
 _EOS_SAMPLE = 1000
@@ -60,7 +62,7 @@ def run(config: AdoptDatasetConfig) -> str:
     recipe = _recipe(config, paths, tokenizer)
     if already_made(config.output, KIND, recipe):
         ChunkDataset.open(config.output)
-        _say(f"{config.output}: already adopted from these files, nothing to do")
+        logger.info(f"{config.output}: already adopted from these files, nothing to do")
         return config.output
     sources = [_Source(config, Path(path)) for path in paths]
     with (
@@ -81,7 +83,7 @@ def run(config: AdoptDatasetConfig) -> str:
             raise DataError(f"{', '.join(config.input)}: no whole chunk of {config.data.seq_length + 1} ids in it")
         fingerprint = writer.finish(producer)
     doubt = "" if facts["share_with_eos"] else "; no end of a document was found: is it the right tokenizer?"
-    _say(
+    logger.info(
         f"{config.output} has {writer.num_chunks} chunks, {writer.num_tokens} tokens in {len(sources)} adopted files, "
         f"fingerprint {fingerprint[:12]}{doubt}"
     )
@@ -174,7 +176,3 @@ def _recipe(config: AdoptDatasetConfig, paths: Sequence[str], tokenizer: LoadedT
             "tokenizer": tokenizer.info.hash,
         }
     )
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(f"adopt_dataset: {line}\n")

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_kd.artefacts.manifest import recipe_of
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.data.loader import ChunkOrder
-from megatron_kd.data.manifest import recipe_of
-from megatron_kd.data.mixing import mix_int
+from megatron_kd.data.chunk_order import ChunkOrder
+from megatron_kd.data.random_numbers import mix_int
 from megatron_kd.errors import ConfigError, DataError
 
 CYCLE = 16_384

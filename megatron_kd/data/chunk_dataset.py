@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_kd.data.checksums import Checksums, LazyBlocks
+from megatron_kd.artefacts.checksums import Checksums, LazyBlocks
+from megatron_kd.artefacts.manifest import open_artefact
 from megatron_kd.data.indexed_dataset import IndexedDatasetReader
-from megatron_kd.data.manifest import open_artefact
 from megatron_kd.data.tokenizer_info import TOKENIZER_FOLDER, TokenizerInfo
 from megatron_kd.errors import DataError
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_kd.data.artefact_folder import building, write_array
-from megatron_kd.data.checksums import Checksums, FileChecksums
+from megatron_kd.artefacts.artefact_folder import building, write_array
+from megatron_kd.artefacts.checksums import Checksums, FileChecksums
+from megatron_kd.artefacts.manifest import fingerprint_of, versions, write_manifest
 from megatron_kd.data.chunk_dataset import CHUNK_IDS_NAME, DOMAINS_NAME, KIND, TOKEN_BYTES_NAME, ChunkDataset
 from megatron_kd.data.indexed_dataset import IndexedDatasetWriter, dtype_for_vocab
-from megatron_kd.data.manifest import fingerprint_of, versions, write_manifest
 from megatron_kd.data.tokenizer_info import TokenizerInfo
 
 DEFAULT_CHUNKS_PER_SHARD = 1_000_000

@@ -7,7 +7,7 @@ Chunk i of the result is chunk i of the input. ``source_chunk_ids.npy`` holds ea
 of another tokenizer are another root, so that scores and caches of the old ids are never taken for theirs.
 """
 
-import sys
+import logging
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,15 +17,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from megatron_kd.artefacts.artefact_folder import building
+from megatron_kd.artefacts.manifest import already_made, recipe_of
 from megatron_kd.config import to_mapping
-from megatron_kd.data.artefact_folder import building
 from megatron_kd.data.chunk_dataset import KIND, ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
-from megatron_kd.data.manifest import already_made, recipe_of
 from megatron_kd.data.tokenization import LoadedTokenizer, load_tokenizer
-from megatron_kd.data.worker_pool import worker_pool
+from megatron_kd.data.workers import cpu_count, worker_pool
 from megatron_kd.errors import DataError
-from megatron_kd.processors import cpu_count
+
+logger = logging.getLogger(__name__)
 
 SOURCE_IDS_NAME = "source_chunk_ids.npy"
 BLOCK_CHUNKS = 512
@@ -112,7 +113,7 @@ def run(config: ConvertTokenizationConfig) -> str:
     })  # fmt: skip
     if already_made(config.output, KIND, recipe):
         ChunkDataset.open(config.output)
-        _say(f"{config.output}: already made from this dataset with this tokenizer, nothing to do")
+        logger.info(f"{config.output}: already made from this dataset with this tokenizer, nothing to do")
         return config.output
     with building(config.output) as folder, closing(_writer(folder, dataset, new, seq_length)) as writer:
         num_cut = _convert(config, dataset, seq_length, writer)
@@ -124,7 +125,7 @@ def run(config: ConvertTokenizationConfig) -> str:
             [{"kind": KIND, "path": str(dataset.path), "fingerprint": dataset.fingerprint}],
         )
     share = num_cut / max(1, num_cut + writer.num_tokens)
-    _say(
+    logger.info(
         f"{len(dataset)} chunks, {dataset.num_tokens} ids to {writer.num_tokens} ({share:.2%} cut off beyond "
         f"{seq_length + 1}); {config.output}, fingerprint {fingerprint[:12]}"
     )
@@ -142,8 +143,10 @@ def _tokenizers(config: ConvertTokenizationConfig, dataset: ChunkDataset) -> tup
     if not dataset.tokenizer_path.is_dir():
         raise DataError(f"{dataset.path}: carries no tokenizer, so its ids cannot be decoded")
     if dataset.masks_prompts:
-        raise DataError(f"{dataset.path}: leaves prompts out of the loss, and where they end is not carried over; make "
-                        "it again from its text with tokenize_corpus and the new tokenizer")
+        raise DataError(
+            f"{dataset.path}: leaves prompts out of the loss, and where they end is not carried over; make "
+            "it again from its text with tokenize_corpus and the new tokenizer"
+        )
     old, new = load_tokenizer(dataset.tokenizer_path), load_tokenizer(config.tokenizer, config.eos_token)
     if config.prepend_bos and new.bos_id is None:
         raise DataError(f"{config.tokenizer}: names no bos_token, which prepend_bos=true needs")
@@ -223,7 +226,3 @@ def _producer(config: ConvertTokenizationConfig, dataset: ChunkDataset, num_cut:
         "tokens_cut_off": num_cut,
         "recipe": recipe,
     }
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(f"convert_tokenization: {line}\n")

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from megatron_kd.data.checksums import BLOCK_BYTES, ChecksumStream, FileChecksums
+from megatron_kd.artefacts.checksums import BLOCK_BYTES, ChecksumStream, FileChecksums
 from megatron_kd.data.chunk_dataset import PROMPT_LENGTHS_NAME, ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.indexed_dataset import write_index
-from megatron_kd.processors import cpu_count
+from megatron_kd.data.workers import cpu_count
 
 SEGMENT_BYTES = 16 * BLOCK_BYTES
 MAX_THREADS = 16

@@ -33,9 +33,8 @@ from megatron_kd.data.document_format import (
 from megatron_kd.data.documents import BadLine, Documents
 from megatron_kd.data.encoded_parts import EncodedBlock, PartFolder, PartWriter, Unit, read_part
 from megatron_kd.data.encoder import DocumentEncoder
-from megatron_kd.data.prefetch import prefetch
 from megatron_kd.data.tokenization import documents_of, load_tokenizer
-from megatron_kd.data.worker_pool import worker_pool
+from megatron_kd.data.workers import prefetch, worker_pool
 from megatron_kd.errors import DataError
 
 logger = logging.getLogger(__name__)

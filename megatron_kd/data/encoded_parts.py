@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_kd.data.artefact_folder import fsync_folder, write_file
+from megatron_kd.artefacts.artefact_folder import fsync_folder, write_file
+from megatron_kd.artefacts.folder_lock import lock_folder
 from megatron_kd.data.documents import BadLine
-from megatron_kd.data.folder_lock import lock_folder
 from megatron_kd.errors import DataError
 
 INFO_NAME = "parts.json"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_kd.data.checksums import ChecksumStream, FileChecksums
+from megatron_kd.artefacts.checksums import ChecksumStream, FileChecksums
 from megatron_kd.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"

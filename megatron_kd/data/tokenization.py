@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from megatron_kd.data.artefact_folder import building
+from megatron_kd.artefacts.artefact_folder import building
 from megatron_kd.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_kd.data.tokenizer_info import TokenizerInfo
 from megatron_kd.errors import DataError

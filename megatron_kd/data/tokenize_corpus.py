@@ -13,9 +13,9 @@ Several processes share the encoding, then one merges what they left, which move
 The datasets do not depend on the number of tasks or workers.
 """
 
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_kd.artefacts.manifest import already_made, recipe_of
 from megatron_kd.config import to_mapping
 from megatron_kd.data.byte_pieces import lines_before
 from megatron_kd.data.chunk_dataset import KIND, ChunkDataset
@@ -34,10 +35,11 @@ from megatron_kd.data.documents import BadLine, expand_inputs
 from megatron_kd.data.encoded_parts import EncodedBlock, PartFolder, Unit
 from megatron_kd.data.encoder import SAMPLE_BYTES, Engine, EngineCheck, choose_engine
 from megatron_kd.data.indexed_dataset import dtype_for_vocab
-from megatron_kd.data.manifest import already_made, recipe_of
 from megatron_kd.data.tokenization import LoadedTokenizer, load_tokenizer
+from megatron_kd.data.workers import cpu_count
 from megatron_kd.errors import DataError
-from megatron_kd.processors import cpu_count
+
+logger = logging.getLogger(__name__)
 
 SMALL_CORPUS_BYTES = 64 << 20
 _COMPRESSION_GUESS = 4
@@ -200,7 +202,9 @@ def run(config: TokenizeCorpusConfig) -> dict[str, str]:
     folder = Path(f"{config.output}.parts")
     if not to_make:
         shutil.rmtree(folder, ignore_errors=True)
-        _say(f"{', '.join(config.outputs.values())}: already made from this input with these settings, nothing to do")
+        logger.info(
+            f"{', '.join(config.outputs.values())}: already made from this input with these settings, nothing to do"
+        )
         return config.outputs
     check = choose_engine(tokenizer, _sample(config, paths), config.engine)
     parts = PartFolder(folder, _parts_info(config, paths, tokenizer, check))
@@ -224,7 +228,7 @@ def _encode_share(config: TokenizeCorpusConfig, units: list[Unit], job: Encoding
             counts.add(block, config)
             bar.update(block.raw_bytes)
     done = sum(parts.finished(unit).is_complete for unit in units)
-    _say(
+    logger.info(
         f"task {config.task_index} of {config.num_tasks}: {counts.documents} documents, {counts.tokens} tokens; "
         f"{done} of {len(units)} units are done" + ("; merge them with merge=true" if done == len(units) else "")
     )
@@ -261,7 +265,7 @@ def _make_outputs(
         summaries = outputs.finish(_producer(config, inputs, check, counts), bad, recipe)
     skipped = f", {len(counts.bad)} bad lines skipped" if counts.bad else ""
     kept = [f"{path} was already made" for role, path in config.outputs.items() if role not in to_make]
-    _say(
+    logger.info(
         f"{counts.documents} documents, {counts.tokens} tokens from {len(paths)} files ({check.engine}{skipped}): "
         + "; ".join([*summaries, *kept])
     )
@@ -365,7 +369,3 @@ def _bytes_of(units: list[Unit]) -> int:
 def _expected_bytes(paths: list[str]) -> int:
     packed = (".gz", ".zst", ".zstd", ".parquet")
     return sum(os.path.getsize(path) * (_COMPRESSION_GUESS if path.endswith(packed) else 1) for path in paths)
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(f"tokenize_corpus: {line}\n")

@@ -6,6 +6,13 @@
 
 "1T" is the MiniPLM paper's: 20 x 100K steps x 524,288 tokens = 1.048576e12 tokens of plain pre-training, 6 N FLOPs
 each; 10T is ten times that. Writes scaling_law.json and scaling_law.png.
+
+L(C) = L_inf + A / C^alpha: the loss that training FLOPs buy, fitted, with uncertainty, and extrapolated.
+
+For a given alpha the law is linear in L_inf and A, so a grid over alpha with linear least squares gives the start, and
+scipy's least squares the end. C is divided by its geometric mean inside, since A is 1e7 to 1e11 in practice. The
+uncertainty is the covariance of the parameters at the optimum, carried to predictions by the delta method; it knows
+nothing of a law that does not hold beyond the data.
 """
 
 import csv
@@ -17,11 +24,119 @@ from typing import Any, Iterator, Sequence
 
 import numpy as np
 
-from megatron_kd.data.artefact_folder import write_file
+from megatron_kd.artefacts.artefact_folder import write_file
+from megatron_kd.costs.flops import training_flops
 from megatron_kd.errors import DataError
-from megatron_kd.evaluation.scaling_law import ScalingLaw, fit_scaling_law
 from megatron_kd.metrics.tracker import METRICS_NAME, read_metrics
-from megatron_kd.planning.flops import training_flops
+
+ALPHAS = np.linspace(0.02, 1.5, 149)
+FEWEST_POINTS = 4
+
+
+@dataclass(frozen=True)
+class ScalingLaw:
+    """Coefficients, with the standard errors and what is needed for those of predictions where it was fitted.
+
+    Attributes:
+        amplitude: A, in nats times FLOPs to the alpha.
+        alpha: the exponent.
+        floor: L_inf, nats per token.
+        errors: standard errors of (amplitude, alpha, floor); None where the coefficients were given.
+        residual: root mean square of the fit, nats.
+    """
+
+    amplitude: float
+    alpha: float
+    floor: float
+    errors: tuple[float, float, float] | None = None
+    residual: float | None = None
+    _covariance: tuple[tuple[float, ...], ...] | None = None
+    _scale: float = 1.0
+
+    def loss(self, flops: float) -> float:
+        """Predicted loss."""
+        return self.floor + self.amplitude / flops**self.alpha
+
+    def loss_error(self, flops: float) -> float | None:
+        """Standard error of the prediction; None without a fit."""
+        if self._covariance is None:
+            return None
+        gradient = _gradient(np.array([flops / self._scale]), self._scaled_amplitude, self.alpha)[0]
+        return float(np.sqrt(max(0.0, gradient @ np.array(self._covariance) @ gradient)))
+
+    @property
+    def _scaled_amplitude(self) -> float:
+        return self.amplitude / self._scale**self.alpha
+
+
+def fit_scaling_law(flops: Sequence[float], losses: Sequence[float]) -> ScalingLaw:
+    """The law through points (C, L).
+
+    Raises:
+        DataError: fewer than four different C, values that are not positive and finite, or losses that do not fall.
+    """
+    c, y = np.asarray(flops, dtype=float), np.asarray(losses, dtype=float)
+    if not (np.isfinite(c).all() and np.isfinite(y).all() and (c > 0).all()):
+        raise DataError("a scaling law needs finite losses at positive FLOPs")
+    if len(np.unique(c)) < FEWEST_POINTS:
+        raise DataError(
+            f"{len(np.unique(c))} different FLOPs do not determine three coefficients: give at least "
+            f"{FEWEST_POINTS} evaluations"
+        )
+    scale = float(np.exp(np.log(c).mean()))
+    x = c / scale
+    start = min((_linear(x, y, alpha) for alpha in ALPHAS), key=lambda found: found[1])[0]
+    if start[0] <= 0:
+        raise DataError("the losses do not fall with the FLOPs: there is no law to fit")
+    return _refine(x, y, start, scale)
+
+
+def _linear(x: np.ndarray, y: np.ndarray, alpha: float) -> tuple[np.ndarray, float]:
+    """(amplitude, alpha, floor) with the least squares for this alpha, and their sum of squares."""
+    design = np.stack([x**-alpha, np.ones_like(x)], axis=1)
+    (amplitude, floor), *_ = np.linalg.lstsq(design, y, rcond=None)
+    return np.array([amplitude, alpha, floor]), float(((design @ [amplitude, floor] - y) ** 2).sum())
+
+
+def _gradient(x: np.ndarray, amplitude: float, alpha: float) -> np.ndarray:
+    """d loss / d (amplitude, alpha, floor), [points, 3]."""
+    power = x**-alpha
+    return np.stack([power, -amplitude * power * np.log(x), np.ones_like(x)], axis=1)
+
+
+def _refine(x: np.ndarray, y: np.ndarray, start: np.ndarray, scale: float) -> ScalingLaw:
+    from scipy.optimize import least_squares
+
+    result = least_squares(
+        lambda p: p[2] + p[0] * x ** -p[1] - y,
+        start,
+        jac=lambda p: _gradient(x, p[0], p[1]),
+        x_scale="jac",
+        xtol=1e-15,
+        ftol=1e-15,
+        gtol=1e-15,
+        max_nfev=2000,
+    )
+    amplitude, alpha, floor = map(float, result.x)
+    squares, spare = float((result.fun**2).sum()), max(1, len(y) - 3)
+    covariance = np.linalg.pinv(result.jac.T @ result.jac) * squares / spare
+    # A = a · scale^alpha: both a's and alpha's errors reach it.
+    to_amplitude = np.array([scale**alpha, amplitude * scale**alpha * np.log(scale), 0.0])
+    errors = (
+        float(np.sqrt(max(0.0, to_amplitude @ covariance @ to_amplitude))),
+        float(np.sqrt(max(0.0, covariance[1, 1]))),
+        float(np.sqrt(max(0.0, covariance[2, 2]))),
+    )
+    return ScalingLaw(
+        amplitude=amplitude * scale**alpha,
+        alpha=alpha,
+        floor=floor,
+        errors=errors,
+        residual=float(np.sqrt(squares / len(y))),
+        _covariance=tuple(map(tuple, covariance.tolist())),
+        _scale=scale,
+    )
+
 
 ONE_TRILLION = 20 * 100_000 * 524_288
 HORIZONS = {"1T": ONE_TRILLION, "10T": 10 * ONE_TRILLION}
@@ -73,8 +188,12 @@ def run(config: FitScalingLawConfig) -> dict[str, Any]:
         DataError: a file is missing or malformed, or its points determine no law.
     """
     if config.amplitude is not None:
-        laws = [(Series("given", np.array([]), np.array([]), 6 * config.parameters),
-                 ScalingLaw(config.amplitude, config.alpha, config.floor))]
+        laws = [
+            (
+                Series("given", np.array([]), np.array([]), 6 * config.parameters),
+                ScalingLaw(config.amplitude, config.alpha, config.floor),
+            )
+        ]
     else:
         laws = [(series, _fit(series)) for series in _read(config)]
     figures = {series.name: _figures(series, law) for series, law in laws}
@@ -113,7 +232,7 @@ def _read_run(folder: Path, config: FitScalingLawConfig) -> Series:
 
 
 def _plain_flops_per_token(folder: Path) -> float:
-    from megatron_kd.models.weights import open_checkpoint
+    from megatron_kd.checkpoints.weights import open_checkpoint
 
     return training_flops(open_checkpoint(str(folder)).architecture.parameters, 1)
 
@@ -128,8 +247,9 @@ def _read_csv(path: Path, flops_per_token: float) -> list[Series]:
     except OSError as error:
         raise DataError(f"{path}: cannot read the points ({error.strerror})") from None
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: columns 'flops' and 'loss' (and perhaps 'name') with numbers are needed ({error})") \
-            from None
+        raise DataError(
+            f"{path}: columns 'flops' and 'loss' (and perhaps 'name') with numbers are needed ({error})"
+        ) from None
     if not points:
         raise DataError(f"{path}: no points")
     return [Series(name, *np.array(values).T, flops_per_token) for name, values in points.items()]
@@ -137,15 +257,23 @@ def _read_csv(path: Path, flops_per_token: float) -> list[Series]:
 
 def _figures(series: Series, law: ScalingLaw) -> dict[str, Any]:
     horizons = {
-        name: {"tokens": tokens, "flops": tokens * series.flops_per_token,
-               "loss": law.loss(tokens * series.flops_per_token),
-               "standard_error": law.loss_error(tokens * series.flops_per_token)}
+        name: {
+            "tokens": tokens,
+            "flops": tokens * series.flops_per_token,
+            "loss": law.loss(tokens * series.flops_per_token),
+            "standard_error": law.loss_error(tokens * series.flops_per_token),
+        }
         for name, tokens in HORIZONS.items()
     }
     return {
-        "amplitude": law.amplitude, "alpha": law.alpha, "floor": law.floor, "standard_errors": law.errors,
-        "rms_residual": law.residual, "points": len(series.flops),
-        "largest_flops": float(series.flops.max()) if len(series.flops) else None, "extrapolation": horizons,
+        "amplitude": law.amplitude,
+        "alpha": law.alpha,
+        "floor": law.floor,
+        "standard_errors": law.errors,
+        "rms_residual": law.residual,
+        "points": len(series.flops),
+        "largest_flops": float(series.flops.max()) if len(series.flops) else None,
+        "extrapolation": horizons,
     }
 
 
@@ -154,15 +282,19 @@ def _text(figures: dict[str, dict[str, Any]]) -> str:
     for name, law in figures.items():
         errors = law["standard_errors"]
         bars = [f" ± {error:.2g}" for error in errors] if errors else [""] * 3
-        lines.append(f"{name}: L(C) = {law['floor']:.4f}{bars[2]} + A / C^alpha, A = {law['amplitude']:.3g}{bars[0]}, "
-                     f"alpha = {law['alpha']:.3f}{bars[1]}")
+        lines.append(
+            f"{name}: L(C) = {law['floor']:.4f}{bars[2]} + A / C^alpha, A = {law['amplitude']:.3g}{bars[0]}, "
+            f"alpha = {law['alpha']:.3f}{bars[1]}"
+        )
         for horizon, at in law["extrapolation"].items():
             bar = f" ± {at['standard_error']:.2g}" if at["standard_error"] is not None else ""
             lines.append(f"  {horizon} tokens, {at['flops']:.3g} FLOPs: {at['loss']:.3f}{bar}")
         if law["largest_flops"]:
             reach = law["extrapolation"]["1T"]["flops"] / law["largest_flops"]
-            lines.append(f"  1T is {reach:,.1f} times the largest run that was fitted; the errors assume that the law "
-                         "holds so far")
+            lines.append(
+                f"  1T is {reach:,.1f} times the largest run that was fitted; the errors assume that the law "
+                "holds so far"
+            )
     return "\n".join(lines)
 
 

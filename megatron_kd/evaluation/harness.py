@@ -14,7 +14,14 @@ from typing import Any, Iterator
 from megatron_kd.errors import CheckpointError, ConfigError, DataError
 
 PAPER_TASKS = (
-    "hellaswag", "lambada_openai", "winogrande", "openbookqa", "arc_easy", "arc_challenge", "piqa", "social_iqa",
+    "hellaswag",
+    "lambada_openai",
+    "winogrande",
+    "openbookqa",
+    "arc_easy",
+    "arc_challenge",
+    "piqa",
+    "social_iqa",
     "storycloze_2018",
 )
 METRICS = ("acc_norm,none", "acc,none")
@@ -47,8 +54,9 @@ class HarnessConfig:
     @property
     def task_names(self) -> tuple[str, ...]:
         """Every task once, ``paper`` expanded."""
-        return tuple(dict.fromkeys(
-            name for task in self.tasks for name in (PAPER_TASKS if task == "paper" else (task,))))
+        return tuple(
+            dict.fromkeys(name for task in self.tasks for name in (PAPER_TASKS if task == "paper" else (task,)))
+        )
 
 
 def run_harness(config: HarnessConfig, hf_folder: str, device: str) -> dict[str, Any]:
@@ -80,13 +88,19 @@ def run_harness(config: HarnessConfig, hf_folder: str, device: str) -> dict[str,
         results = lm_eval.simple_evaluate(
             model="hf",
             model_args={"pretrained": hf_folder, "dtype": dtype, "add_bos_token": begins_with_bos(config, hf_folder)},
-            tasks=known, num_fewshot=config.num_fewshot, batch_size=config.batch_size, device=device,
-            limit=config.limit, bootstrap_iters=config.bootstrap_iters, task_manager=manager,
+            tasks=known,
+            num_fewshot=config.num_fewshot,
+            batch_size=config.batch_size,
+            device=device,
+            limit=config.limit,
+            bootstrap_iters=config.bootstrap_iters,
+            task_manager=manager,
         )["results"]
     except OSError as error:  # what datasets raises where there is no hub, no cache, no file
-        raise DataError(f"the data of {', '.join(known)} cannot be had: {error}; fetch it once on a machine with the "
-                        "hub (HF_HOME names the cache), or give task files with local data by harness.include_path"
-                        ) from None
+        raise DataError(
+            f"the data of {', '.join(known)} cannot be had: {error}; fetch it once on a machine with the "
+            "hub (HF_HOME names the cache), or give task files with local data by harness.include_path"
+        ) from None
     return summarise({name: results[name] for name in known}, missing)
 
 

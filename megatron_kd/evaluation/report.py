@@ -6,6 +6,8 @@
 
 A gap between two students counts only when it is wider than the noise band: the gap between two runs of Pre-Train
 w/o KD that differ in nothing but the seed. Inside it, 'no difference' is what is printed.
+
+report.png: held-out loss over training FLOPs, one line a method.
 """
 
 import dataclasses
@@ -15,7 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Sequence
 
-from megatron_kd.data.artefact_folder import write_file
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megatron_kd.artefacts.artefact_folder import write_file
 
 BASELINE = "Pre-Train w/o KD"
 NO_DIFFERENCE = "no difference"
@@ -38,7 +43,7 @@ class ModelResult:
         run_path, hf_path: its run folder and its Hugging Face folder (None: not exported).
         parameters: all of them, tied weights once: the N of ``train_flops``.
         steps, train_tokens: optimizer steps, and token positions (batch x sequence length) that they went over.
-        train_flops: with the teacher's forward pass counted (``planning/flops.py``).
+        train_flops: with the teacher's forward pass counted (``costs/flops.py``).
         offline_flops: scoring and reference training, spent once before the student's training.
         heldout_loss: nats per predicted token. bits_per_byte: per UTF-8 byte of the predicted tokens.
         seconds: wall-clock time of the training step.
@@ -116,12 +121,19 @@ class Report:
         best = min((*self.students, self.second_seed), key=lambda student: student.heldout_loss)
         teacher = self.teacher.heldout_loss
         return [
-            Check(f"the teacher ({teacher:.4f}) is below every student (best {best.heldout_loss:.4f}, {best.name})",
-                  teacher < best.heldout_loss),
-            Check(f"the teacher ({teacher:.4f}) is below the reference model ({self.reference.heldout_loss:.4f})",
-                  teacher < self.reference.heldout_loss),
-            Check(f"every student{but if self.continuing else ''} (worst {worst.heldout_loss:.4f}, {worst.name}) is "
-                  f"below the bigram model ({self.bigram_loss:.4f})", worst.heldout_loss < self.bigram_loss),
+            Check(
+                f"the teacher ({teacher:.4f}) is below every student (best {best.heldout_loss:.4f}, {best.name})",
+                teacher < best.heldout_loss,
+            ),
+            Check(
+                f"the teacher ({teacher:.4f}) is below the reference model ({self.reference.heldout_loss:.4f})",
+                teacher < self.reference.heldout_loss,
+            ),
+            Check(
+                f"every student{but if self.continuing else ''} (worst {worst.heldout_loss:.4f}, {worst.name}) is "
+                f"below the bigram model ({self.bigram_loss:.4f})",
+                worst.heldout_loss < self.bigram_loss,
+            ),
         ]
 
 
@@ -145,8 +157,11 @@ def comparisons(report: Report) -> list[str]:
     for better, worse in itertools.combinations(ordered, 2):
         gap = report.compare(better, worse)
         relation = NO_DIFFERENCE if gap == NO_DIFFERENCE else f"{gap.lstrip('+-')} lower"
-        lines.append(f"{better.name} and {worse.name}: {relation}" if gap == NO_DIFFERENCE
-                     else f"{better.name} against {worse.name}: {relation}")
+        lines.append(
+            f"{better.name} and {worse.name}: {relation}"
+            if gap == NO_DIFFERENCE
+            else f"{better.name} against {worse.name}: {relation}"
+        )
     return lines
 
 
@@ -172,38 +187,39 @@ def report_markdown(report: Report) -> str:
     checks = [f"- {'yes' if check.holds else '**NO**'}: {check.claim}" for check in report.checks()]
     facts = [f"- {key}: {value}" for key, value in report.facts.items()]
     student = report.baseline
-    return "\n".join([
-        "# Quickstart report",
-        "",
-        f"Students of {_millions(student)} parameters, each trained for {student.train_flops:.3g} FLOPs with the "
-        f"teacher's forward pass counted (6 N_s a token, and 2 N_t where a teacher runs; N = all parameters, tied "
-        f"weights once). Losses are nats per token on the held-out documents. Noise band: {report.noise_band:.4f}, the "
-        f"gap between two seeds of {BASELINE}; a gap inside it is no difference. It comes from one pair of runs: take "
-        "small gaps just outside it as hints.",
-        "",
-        result_table(report),
-        "",
-        "![held-out loss over training FLOPs](report.png)",
-        "",
-        "## Pair by pair",
-        "",
-        *[f"- {line}" for line in comparisons(report)],
-        "",
-        "## Does it mean anything?",
-        "",
-        *checks,
-        "",
-        "## Made with",
-        "",
-        f"- wall-clock time: {report.seconds:.0f} s",
-        *facts,
-        "",
-    ])
+    return "\n".join(
+        [
+            "# Quickstart report",
+            "",
+            f"Students of {_millions(student)} parameters, each trained for {student.train_flops:.3g} FLOPs with the "
+            f"teacher's forward pass counted (6 N_s a token, and 2 N_t where a teacher runs; N = all parameters, tied "
+            f"weights once). Losses are nats per token on the held-out documents. Noise band: {report.noise_band:.4f}, "
+            f"the gap between two seeds of {BASELINE}; a gap inside it is no difference. It comes from one pair of "
+            "runs: take small gaps just outside it as hints.",
+            "",
+            result_table(report),
+            "",
+            "![held-out loss over training FLOPs](report.png)",
+            "",
+            "## Pair by pair",
+            "",
+            *[f"- {line}" for line in comparisons(report)],
+            "",
+            "## Does it mean anything?",
+            "",
+            *checks,
+            "",
+            "## Made with",
+            "",
+            f"- wall-clock time: {report.seconds:.0f} s",
+            *facts,
+            "",
+        ]
+    )
 
 
 def write_report(folder: Path, report: Report) -> None:
     """Write report.json, report.md and report.png into ``folder``."""
-    from megatron_kd.evaluation.report_plot import plot_curves
 
     folder.mkdir(parents=True, exist_ok=True)
     plot_curves(report, folder / "report.png")
@@ -223,17 +239,81 @@ def _millions(result: ModelResult) -> str:
 
 def _row(result: ModelResult, name: str, against: str) -> tuple[str, ...]:
     return (
-        name, f"{result.heldout_loss:.4f}", f"{result.bits_per_byte:.4f}", against, f"{result.train_flops:.2e}",
-        f"{result.offline_flops:.2e}" if result.offline_flops else "0", f"{result.seconds:.0f}",
+        name,
+        f"{result.heldout_loss:.4f}",
+        f"{result.bits_per_byte:.4f}",
+        against,
+        f"{result.train_flops:.2e}",
+        f"{result.offline_flops:.2e}" if result.offline_flops else "0",
+        f"{result.seconds:.0f}",
     )
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns line up in a terminal; the first is flush left, the others right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join(
-        cell.ljust(width) if column == 0 else cell.rjust(width)
-        for column, (cell, width) in enumerate(zip(row, widths))) + " |" for row in rows]
-    rule = "|" + "|".join("-" * (width + 2) if column == 0 else "-" * (width + 1) + ":"
-                          for column, width in enumerate(widths)) + "|"
+    lines = [
+        "| "
+        + " | ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths))
+        )
+        + " |"
+        for row in rows
+    ]
+    rule = (
+        "|"
+        + "|".join("-" * (width + 2) if column == 0 else "-" * (width + 1) + ":" for column, width in enumerate(widths))
+        + "|"
+    )
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+# Distinguishable in grey and to colour-blind readers (Okabe and Ito).
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+def plot_curves(report: Report, path: Path) -> None:
+    """Write the figure of :func:`curves_figure` as a PNG."""
+    figure = curves_figure(report)
+    figure.savefig(path, dpi=120)
+
+
+def curves_figure(report: Report) -> Figure:
+    """The students' evaluations: all of them on the left, the second half of training on the right."""
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    whole, end = figure.subplots(1, 2)
+    for axes in (whole, end):
+        for index, student in enumerate(report.students):
+            _draw(axes, student, COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)], "-", student.name)
+        _draw(axes, report.second_seed, COLOURS[0], "", ":", f"{BASELINE}, second seed")
+        axes.set_xlabel("training FLOPs, teacher's forward pass counted")
+        axes.grid(alpha=0.3)
+    whole.axhline(report.bigram_loss, color="grey", linestyle="--", linewidth=1, label="Bigram")
+    whole.axhline(report.teacher.heldout_loss, color="grey", linestyle="-.", linewidth=1, label="Teacher, trained")
+    whole.set_ylabel("held-out loss (nats per token)")
+    whole.set_title("Whole run")
+    whole.legend(fontsize=9)
+    end.set_title("Second half")
+    _zoom(end, report, max(student.train_flops for student in report.students))
+    return figure
+
+
+def _draw(axes: Axes, result: ModelResult, colour: str, marker: str, line: str, label: str) -> None:
+    flops, losses = [point.flops for point in result.curve], [point.loss for point in result.curve]
+    axes.plot(flops, losses, color=colour, marker=marker, markersize=4, linestyle=line, linewidth=1.5, label=label)
+
+
+def _zoom(axes: Axes, report: Report, budget: float) -> None:
+    start = budget / 2
+    late = [
+        point.loss
+        for student in (*report.students, report.second_seed)
+        for point in student.curve
+        if point.flops >= start
+    ]
+    axes.set_xlim(start, budget * 1.02)
+    if late:
+        margin = 0.08 * (max(late) - min(late)) or 0.01
+        axes.set_ylim(min(late) - margin, max(late) + margin)

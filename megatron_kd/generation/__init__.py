@@ -1,8 +1,7 @@
 """Text from any of our models on its own layout: KV-cached decoding, sampling with per-sequence seeds."""
 
 from megatron_kd.generation.decoder import Decoder
-from megatron_kd.generation.generate import Generated, generate
-from megatron_kd.generation.policies import MixedPolicy, ModelPolicy
+from megatron_kd.generation.generate import Generated, MixedPolicy, ModelPolicy, generate
 from megatron_kd.generation.sampling import SamplingConfig
 
 __all__ = ["Decoder", "Generated", "MixedPolicy", "ModelPolicy", "SamplingConfig", "generate"]

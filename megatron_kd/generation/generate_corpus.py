@@ -9,6 +9,7 @@ size nor layout. What is done is kept in ``<output>.parts``; a killed job goes o
 
 import dataclasses
 import functools
+import logging
 import sys
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -18,21 +19,22 @@ from typing import Any, Iterator, Literal
 import numpy as np
 from tqdm import tqdm
 
+from megatron_kd.artefacts.artefact_folder import building
+from megatron_kd.artefacts.manifest import already_made, recipe_of
+from megatron_kd.checkpoints.loading import LoadedModel, ScoredModelConfig, load_for_inference, weights_fingerprint
 from megatron_kd.config import to_mapping
-from megatron_kd.data.artefact_folder import building
+from megatron_kd.costs.flops import forward_flops
 from megatron_kd.data.chunk_dataset import KIND, PROMPT_LENGTHS_NAME, ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
-from megatron_kd.data.manifest import already_made, recipe_of
 from megatron_kd.errors import ConfigError, DataError
 from megatron_kd.generation.parts import Part, PartFolder
+from megatron_kd.generation.prompted_texts import PromptSource, generate_part
 from megatron_kd.generation.sampling import SamplingConfig
-from megatron_kd.generation.texts import PromptSource, generate_part
-from megatron_kd.models.fingerprint import weights_fingerprint
-from megatron_kd.models.loading import LoadedModel, ScoredModelConfig, load_for_inference
-from megatron_kd.parallel.agreement import on_main_rank
+from megatron_kd.parallel.coordination import on_main_rank
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.parallel.runtime import Runtime, distributed_runtime
-from megatron_kd.planning.flops import forward_flops
+
+logger = logging.getLogger(__name__)
 
 TEXTS_PER_PART = 512
 
@@ -201,9 +203,7 @@ def _write(
             parents=_parents(dataset, loaded, fingerprint),
         )
     parts.remove()
-    sys.stderr.write(
-        f"generate_corpus: {writer.num_chunks:,} texts of {writer.num_tokens:,} tokens into {config.output}\n"
-    )
+    logger.info(f"{writer.num_chunks:,} texts of {writer.num_tokens:,} tokens into {config.output}")
 
 
 def _parents(dataset: ChunkDataset, loaded: LoadedModel, fingerprint: str) -> list[dict[str, Any]]:

@@ -2,8 +2,8 @@
 
 import io
 import json
+import logging
 import shutil
-import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,10 @@ from typing import Any, Mapping
 
 import numpy as np
 
-from megatron_kd.data.artefact_folder import write_file
+from megatron_kd.artefacts.artefact_folder import write_file
 from megatron_kd.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 RECIPE_NAME = "recipe"
 _DAMAGE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile)
@@ -74,7 +76,7 @@ class PartFolder:
         except FileNotFoundError:
             return False
         except _DAMAGE as error:
-            sys.stderr.write(f"generate_corpus: {self._file(number)} is damaged ({error}) and made again\n")
+            logger.info(f"{self._file(number)} is damaged ({error}) and made again")
             return False
         return True
 

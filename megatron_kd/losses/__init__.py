@@ -4,7 +4,6 @@
 ``docs/losses.md`` for formulas, collectives and memory.
 """
 
-from megatron_kd.losses.buffers import Workspace
 from megatron_kd.losses.divergences import (
     Divergence,
     ForwardKL,
@@ -17,6 +16,7 @@ from megatron_kd.losses.divergences import (
     divergence_from_config,
 )
 from megatron_kd.losses.fused_linear import DEFAULT_CHUNK_BYTES, linear_distillation_loss
+from megatron_kd.losses.tile_buffers import Workspace
 from megatron_kd.losses.types import (
     LM_ONLY,
     PADDING_ID,

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_kd.losses.chunk_terms import Chunk, LabelLogits, Problem, TokenLosses, row_max, row_tiles
-from megatron_kd.losses.collectives import TensorParallel
 from megatron_kd.losses.divergences import ForwardKL
 from megatron_kd.losses.sparse_targets import SparseTerm
+from megatron_kd.losses.tile_terms import Chunk, LabelLogits, Problem, TensorParallel, TokenLosses, row_max, row_tiles
 
 
 def applies(problem: Problem, has_dense_teacher: bool) -> bool:

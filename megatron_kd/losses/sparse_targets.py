@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_kd.losses.chunk_terms import Problem, gather_columns, local_columns
+from megatron_kd.losses.tile_terms import Problem, gather_columns, local_columns
 from megatron_kd.losses.types import SparseKnowledge
 
 SMALLEST_TAIL = 1.0e-30  # of the student's probability outside of the K ids, in its logarithm and in quotients

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from megatron_kd.errors import ConfigError
-from megatron_kd.losses.chunk_terms import Chunk, LabelLogits, Problem, TokenLosses
-from megatron_kd.losses.collectives import TensorParallel
 from megatron_kd.losses.divergences import (
     Divergence,
     JensenShannon,
@@ -24,7 +22,8 @@ from megatron_kd.losses.divergences import (
     TotalVariation,
     kl_weights,
 )
-from megatron_kd.losses.logits import HeadLogits, is_narrow
+from megatron_kd.losses.tile_buffers import HeadLogits, is_narrow
+from megatron_kd.losses.tile_terms import Chunk, LabelLogits, Problem, TensorParallel, TokenLosses
 from megatron_kd.losses.types import DenseKnowledge, SparseKnowledge
 
 BLOCK = 4096

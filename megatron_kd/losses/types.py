@@ -44,9 +44,7 @@ class OutputHead:
         if self.weight.dim() != 2:
             raise ConfigError(f"an output head's weight must be [rows, hidden], not {tuple(self.weight.shape)}")
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
-            raise ConfigError(
-                f"an output head's bias must be [{self.weight.shape[0]}], not {tuple(self.bias.shape)}"
-            )
+            raise ConfigError(f"an output head's bias must be [{self.weight.shape[0]}], not {tuple(self.bias.shape)}")
         if self.valid_vocab_size < 1 or self.vocab_start < 0:
             raise ConfigError(
                 f"an output head needs valid_vocab_size >= 1 and vocab_start >= 0, "

@@ -18,8 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from megatron_kd.losses.buffers import allocate
-from megatron_kd.losses.logits import is_narrow, work_dtype
+from megatron_kd.losses.tile_buffers import allocate, is_narrow, work_dtype
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """``plot``: loss, its LM and KD terms, throughput, learning rate and gradient norm of one or several runs, as a PNG.
 
-    megatron-kd plot RUN… [output=plot.png] [x=steps|tokens|flops] [smooth=20]
+megatron-kd plot RUN… [output=plot.png] [x=steps|tokens|flops] [smooth=20]
 """
 
 import sys
@@ -105,7 +105,7 @@ def figure_of(runs: dict[str, list[dict[str, Any]]], x: str, smooth: int) -> Any
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(X_LABELS[x], fontsize=9)
         axes.grid(alpha=0.3)
-    for axes in grid[len(panels):]:
+    for axes in grid[len(panels) :]:
         axes.set_axis_off()
     grid[0].legend(fontsize=8)
     return figure

@@ -1,10 +1,44 @@
-"""TensorBoard and Weights & Biases as places for a run's rows; both get the same names as ``metrics.jsonl`` has."""
+"""TensorBoard and Weights & Biases as places for a run's rows; both get the same names as ``metrics.jsonl`` has.
 
+The ``metrics.*`` keys: where a run's figures go besides ``metrics.jsonl`` and the console, and which cost extra.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Protocol
+from typing import Any, Iterator, Literal, Mapping, Protocol
 
 from megatron_kd.errors import ConfigError
-from megatron_kd.metrics.config import MetricsConfig
+
+Sink = Literal["tensorboard", "wandb", "wandb_offline"]
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """One switch for every tracker."""
+
+    report_to: tuple[Sink, ...] = ()
+    """``tensorboard`` (into the run folder), ``wandb``, ``wandb_offline`` (into the run folder, to be synced later)."""
+    wandb_project: str = "megatron-kd"
+    run_name: str | None = None
+    """None means the run folder's name."""
+    peak_tflops: float | None = None
+    """Dense peak of one device, for MFU; None means what is known of this GPU, and no MFU where nothing is."""
+
+    kd_lm_gradient_ratio_interval: int | None = None
+    """Every so many steps the norm of the distillation term's gradient over that of the LM term's, weights included, is
+    logged as ``kd_lm_gradient_ratio``. Such a step has a second pass of the student, and keeps another fp32 gradient,
+    split like the optimizer's state. None measures nothing."""
+
+    def validate(self) -> Iterator[str]:
+        """Faults in the values, one message each."""
+        if "wandb" in self.report_to and "wandb_offline" in self.report_to:
+            yield "'metrics.report_to' has both wandb and wandb_offline: choose one"
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            yield f"'metrics.peak_tflops' must be above 0, not {self.peak_tflops}"
+        interval = self.kd_lm_gradient_ratio_interval
+        if interval is not None and interval < 1:
+            yield f"'metrics.kd_lm_gradient_ratio_interval' must be at least 1, not {interval}"
+
 
 NOT_PLOTTED = ("step",)
 
@@ -78,15 +112,22 @@ class WandbSink:
             raise ConfigError("metrics.report_to has wandb, which is not installed: pip install wandb") from None
         name = config.run_name or folder.resolve().name
         self._run = wandb.init(
-            project=config.wandb_project, name=name, id=_run_id(folder), resume=None if offline else "allow",
-            dir=str(folder), mode="offline" if offline else "online", config=dict(run_config),
+            project=config.wandb_project,
+            name=name,
+            id=_run_id(folder),
+            resume=None if offline else "allow",
+            dir=str(folder),
+            mode="offline" if offline else "online",
+            config=dict(run_config),
             settings=wandb.Settings(silent=True),
         )
 
     def write(self, row: Mapping[str, Any]) -> None:
         """One row at its step."""
-        self._run.log({name: value for name, value in row.items() if name not in NOT_PLOTTED and value is not None},
-                      step=int(row["step"]))
+        self._run.log(
+            {name: value for name, value in row.items() if name not in NOT_PLOTTED and value is not None},
+            step=int(row["step"]),
+        )
 
     def close(self) -> None:
         """Finish the run."""

@@ -1,4 +1,9 @@
-"""Where a run's figures go: ``metrics.jsonl`` (one object a step), a console line with its ETA, and other trackers."""
+"""Where a run's figures go: ``metrics.jsonl`` (one object a step), a console line with its ETA, and other trackers.
+
+The console line of a step: loss, its terms, gradient norm, rate, speed, MFU, memory; tqdm adds step and ETA.
+
+What this rank's device is capable of and has used: peak FLOP/s for MFU, memory.
+"""
 
 import json
 import os
@@ -6,12 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any, Mapping, Sequence, TextIO
 
+import psutil
+import torch
 from tqdm import tqdm
 
-from megatron_kd.data.artefact_folder import write_file
-from megatron_kd.metrics.config import MetricsConfig
-from megatron_kd.metrics.console import console_line
-from megatron_kd.metrics.sinks import Sink, open_sinks
+from megatron_kd.artefacts.artefact_folder import write_file
+from megatron_kd.costs.gpus import peak_tflops_of
+from megatron_kd.metrics.sinks import MetricsConfig, Sink, open_sinks
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -115,3 +121,49 @@ def _drop_rows_beyond(path: Path, step: int) -> None:
         return
     kept = [row for row in read_metrics(path.parent) if row.get("step", 0) <= step] if step else []
     write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+GIB = 2**30
+
+
+def console_line(row: Mapping[str, Any]) -> str:
+    """What stands behind the progress bar for a row of ``metrics.jsonl``; absent figures are left out."""
+    parts = [f"loss {row['loss']:.4f}"]
+    if row.get("kd_loss"):
+        parts.append(f"lm {row['lm_loss']:.4f} kd {row['kd_loss']:.4f}")
+    if "grad_norm" in row:
+        parts.append(f"grad {row['grad_norm']:.2f}")
+    if "learning_rate" in row:
+        parts.append(f"lr {row['learning_rate']:.2e}")
+    parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+    if "tflops_per_second" in row:
+        parts.append(f"{row['tflops_per_second']:.3g} TFLOP/s")
+    if row.get("mfu") is not None:
+        parts.append(f"MFU {row['mfu']:.1%}")
+    if "memory_bytes" in row:
+        parts.append(f"{row['memory_bytes'] / GIB:.1f} GiB")
+    return ", ".join(parts)
+
+
+def peak_flops(device: torch.device, stated_tflops: float | None) -> float | None:
+    """Dense peak FLOP/s of one device: what was stated, else what is known of this GPU, else None."""
+    if stated_tflops is not None:
+        return stated_tflops * 1e12
+    if device.type != "cuda":
+        return None
+    known = peak_tflops_of(torch.cuda.get_device_name(device))
+    return None if known is None else known * 1e12
+
+
+class MemoryMeter:
+    """Most bytes this rank has held: ``max_memory_allocated`` on CUDA, the resident set on a CPU."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._process = psutil.Process(os.getpid())
+
+    def read(self) -> int:
+        """Bytes."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return self._process.memory_info().rss

@@ -26,9 +26,8 @@ from megatron_kd.errors import ConfigError
 from megatron_kd.losses import OutputHead, run_forward_pre_hooks
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.models.layer_specs import LayerSpecName, choose_layer_spec, decoder_layer_spec
-from megatron_kd.models.rotary import provide_fused_rotary
-from megatron_kd.parallel.context import own_part
-from megatron_kd.parallel.groups import is_first_stage, is_last_stage
+from megatron_kd.models.local_modules import provide_fused_rotary
+from megatron_kd.parallel.groups import is_first_stage, is_last_stage, own_part
 from megatron_kd.parallel.layout import ParallelLayout
 
 VOCABULARY_MULTIPLE = 128
@@ -138,7 +137,7 @@ def transformer_config(
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=on_cuda and _has_fused_weight_gradient(),
         bias_activation_fusion=on_cuda,
-        use_te_activation_func=not on_cuda,  # models/swiglu.py through the layer spec
+        use_te_activation_func=not on_cuda,  # models/local_modules.py through the layer spec
         apply_rope_fusion=not on_cuda,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
@@ -219,7 +218,7 @@ def _scale_rotary(model: GPTModel, architecture: ModelArchitecture) -> None:
 def _mark_sharded_weights(model: torch.nn.Module) -> None:
     """Tell which weights are shards, and along which dimension.
 
-    Megatron-Core does it while drawing initial weights, which is left to models/initialization.py here; gradient norms
+    Megatron-Core does it while drawing initial weights, which is left to models/parameters.py here; gradient norms
     and placement read it.
     """
     dimensions = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}

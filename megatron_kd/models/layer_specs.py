@@ -18,10 +18,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_kd.errors import ConfigError
-from megatron_kd.models.attention import SDPACoreAttention
-from megatron_kd.models.cached_attention import CachingSelfAttention
-from megatron_kd.models.normalization import RMSNorm
-from megatron_kd.models.swiglu import SwiGLU
+from megatron_kd.models.attention import CachingSelfAttention, SDPACoreAttention
+from megatron_kd.models.local_modules import RMSNorm, SwiGLU
 
 LayerSpecName = Literal["auto", "te", "local"]
 

@@ -7,9 +7,9 @@ that leaves with an error gives the others a few seconds to end by themselves.
 """
 
 import json
+import logging
 import os
 import socket
-import sys
 import threading
 import time
 from datetime import timedelta
@@ -19,6 +19,9 @@ from typing import Callable
 import torch.distributed as dist
 
 from megatron_kd.errors import LayoutError
+from megatron_kd.logs import EVERY_RANK
+
+logger = logging.getLogger(__name__)
 
 _KEY = "liveness"
 _HELLO_SECONDS = 30.0
@@ -139,8 +142,7 @@ class Liveness:
     def _end(self, dead: str | None) -> None:
         """End this process; ``dead`` names the rank that is to be told about."""
         if dead is not None and (self._rank == 0 or self._rank == 1):
-            sys.stderr.write(f"train: {dead} is gone (killed, crashed or cut off): all ranks stop\n")
-            sys.stderr.flush()
+            logger.info(f"{dead} is gone (killed, crashed or cut off): all ranks stop", extra=EVERY_RANK)
         if self._rank == 0:
             self._tell({"kind": "dead"})
         os._exit(_DEAD_STATUS)

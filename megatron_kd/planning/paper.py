@@ -6,7 +6,7 @@ can show the budget of the exact parameter count and the paper's beside each oth
 
 from dataclasses import dataclass
 
-from megatron_kd.planning.flops import forward_flops, matched_steps, training_flops
+from megatron_kd.costs.flops import forward_flops, matched_steps, training_flops
 
 NOMINAL = {
     "qwen_104m": 104_000_000,
@@ -76,10 +76,16 @@ class OfflineReading:
 def offline_readings() -> list[OfflineReading]:
     """The paper prints 2e20 (MiniPLM) and 9e18 (its proxy variant) without saying what is counted: what fits."""
     return [
-        OfflineReading("teacher, 1.8B, forward over the 50B tokens that are kept", forward_flops(1_800_000_000,
-                       50_000_000_000), 2e20),
-        OfflineReading("teacher, 1.21B without embeddings, forward over 100B tokens", forward_flops(1_214_498_816,
-                       100_000_000_000), 2e20),
+        OfflineReading(
+            "teacher, 1.8B, forward over the 50B tokens that are kept",
+            forward_flops(1_800_000_000, 50_000_000_000),
+            2e20,
+        ),
+        OfflineReading(
+            "teacher, 1.21B without embeddings, forward over 100B tokens",
+            forward_flops(1_214_498_816, 100_000_000_000),
+            2e20,
+        ),
         OfflineReading("teacher, 1.8B, forward over 100B tokens", forward_flops(1_800_000_000, 100_000_000_000), 2e20),
         OfflineReading("proxy, 45M, forward over 100B tokens", forward_flops(45_000_000, 100_000_000_000), 9e18),
     ]

@@ -4,10 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Iterator
 
-from megatron_kd.planning import paper
-from megatron_kd.planning.communication import StepTraffic, step_traffic
-from megatron_kd.planning.config import PlanRunConfig
-from megatron_kd.planning.flops import (
+from megatron_kd.costs.flops import (
     METHOD_FLOPS,
     difference_sampling_flops,
     formula_text,
@@ -15,13 +12,21 @@ from megatron_kd.planning.flops import (
     matched_steps,
     training_flops,
 )
-from megatron_kd.planning.hardware import GPUS
-from megatron_kd.planning.memory import RankMemory
-from megatron_kd.planning.pipeline import LayerSplit, balanced_split, bubble_fraction, layer_split
+from megatron_kd.costs.gpus import GPUS
+from megatron_kd.costs.memory import RankMemory, remote_rank_memory, stage_memory
+from megatron_kd.planning import paper
+from megatron_kd.planning.pipeline_costs import (
+    LayerSplit,
+    StepTraffic,
+    balanced_split,
+    bubble_fraction,
+    layer_split,
+    step_traffic,
+)
+from megatron_kd.planning.plan_config import PlanRunConfig
 from megatron_kd.planning.recommend import Recommendation, recommend
 from megatron_kd.planning.setting import RemoteBalance, Setting, remote_balance, setting_of
 from megatron_kd.planning.storage import CacheSize, cache_sizes, corpus_bytes, score_bytes
-from megatron_kd.planning.teacher_memory import remote_rank_memory, stage_memory
 
 
 @dataclass(frozen=True)
@@ -150,18 +155,29 @@ def _tokens(config: PlanRunConfig) -> int:
 def _assumptions(config: PlanRunConfig, sizes: dict[str, Any]) -> dict[str, Any]:
     gpu = GPUS[config.plan.gpu]
     return {
-        "gpu": gpu.name, "peak_tflops": gpu.peak_tflops, "num_gpus": config.plan.num_gpus, "mfu": config.plan.mfu,
-        "precision": config.training.precision, "method": config.distillation.method,
-        "teacher_placement": config.teacher.placement, "train_iters": config.training.train_iters,
-        "global_batch_size": config.training.global_batch_size, **sizes,
-        "tokens": _tokens(config), "corpus_tokens": config.plan.corpus_tokens,
-        "reference_tokens": config.plan.reference_tokens, "ratio": config.plan.ratio,
+        "gpu": gpu.name,
+        "peak_tflops": gpu.peak_tflops,
+        "num_gpus": config.plan.num_gpus,
+        "mfu": config.plan.mfu,
+        "precision": config.training.precision,
+        "method": config.distillation.method,
+        "teacher_placement": config.teacher.placement,
+        "train_iters": config.training.train_iters,
+        "global_batch_size": config.training.global_batch_size,
+        **sizes,
+        "tokens": _tokens(config),
+        "corpus_tokens": config.plan.corpus_tokens,
+        "reference_tokens": config.plan.reference_tokens,
+        "ratio": config.plan.ratio,
     }
 
 
 def _models(config: PlanRunConfig, setting: Setting) -> Iterator[ModelSize]:
-    named = (("student", config.model.name, setting.student), ("teacher", config.plan.teacher, setting.teacher),
-             ("reference", config.plan.reference, setting.reference))
+    named = (
+        ("student", config.model.name, setting.student),
+        ("teacher", config.plan.teacher, setting.teacher),
+        ("reference", config.plan.reference, setting.reference),
+    )
     for role, name, model in named:
         if model is not None:
             yield ModelSize(role, name, model.parameters, model.non_embedding_parameters, model.embedding_parameters)
@@ -198,9 +214,12 @@ def _costs(config: PlanRunConfig, setting: Setting, training: float, busy: float
             cost("offline: train the reference model", training_flops(reference, split)),
             cost("offline: reference scores the corpus", forward_flops(reference, corpus)),
             cost("offline: teacher scores the corpus", forward_flops(teacher, corpus)),
-            cost("offline: difference sampling, all three",
-                 difference_sampling_flops(teacher, reference, corpus, split)),
-            cost("offline: teacher over the training tokens (a cache, or SeqKD's text)",
-                 forward_flops(teacher, _tokens(config))),
+            cost(
+                "offline: difference sampling, all three", difference_sampling_flops(teacher, reference, corpus, split)
+            ),
+            cost(
+                "offline: teacher over the training tokens (a cache, or SeqKD's text)",
+                forward_flops(teacher, _tokens(config)),
+            ),
         ]
     return costs

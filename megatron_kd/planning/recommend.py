@@ -3,16 +3,14 @@
 from dataclasses import dataclass
 from typing import Iterator
 
+from megatron_kd.costs.gpus import GIB, GPUS
+from megatron_kd.costs.memory import PlacedTeacher, RankMemory, stage_memory, teacher_layout
 from megatron_kd.errors import LayoutError
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_kd.planning.communication import step_traffic
-from megatron_kd.planning.config import PlanRunConfig
-from megatron_kd.planning.hardware import GIB, GPUS
-from megatron_kd.planning.memory import RankMemory
-from megatron_kd.planning.pipeline import LayerSplit, balanced_split, bubble_fraction
+from megatron_kd.planning.pipeline_costs import LayerSplit, balanced_split, bubble_fraction, step_traffic
+from megatron_kd.planning.plan_config import PlanRunConfig
 from megatron_kd.planning.setting import Setting
-from megatron_kd.planning.teacher_memory import PlacedTeacher, stage_memory, teacher_layout
 
 TENSOR_SIZES, PIPELINE_SIZES, MICRO_BATCHES = (1, 2, 4, 8), (1, 2, 3, 4, 6, 8, 12), (1, 2, 4, 8, 16, 32)
 AS_GOOD = 0.03
@@ -51,8 +49,10 @@ class Candidate:
     @property
     def keys(self) -> tuple[str, ...]:
         """Settings that ask for it."""
-        sizes = {"parallel.tensor_model_parallel_size": self.layout.tensor,
-                 "parallel.pipeline_model_parallel_size": self.layout.pipeline}
+        sizes = {
+            "parallel.tensor_model_parallel_size": self.layout.tensor,
+            "parallel.pipeline_model_parallel_size": self.layout.pipeline,
+        }
         keys = [f"{name}={size}" for name, size in sizes.items() if size > 1]
         keys += ["parallel.sequence_parallel=true"] if self.layout.sequence_parallel else []
         if self.layout.data * self.layout.context > 1:  # its time has the reduction behind the last micro-batch's work
@@ -79,12 +79,22 @@ def recommend(config: PlanRunConfig, setting: Setting) -> Recommendation:
         if not found:
             found = list(candidates(config, setting, teacher_is_colocated=False))
             placement = "remote" if found else "none"
-            reasons.append("student and teacher fit no GPU together in any layout"
-                           + (": the teacher goes to GPUs of its own" if found else ", nor the student alone"))
+            reasons.append(
+                "student and teacher fit no GPU together in any layout"
+                + (": the teacher goes to GPUs of its own" if found else ", nor the student alone")
+            )
     if not found:
         limit = memory_limit(config) / GIB
-        return Recommendation(None, placement, "hidden", (*reasons, f"no layout of {config.plan.num_gpus} GPUs fits "
-                              f"into {limit:.0f} GiB a GPU: more GPUs, a longer pipeline, or smaller micro-batches"))
+        return Recommendation(
+            None,
+            placement,
+            "hidden",
+            (
+                *reasons,
+                f"no layout of {config.plan.num_gpus} GPUs fits "
+                f"into {limit:.0f} GiB a GPU: more GPUs, a longer pipeline, or smaller micro-batches",
+            ),
+        )
     best = simplest(found)
     reasons += list(_layout_reasons(best, found, memory_limit(config)))
     payload = "hidden"
@@ -117,7 +127,11 @@ def candidates(config: PlanRunConfig, setting: Setting, teacher_is_colocated: bo
 
 
 def evaluate_layout(
-    config: PlanRunConfig, setting: Setting, layout: ParallelLayout, split: LayerSplit, micro_batch_size: int,
+    config: PlanRunConfig,
+    setting: Setting,
+    layout: ParallelLayout,
+    split: LayerSplit,
+    micro_batch_size: int,
     teacher_is_colocated: bool,
 ) -> Candidate:
     """Memory and time of one layout.
@@ -148,9 +162,14 @@ def evaluate_layout(
     exposed = traffic.tensor / inside + (traffic.pipeline + traffic.context) / across
     exposed += max(0.0, traffic.data / across - hidden)
     return Candidate(
-        layout=layout, split=split, micro_batch_size=micro_batch_size, micro_batches=micro_batches,
-        memory=max(memories, key=lambda memory: memory.total), compute_seconds=compute,
-        bubble_seconds=compute * (split.slowest / (1 - bubble) - 1), exposed_seconds=exposed,
+        layout=layout,
+        split=split,
+        micro_batch_size=micro_batch_size,
+        micro_batches=micro_batches,
+        memory=max(memories, key=lambda memory: memory.total),
+        compute_seconds=compute,
+        bubble_seconds=compute * (split.slowest / (1 - bubble) - 1),
+        exposed_seconds=exposed,
     )
 
 
@@ -159,8 +178,11 @@ def simplest(found: list[Candidate]) -> Candidate:
     fastest = min(candidate.seconds for candidate in found)
     return min(
         (candidate for candidate in found if candidate.seconds <= fastest * (1 + AS_GOOD)),
-        key=lambda candidate: (candidate.layout.tensor * candidate.layout.pipeline, candidate.layout.pipeline,
-                               -candidate.micro_batch_size),
+        key=lambda candidate: (
+            candidate.layout.tensor * candidate.layout.pipeline,
+            candidate.layout.pipeline,
+            -candidate.micro_batch_size,
+        ),
     )
 
 
@@ -172,16 +194,22 @@ def memory_limit(config: PlanRunConfig) -> float:
 def _layout(tensor: int, split: LayerSplit, num_gpus: int) -> ParallelLayout:
     ends = (split.layers[0], split.layers[-1]) if split.keys else (None, None)
     keys = ParallelConfig(
-        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=len(split.layers), sequence_parallel=tensor > 1,
-        num_layers_in_first_pipeline_stage=ends[0], num_layers_in_last_pipeline_stage=ends[1],
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=len(split.layers),
+        sequence_parallel=tensor > 1,
+        num_layers_in_first_pipeline_stage=ends[0],
+        num_layers_in_last_pipeline_stage=ends[1],
     )
     return ParallelLayout.for_world(keys, num_gpus)
 
 
 def _check(layout: ParallelLayout, model: ModelArchitecture, seq_length: int) -> None:
     layout.check_model(
-        num_layers=model.num_layers, num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups, ffn_hidden_size=model.ffn_hidden_size, seq_length=seq_length,
+        num_layers=model.num_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        ffn_hidden_size=model.ffn_hidden_size,
+        seq_length=seq_length,
     )
 
 
@@ -200,32 +228,48 @@ def _placed(setting: Setting, layout: ParallelLayout, is_colocated: bool) -> Pla
 
 
 def _layout_reasons(best: Candidate, found: list[Candidate], limit: float) -> Iterator[str]:
-    yield (f"{best.layout.describe()}, micro-batch {best.micro_batch_size}: its fullest rank needs "
-           f"{best.memory.total / GIB:.1f} of {limit / GIB:.1f} GiB")
+    yield (
+        f"{best.layout.describe()}, micro-batch {best.micro_batch_size}: its fullest rank needs "
+        f"{best.memory.total / GIB:.1f} of {limit / GIB:.1f} GiB"
+    )
     if best.layout.tensor == best.layout.pipeline == 1:
         yield "model and optimizer fit a GPU whole, so data parallelism alone: one reduction a step, which can overlap"
     if best.split.keys:
-        yield (f"layers {', '.join(map(str, best.split.layers))}: the last stage has the output layers as well; its "
-               f"slowest stage works {best.split.slowest:.2f} x the mean")
-    others = [candidate for candidate in found if (candidate.layout.tensor, candidate.layout.pipeline)
-              != (best.layout.tensor, best.layout.pipeline)]
+        yield (
+            f"layers {', '.join(map(str, best.split.layers))}: the last stage has the output layers as well; its "
+            f"slowest stage works {best.split.slowest:.2f} x the mean"
+        )
+    others = [
+        candidate
+        for candidate in found
+        if (candidate.layout.tensor, candidate.layout.pipeline) != (best.layout.tensor, best.layout.pipeline)
+    ]
     if others:
         other = min(others, key=lambda candidate: candidate.seconds)
         slower = other.seconds / best.seconds - 1
-        yield (f"the best other, {other.layout.describe()}, is estimated {abs(slower):.1%} "
-               f"{'slower' if slower > 0 else 'faster'} by bubble and communication"
-               + (", which is nothing to add parallelism for" if slower <= 0 else ""))
+        yield (
+            f"the best other, {other.layout.describe()}, is estimated {abs(slower):.1%} "
+            f"{'slower' if slower > 0 else 'faster'} by bubble and communication"
+            + (", which is nothing to add parallelism for" if slower <= 0 else "")
+        )
 
 
 def _teacher_reasons(placement: str, setting: Setting, best: Candidate) -> tuple[str, list[str]]:
     teacher_share = 1 - 6 * setting.student.parameters / setting.flops_per_token
     head_share = setting.head_share_if_dense
     payload = "sampled" if head_share > LARGEST_HEAD_SHARE and placement == "remote" else "hidden"
-    where = ("on the student's ranks no GPU waits for another and nothing is sent" if placement == "colocated"
-             else f"give it about {teacher_share:.0%} of the GPUs, so that neither side waits")
-    relief = ("too much for the last stage: its own ranks compute it" if payload == "sampled"
-              else "there is no pipeline that it would unbalance" if best.layout.pipeline == 1
-              else "the uneven split makes room for it")
+    where = (
+        "on the student's ranks no GPU waits for another and nothing is sent"
+        if placement == "colocated"
+        else f"give it about {teacher_share:.0%} of the GPUs, so that neither side waits"
+    )
+    relief = (
+        "too much for the last stage: its own ranks compute it"
+        if payload == "sampled"
+        else "there is no pipeline that it would unbalance"
+        if best.layout.pipeline == 1
+        else "the uneven split makes room for it"
+    )
     return payload, [
         f"teacher {placement}: its forward pass is {teacher_share:.0%} of a step's FLOPs wherever it runs; {where}",
         f"payload {payload}: the teacher's head adds {head_share:.0%} to the student's own FLOPs on its last stage; "
@@ -233,4 +277,3 @@ def _teacher_reasons(placement: str, setting: Setting, best: Candidate) -> tuple
         f"cached instead: pays from {RUNS_THAT_PAY_FOR_A_CACHE} students on the same corpus, since the cache costs "
         f"one pass of the teacher and saves {teacher_share:.0%} of every run",
     ]
-

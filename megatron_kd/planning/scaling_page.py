@@ -1,16 +1,16 @@
 """``docs/scaling.md`` from ``plan_run``: what 50B tokens cost at 8, 64 and 512 GPUs.
 
-    python -m megatron_kd.planning.scaling_page > docs/scaling.md
+python -m megatron_kd.planning.scaling_page > docs/scaling.md
 """
 
 import sys
 from pathlib import Path
 
 from megatron_kd.config import load_config
-from megatron_kd.planning.config import PlanRunConfig
-from megatron_kd.planning.hardware import GIB
+from megatron_kd.costs.gpus import GIB
 from megatron_kd.planning.plan import Plan, make_plan
-from megatron_kd.planning.plan_table import amount
+from megatron_kd.planning.plan_config import PlanRunConfig
+from megatron_kd.planning.plan_run import amount
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 WORLDS = {8: 8, 64: 8, 512: 1}
@@ -33,19 +33,30 @@ def page() -> str:
     """The whole page."""
     rows = [_row(name, gpus, plan_of(file, gpus, overrides)) for name, file, overrides in RUNS for gpus in WORLDS]
     miniplm = plan_of(RUNS[2][1], 8, ())
-    offline = [f"| {cost.what.removeprefix('offline: ')} | {cost.flops:.3g} | {cost.gpu_hours:,.0f} |"
-               for cost in miniplm.costs if cost.what.startswith("offline")]
+    offline = [
+        f"| {cost.what.removeprefix('offline: ')} | {cost.flops:.3g} | {cost.gpu_hours:,.0f} |"
+        for cost in miniplm.costs
+        if cost.what.startswith("offline")
+    ]
     caches = [f"| {cache.name} | {cache.bytes_per_token:,.0f} | {amount(cache.total)} |" for cache in miniplm.caches]
-    return _PAGE.format(mfu=f"{MFU:.0%}", rows="\n".join(rows), offline="\n".join(offline), caches="\n".join(caches),
-                        corpus=amount(miniplm.corpus_bytes), sampled=amount(miniplm.sampled_bytes))
+    return _PAGE.format(
+        mfu=f"{MFU:.0%}",
+        rows="\n".join(rows),
+        offline="\n".join(offline),
+        caches="\n".join(caches),
+        corpus=amount(miniplm.corpus_bytes),
+        sampled=amount(miniplm.sampled_bytes),
+    )
 
 
 def _row(name: str, gpus: int, plan: Plan) -> str:
     training, best = plan.costs[0], plan.recommendation.candidate
     slower = best.seconds / best.compute_seconds
-    return (f"| {name} | {plan.assumptions['train_iters']:,} | {gpus} | {best.layout.describe()}, micro-batch "
-            f"{best.micro_batch_size} | {best.memory.total / GIB:.1f} | {training.flops:.3g} | {training.hours:.3g} | "
-            f"{training.gpu_hours:,.0f} | {training.hours * slower:.3g} | {MFU / slower:.0%} |")
+    return (
+        f"| {name} | {plan.assumptions['train_iters']:,} | {gpus} | {best.layout.describe()}, micro-batch "
+        f"{best.micro_batch_size} | {best.memory.total / GIB:.1f} | {training.flops:.3g} | {training.hours:.3g} | "
+        f"{training.gpu_hours:,.0f} | {training.hours * slower:.3g} | {MFU / slower:.0%} |"
+    )
 
 
 _PAGE = """# What a run costs
@@ -69,8 +80,8 @@ What was assumed:
   the reduction takes longer than the work; tensor parallelism, whose reductions stay inside a node, is the better of
   two poor choices. A batch of 512 sequences is small for that many GPUs.
 - FLOPs are 2 a parameter and token forward and 6 forward and backward, all parameters counted, attention's quadratic
-  term left out (`megatron_kd/planning/flops.py`).
-- Memory is that of `megatron_kd/planning/memory.py`, which tests compare with the tensors of real steps on a CPU; no
+  term left out (`megatron_kd/costs/flops.py`).
+- Memory is that of `megatron_kd/costs/memory.py`, which tests compare with the tensors of real steps on a CPU; no
   recomputation, nothing for the CUDA context, of which 10% of the GPU is kept free.
 
 ## Once, before MiniPLM's students

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_kd.costs.flops import FORWARD_FLOPS_PER_PARAMETER, METHOD_FLOPS, training_flops
+from megatron_kd.costs.memory import PlacedTeacher, teacher_layout
 from megatron_kd.errors import ConfigError, LayoutError
 from megatron_kd.models.architecture import ModelArchitecture, architecture_by_name
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_kd.planning.config import PlanRunConfig
-from megatron_kd.planning.flops import FORWARD_FLOPS_PER_PARAMETER, METHOD_FLOPS, training_flops
-from megatron_kd.planning.pipeline import teacher_head_flops
-from megatron_kd.planning.teacher_memory import PlacedTeacher, teacher_layout
+from megatron_kd.planning.pipeline_costs import teacher_head_flops
+from megatron_kd.planning.plan_config import PlanRunConfig
 
 TOY_VOCABULARY = 512
 
@@ -90,8 +90,9 @@ def setting_of(config: PlanRunConfig) -> Setting:
     runs = teacher is not None and method != "none"
     away = config.teacher.num_ranks if runs and config.teacher.placement == "remote" else 0
     if away and away >= config.plan.num_gpus:
-        raise LayoutError(f"teacher.num_ranks {away} leaves no GPU of plan.num_gpus {config.plan.num_gpus} "
-                          "to the student")
+        raise LayoutError(
+            f"teacher.num_ranks {away} leaves no GPU of plan.num_gpus {config.plan.num_gpus} to the student"
+        )
     layout = ParallelLayout.for_world(config.parallel, config.plan.num_gpus - away)
     seq_length = config.data.seq_length or config.plan.seq_length
     _check(layout, student, "student", seq_length)
@@ -100,11 +101,19 @@ def setting_of(config: PlanRunConfig) -> Setting:
         _check(placed.layout, teacher, "teacher", seq_length)
     training = config.training
     sizes = {
-        "precision": training.precision, "micro_batch_size": training.micro_batch_size, "seq_length": seq_length,
+        "precision": training.precision,
+        "micro_batch_size": training.micro_batch_size,
+        "seq_length": seq_length,
         "micro_batches": layout.micro_batches(training.global_batch_size, training.micro_batch_size),
     }
     return Setting(
-        student, teacher, _architecture(config.plan.reference), method, placed, layout, sizes,
+        student,
+        teacher,
+        _architecture(config.plan.reference),
+        method,
+        placed,
+        layout,
+        sizes,
         config.distillation.loss.chunk_bytes,
     )
 
@@ -148,15 +157,19 @@ def _place(config: PlanRunConfig, teacher: ModelArchitecture, layout: ParallelLa
         ranks = ParallelLayout.for_world(own, away)
     except LayoutError as error:
         raise LayoutError(f"the teacher's ranks (teacher.num_ranks): {error}") from None
-    return PlacedTeacher(teacher, ranks, is_remote=True, payload_ids=keys.payload_ids,
-                         prefetch_depth=keys.prefetch_depth)
+    return PlacedTeacher(
+        teacher, ranks, is_remote=True, payload_ids=keys.payload_ids, prefetch_depth=keys.prefetch_depth
+    )
 
 
 def _check(layout: ParallelLayout, model: ModelArchitecture, role: str, seq_length: int) -> None:
     try:
         layout.check_model(
-            num_layers=model.num_layers, num_attention_heads=model.num_attention_heads,
-            num_query_groups=model.num_query_groups, ffn_hidden_size=model.ffn_hidden_size, seq_length=seq_length,
+            num_layers=model.num_layers,
+            num_attention_heads=model.num_attention_heads,
+            num_query_groups=model.num_query_groups,
+            ffn_hidden_size=model.ffn_hidden_size,
+            seq_length=seq_length,
         )
     except LayoutError as error:
         raise LayoutError(f"the {role} under {layout.describe()}: {error}") from None

@@ -5,16 +5,16 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from megatron_kd.artefacts.manifest import versions
+from megatron_kd.checkpoints.weights import open_checkpoint
+from megatron_kd.costs.flops import difference_sampling_flops
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.data.manifest import versions
+from megatron_kd.data.workers import cpu_count
 from megatron_kd.errors import DataError
 from megatron_kd.evaluation.bigram import fit_bigram, score_bigram
 from megatron_kd.evaluation.report import CurvePoint, ModelResult, Report
 from megatron_kd.metrics.tracker import read_metrics
-from megatron_kd.models.weights import open_checkpoint
-from megatron_kd.planning.flops import difference_sampling_flops
-from megatron_kd.processors import cpu_count
-from megatron_kd.quickstart import plan
+from megatron_kd.quickstart import recipe as plan
 
 # Whole steps cannot match exactly: half a step of the dearest method is the most that rounding costs.
 FLOPS_TOLERANCE = 0.01
@@ -65,11 +65,16 @@ def collect_report(seconds: float, skipped_steps: int = 0, all_methods: bool = F
     corpus, heldout = ChunkDataset.open(plan.TRAIN_DATA), ChunkDataset.open(plan.HELDOUT_DATA)
     teacher = model_result("Teacher", plan.run_folder("teacher"))
     reference = model_result("Reference", plan.run_folder("reference"))
-    offline = difference_sampling_flops(teacher.parameters, reference.parameters, corpus.num_tokens,
-                                        reference.train_tokens)
+    offline = difference_sampling_flops(
+        teacher.parameters, reference.parameters, corpus.num_tokens, reference.train_tokens
+    )
     students = tuple(
-        model_result(student.method, plan.run_folder(student.step), plan.hf_folder(student.step),
-                     _offline_flops(student, offline))
+        model_result(
+            student.method,
+            plan.run_folder(student.step),
+            plan.hf_folder(student.step),
+            _offline_flops(student, offline),
+        )
         for student in plan.chosen_students(all_methods)
     )
     second = plan.SECOND_SEED_RUN
@@ -77,8 +82,14 @@ def collect_report(seconds: float, skipped_steps: int = 0, all_methods: bool = F
     _require_equal_flops((*students, second_seed), FLOPS_TOLERANCE_WITH_TEXT if all_methods else FLOPS_TOLERANCE)
     bigram = score_bigram(fit_bigram(corpus), heldout)
     return Report(
-        heldout=str(plan.HELDOUT_DATA), students=students, second_seed=second_seed, teacher=teacher,
-        reference=reference, bigram_loss=bigram.loss, bigram_bits_per_byte=bigram.bits_per_byte, seconds=seconds,
+        heldout=str(plan.HELDOUT_DATA),
+        students=students,
+        second_seed=second_seed,
+        teacher=teacher,
+        reference=reference,
+        bigram_loss=bigram.loss,
+        bigram_bits_per_byte=bigram.bits_per_byte,
+        seconds=seconds,
         continuing=tuple(student.method for student in plan.chosen_students(all_methods) if student.continues),
         facts={"steps done before": skipped_steps, **_facts(corpus, heldout, bigram.tokens)},
     )

@@ -16,8 +16,8 @@ import sysconfig
 from pathlib import Path
 from typing import Iterator
 
+from megatron_kd.artefacts.artefact_folder import write_file
 from megatron_kd.cli import status_of
-from megatron_kd.data.artefact_folder import write_file
 from megatron_kd.errors import DataError
 
 MAX_DOCUMENT_BYTES = 160_000

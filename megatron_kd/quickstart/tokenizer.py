@@ -1,6 +1,6 @@
 """The quickstart's tokenizer: a byte-level BPE trained on the quickstart's own text.
 
-    python -m megatron_kd.quickstart.tokenizer CORPUS.jsonl VOCAB_SIZE OUTPUT_FOLDER
+python -m megatron_kd.quickstart.tokenizer CORPUS.jsonl VOCAB_SIZE OUTPUT_FOLDER
 """
 
 import sys

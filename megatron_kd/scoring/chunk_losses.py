@@ -18,8 +18,7 @@ from megatron_kd.data.batch import Batch, make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.losses import Workspace, linear_distillation_loss
 from megatron_kd.models.gpt import HiddenStateGPTModel
-from megatron_kd.parallel.context import own_part
-from megatron_kd.parallel.groups import is_last_stage, sum_over_group
+from megatron_kd.parallel.groups import is_last_stage, own_part, sum_over_group
 from megatron_kd.parallel.schedule import forward_only
 from megatron_kd.scoring.micro_batches import MicroBatch, MicroBatchPlan, width_multiple
 

@@ -2,23 +2,36 @@
 
 ``<output>.partial/`` holds ``recipe.json`` (what is being computed) and one append-only file per writing rank of every
 start. A record is a unit's scores with a checksum; a record that a kill cut short fails its checksum and is redone.
+
+The loop that fills a journal: units handed out to free replicas, computed, and kept as they are done.
 """
 
 import json
+import logging
 import os
 import secrets
 import shutil
 import struct
+import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from tqdm import tqdm
 
-from megatron_kd.data.artefact_folder import write_file
-from megatron_kd.data.folder_lock import lock_folder
+from megatron_kd.artefacts.artefact_folder import write_file
+from megatron_kd.artefacts.folder_lock import lock_folder
 from megatron_kd.errors import DataError
+from megatron_kd.parallel.coordination import WorkQueue, on_main_rank
+from megatron_kd.parallel.runtime import Runtime
+from megatron_kd.scoring.micro_batches import MicroBatch, MicroBatchPlan
+
+logger = logging.getLogger(__name__)
 
 RECIPE_NAME = "recipe.json"
 _HEADER = struct.Struct("<4sIqqqd")
@@ -121,3 +134,49 @@ def _read_record(file: IO[bytes], num_chunks: int) -> tuple[int, int, numpy.ndar
     if len(payload) < 4 * count or zlib.crc32(head[8:] + payload) != checksum:
         return None
     return unit, first, numpy.frombuffer(payload, dtype="<f4"), nats
+
+
+@dataclass(frozen=True)
+class UnitScores:
+    """Of a unit's chunks in dataset order: float32 ``[n]`` scores, NaN where nothing counts; and a total to keep."""
+
+    scores: numpy.ndarray
+    total: float
+
+
+def fill_journal(
+    tool: str,
+    journal: ScoreJournal,
+    plan: MicroBatchPlan,
+    groups: ProcessGroupCollection,
+    runtime: Runtime,
+    compute: Callable[[list[MicroBatch], int], UnitScores | None],
+) -> None:
+    """Compute every unit that a claimed journal lacks. Collective over the world.
+
+    Args:
+        tool: named in messages.
+        compute: (micro-batches, first chunk) → scores on the one rank of a replica that keeps them, None on the others.
+    """
+    name, done = on_main_rank(lambda: (secrets.token_hex(8), journal.done_units()))
+    if done and runtime.is_main:
+        logger.info(f"{len(done):,} of {plan.num_units:,} units were done before")
+    queue = WorkQueue(sorted(set(range(plan.num_units)) - set(done)), name, groups, runtime.device)
+    with tqdm(
+        total=journal.num_chunks,
+        initial=min(len(done) * plan.chunks_per_unit, journal.num_chunks),
+        desc="score",
+        unit="chunk",
+        unit_scale=True,
+        disable=not runtime.is_main,
+        file=sys.stderr,
+        mininterval=0.5 if sys.stderr.isatty() else 10.0,
+    ) as bar:
+        for unit in queue:
+            first = plan.chunk_range(unit)[0]
+            found = compute(plan.unit(unit), first)
+            if found is not None:
+                journal.add(unit, first, found.scores, found.total)
+            if runtime.is_main:
+                bar.update(min((len(done) + queue.num_taken()) * plan.chunks_per_unit, bar.total) - bar.n)
+    dist.barrier()

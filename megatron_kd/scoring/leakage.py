@@ -6,15 +6,13 @@ difference is wrong. Two datasets share chunks if they are the same, or select f
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 
+from megatron_kd.checkpoints.weights import CheckpointInfo
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import DataError, UserError
-
-if TYPE_CHECKING:
-    from megatron_kd.models.weights import CheckpointInfo
 
 REFERENCE_ROLE = "reference"
 
@@ -32,7 +30,7 @@ def training_datasets(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [] if fingerprint is None else [{"path": manifest.get("dataset_path"), "fingerprint": fingerprint}]
 
 
-def refuse_training_data(info: "CheckpointInfo", dataset: ChunkDataset, force: bool) -> None:
+def refuse_training_data(info: CheckpointInfo, dataset: ChunkDataset, force: bool) -> None:
     """Refuse to score a reference model's own training data.
 
     A model is a reference model if its training data is a reference split (``producer.role`` of the manifest), or a

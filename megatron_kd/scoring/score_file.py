@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_kd.data.artefact_folder import building, write_array
-from megatron_kd.data.checksums import Checksums
+from megatron_kd.artefacts.artefact_folder import building, write_array
+from megatron_kd.artefacts.checksums import Checksums
+from megatron_kd.artefacts.manifest import fingerprint_of, read_manifest, versions, write_manifest
 from megatron_kd.data.chunk_dataset import MASK_RULE, ChunkDataset
-from megatron_kd.data.manifest import fingerprint_of, read_manifest, versions, write_manifest
 from megatron_kd.errors import DataError
 
 KIND = "score_file"

@@ -16,10 +16,9 @@ from megatron_kd.data.batch import Batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import ConfigError, DataError
 from megatron_kd.losses import PADDING_ID, SparseKnowledge, SparseTargetKind
-from megatron_kd.parallel.context import own_part
-from megatron_kd.teachers.cache.cache_file import LogitCache
+from megatron_kd.parallel.groups import own_part
+from megatron_kd.teachers.cache.cache_reader import LogitCache, View, token_hash
 from megatron_kd.teachers.cache.codec import Codec, DecodedChunk
-from megatron_kd.teachers.cache.identity import View, token_hash
 
 
 class CachedTeacher:

@@ -8,9 +8,11 @@
 A student without a pipeline asks for micro-batches on all ranks alike, so waves run just in time, as small as keeps
 every replica and stage busy. Inside a pipelined student's schedule a teacher pass would wait for ranks that wait for
 it: there all waves of a step run first, and what the budget does not hold on the device waits in host memory.
+
+Hidden states that wait for the student: on the device up to a budget, in host memory beyond it.
 """
 
-from typing import Sequence
+from typing import Hashable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -25,10 +27,9 @@ from megatron_kd.losses import DenseKnowledge, OutputHead
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import is_last_stage
 from megatron_kd.parallel.schedule import forward_only
-from megatron_kd.teachers.control import Decision
-from megatron_kd.teachers.exchange import Carrier, Transfer, reshard_head
-from megatron_kd.teachers.routing import Item, Routing
-from megatron_kd.teachers.stash import Stash
+from megatron_kd.teachers.interface import Decision
+from megatron_kd.teachers.remote.routing import Item, Routing
+from megatron_kd.teachers.remote.transport import Carrier, Transfer, reshard_head
 
 PASSES_A_STAGE = 2  # micro-batches a wave for each pipeline stage of the teacher: its bubble is then a third
 
@@ -179,9 +180,7 @@ class ColocatedTeacher:
         own = own.int()
         everyone = [torch.empty_like(own) for _ in range(group.size())]
         dist.all_gather(everyone, own, group=group)
-        return {
-            Item(m, d): (ids[0], ids[1]) for d, step in enumerate(everyone) for m, ids in enumerate(step.long())
-        }
+        return {Item(m, d): (ids[0], ids[1]) for d, step in enumerate(everyone) for m, ids in enumerate(step.long())}
 
     def _student_head(self, student_rows: int) -> OutputHead | None:
         """The teacher's output layer for this rank's interval of ids; None before the student's last stage."""
@@ -203,3 +202,53 @@ def whole_sequence(hidden: Tensor, chunk: HiddenStateGPTModel, groups: ProcessGr
     if chunk.config.sequence_parallel:
         return gather_from_sequence_parallel_region(hidden, group=groups.tp)
     return hidden
+
+
+class Stash:
+    """Tensors by key, each put once and taken once.
+
+    Args:
+        device_bytes: what may be kept on the device at a time. Beyond it a tensor is copied to the host (pinned and
+            asynchronously from CUDA) and back when it is taken.
+    """
+
+    def __init__(self, device_bytes: int):
+        self._budget = device_bytes
+        self._kept: dict[Hashable, tuple[Tensor, torch.device]] = {}
+        self._on_device: set[Hashable] = set()
+        self.device_bytes = self.host_bytes = 0
+        self.peak_device_bytes = self.peak_host_bytes = 0
+
+    def put(self, key: Hashable, value: Tensor) -> None:
+        """Keep ``value`` until it is taken."""
+        device, size = value.device, value.numel() * value.element_size()
+        if self.device_bytes + size <= self._budget:
+            self._on_device.add(key)
+            self.device_bytes += size
+        else:
+            host = torch.empty(value.shape, dtype=value.dtype, pin_memory=device.type == "cuda")
+            value = host.copy_(value, non_blocking=True)
+            self.host_bytes += size
+        self._kept[key] = (value, device)
+        self.peak_device_bytes = max(self.peak_device_bytes, self.device_bytes)
+        self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes)
+
+    def take(self, key: Hashable) -> Tensor:
+        """The tensor of ``key``, on the device that it came from."""
+        value, device = self._kept.pop(key)
+        size = value.numel() * value.element_size()
+        if key in self._on_device:
+            self._on_device.remove(key)
+            self.device_bytes -= size
+        else:
+            self.host_bytes -= size
+        return value.to(device, non_blocking=True)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._kept
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._kept.clear()
+        self._on_device.clear()
+        self.device_bytes = self.host_bytes = 0

@@ -8,7 +8,7 @@ How one is written: ``checkpoint_writer.py``.
 
 import dataclasses
 import json
-import sys
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Mapping, Sequence
@@ -17,14 +17,13 @@ import torch
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_kd.data.artefact_folder import write_file
-from megatron_kd.data.checksums import Checksums
-from megatron_kd.data.folder_lock import LOCK_NAME
-from megatron_kd.data.manifest import versions, write_manifest
-from megatron_kd.errors import CheckpointError
-from megatron_kd.models.architecture import ModelArchitecture
-from megatron_kd.models.gpt import HiddenStateGPTModel, build_model
-from megatron_kd.models.weights import (
+from megatron_kd.artefacts.artefact_folder import write_file
+from megatron_kd.artefacts.checksums import Checksums
+from megatron_kd.artefacts.folder_lock import LOCK_NAME
+from megatron_kd.artefacts.manifest import versions, write_manifest
+from megatron_kd.checkpoints.checkpoint_writer import FORMAT, CheckpointWriter, Describe, Retention
+from megatron_kd.checkpoints.sharded_state import sharded_weights, sharding_metadata
+from megatron_kd.checkpoints.weights import (
     CHECKPOINT_KIND,
     CheckpointInfo,
     checkpoint_folders,
@@ -32,13 +31,16 @@ from megatron_kd.models.weights import (
     load_weights,
     open_checkpoint,
 )
-from megatron_kd.models.weights_format import sharded_weights, sharding_metadata
-from megatron_kd.parallel.agreement import on_main_rank
+from megatron_kd.errors import CheckpointError
+from megatron_kd.models.architecture import ModelArchitecture
+from megatron_kd.models.gpt import HiddenStateGPTModel, build_model
+from megatron_kd.parallel.coordination import on_main_rank
 from megatron_kd.parallel.groups import create_process_groups
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_kd.parallel.runtime import distributed_runtime
-from megatron_kd.training.checkpoint_writer import FORMAT, CheckpointWriter, Describe, Retention
-from megatron_kd.training.survival import Incidents
+from megatron_kd.training.fault_tolerance import Incidents
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ def _find_whole(checkpoints: Path) -> Path | None:
             faults.append(str(error))
             continue
         for fault in faults:
-            sys.stderr.write(f"train: a damaged checkpoint is passed over, going on from {folder.name}: {fault}\n")
+            logger.info(f"a damaged checkpoint is passed over, going on from {folder.name}: {fault}")
         return folder
     if faults:
         raise CheckpointError(f"{checkpoints}: no whole checkpoint is left: {'; '.join(faults)}")

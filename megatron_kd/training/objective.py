@@ -23,10 +23,10 @@ from megatron_kd.losses import (
     linear_distillation_loss,
 )
 from megatron_kd.models.gpt import HiddenStateGPTModel
-from megatron_kd.parallel.context import own_part
+from megatron_kd.parallel.groups import own_part
 from megatron_kd.teachers.interface import Teacher
 from megatron_kd.training.methods.batches import AuxiliaryBatch
-from megatron_kd.training.methods.config import DistiLLMConfig, GKDConfig, MiniLLMConfig, TextConfig
+from megatron_kd.training.methods.method_config import DistiLLMConfig, GKDConfig, MiniLLMConfig, TextConfig
 
 LossReduction = Literal["token", "sequence"]
 REPORTED_SUMS = ("loss", "lm", "kd", "teacher_entropy", "tokens", "count")

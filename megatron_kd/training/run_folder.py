@@ -1,28 +1,34 @@
-"""The run folder: who writes there, whether a run can start or go on there, from which step, and what it then says."""
+"""The run folder: who writes there, whether a run can start or go on there, from which step, and what it then says.
 
-import sys
-from contextlib import contextmanager
+The lock that keeps two runs from writing one run folder.
+"""
+
+import logging
+import os
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Iterator
+from typing import IO, Iterator
 
 from megatron.core.distributed import DistributedDataParallel
 
+from megatron_kd.artefacts.artefact_folder import write_file
+from megatron_kd.artefacts.folder_lock import LOCK_NAME, free, try_lock
+from megatron_kd.checkpoints.loading import check_same_tokenizer
+from megatron_kd.checkpoints.weights import CheckpointInfo, check_same_architecture
 from megatron_kd.config import dump_yaml
-from megatron_kd.data.artefact_folder import write_file
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.errors import CheckpointError
+from megatron_kd.errors import CheckpointError, ConfigError
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.models.gpt import parameter_count
 from megatron_kd.models.layer_specs import choose_layer_spec
-from megatron_kd.models.loading import check_same_tokenizer
-from megatron_kd.models.weights import CheckpointInfo, check_same_architecture
-from megatron_kd.parallel.agreement import on_main_rank
+from megatron_kd.parallel.coordination import on_main_rank
 from megatron_kd.parallel.layout import ParallelLayout
 from megatron_kd.parallel.runtime import Runtime
-from megatron_kd.training import accelerated
+from megatron_kd.training import preflight as accelerated
 from megatron_kd.training.checkpoint import Progress, newest_whole_checkpoint
-from megatron_kd.training.config import TrainConfig
-from megatron_kd.training.run_lock import RunLock, cannot_be_a_run_folder, refuse_what_is_no_folder
+from megatron_kd.training.train_config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 _SAME_TRAINING_KEYS = ("seed", "global_batch_size")
 
@@ -111,12 +117,70 @@ def announce(
     start = f", resumed at step {progress.step}" if progress.step else ""
     where = config.teacher.cache_path if config.teacher.placement == "cached" else config.teacher.path
     teacher = f", teacher {config.teacher.placement} {where}" if where else ""
-    sys.stderr.write(
-        f"train: {config.model.name} ({architecture.parameters:,} parameters, "
+    logger.info(
+        f"{config.model.name} ({architecture.parameters:,} parameters, "
         f"{parameter_count(model):,} on this rank), "
         f"{layout.describe()} on {runtime.device.type}, {accelerated.chosen(spec, parts)}, "
-        f"{config.training.precision}, {data.num_chunks:,} chunks{teacher}{start}\n"
+        f"{config.training.precision}, {data.num_chunks:,} chunks{teacher}{start}"
     )
     notice = accelerated.notice(parts, runtime.device)
     if notice is not None:
-        sys.stderr.write(f"train: {notice}\n")
+        logger.info(f"{notice}")
+
+
+class RunLock:
+    """An exclusive lock on ``<run>/.writer.lock``; the system frees it when the process that took it ends."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._path = folder / LOCK_NAME
+        self._file: IO[str] | None = None
+        self._made: list[Path] = []
+
+    def take(self) -> None:
+        """Make the folder where there is none, and lock it at once or not at all.
+
+        Raises:
+            ConfigError: another run holds it, or there can be no such folder.
+        """
+        refuse_what_is_no_folder(self._folder)
+        self._made = [folder for folder in (self._folder, *self._folder.parents) if not folder.exists()]
+        while self._file is None:
+            with cannot_be_a_run_folder(self._folder):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                file = try_lock(self._path)
+            if file is None:
+                raise ConfigError(
+                    f"output {self._folder}: another run is training there; wait for it, end it or choose another "
+                    "output"
+                )
+            if os.fstat(file.fileno()).st_nlink:
+                self._file = file
+            else:  # its owner ended, and removed it, between our two calls
+                file.close()
+
+    def release(self) -> None:
+        """Remove the lock, and the folders that were made for it if they hold nothing else."""
+        if self._file is None:
+            return
+        with suppress(OSError):
+            self._path.unlink()
+            for folder in self._made:
+                folder.rmdir()
+        free(self._file)
+        self._file = None
+
+
+def refuse_what_is_no_folder(folder: Path) -> None:
+    """Raise :class:`ConfigError` where something else has the name of a run folder."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output {folder} is not a folder: choose another run folder")
+
+
+@contextmanager
+def cannot_be_a_run_folder(folder: Path) -> Iterator[None]:
+    """Turn what the system says while ``folder`` is made into a :class:`ConfigError`."""
+    try:
+        yield
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise ConfigError(f"output {folder} cannot be a run folder: {error.strerror}") from None

@@ -11,21 +11,20 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_kd.checkpoints.checkpoint_writer import CheckpointWriter, Retention
+from megatron_kd.checkpoints.weights import open_checkpoint
 from megatron_kd.config import to_mapping
+from megatron_kd.costs.flops import RunCost
 from megatron_kd.data.batch import Batch, make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.data.prefetch import prefetch
+from megatron_kd.data.workers import prefetch
 from megatron_kd.errors import NonFiniteLossError, Preempted
-from megatron_kd.metrics.device import MemoryMeter, peak_flops
-from megatron_kd.metrics.tracker import RunTracker
+from megatron_kd.metrics.tracker import MemoryMeter, RunTracker, peak_flops
 from megatron_kd.models.architecture import ModelArchitecture
-from megatron_kd.models.weights import open_checkpoint
 from megatron_kd.parallel.layout import ParallelLayout, as_mapping
 from megatron_kd.parallel.runtime import Runtime
-from megatron_kd.planning.flops import RunCost
 from megatron_kd.scoring.chunk_losses import HeldoutLoss, heldout_loss
-from megatron_kd.teachers.control import Action, Decision
-from megatron_kd.training.build import heldout_teacher, unwrap
+from megatron_kd.teachers.interface import Action, Decision
 from megatron_kd.training.checkpoint import (
     Progress,
     description,
@@ -33,18 +32,16 @@ from megatron_kd.training.checkpoint import (
     newest_whole_checkpoint,
     training_state,
 )
-from megatron_kd.training.checkpoint_writer import CheckpointWriter, Retention
-from megatron_kd.training.config import TrainConfig
-from megatron_kd.training.hang import HangWatch
-from megatron_kd.training.methods.saved_state import restore_source, source_files
-from megatron_kd.training.methods.source import BatchSource, Place
+from megatron_kd.training.fault_tolerance import Survival
+from megatron_kd.training.methods.source import BatchSource, Place, restore_source, source_files
 from megatron_kd.training.objective import METHODS_WITH_TEXT, build_objective
 from megatron_kd.training.optimizer import learning_rate
-from megatron_kd.training.signals import SignalWatch
-from megatron_kd.training.survival import Survival
-from megatron_kd.training.teacher_ranks import build_schedule
+from megatron_kd.training.setup import heldout_teacher, unwrap
+from megatron_kd.training.teacher_process import build_schedule
+from megatron_kd.training.train_config import TrainConfig
 from megatron_kd.training.train_step import StepResult, TrainStep
 from megatron_kd.training.validation import heldout_distillation
+from megatron_kd.training.watches import HangWatch, SignalWatch
 
 
 class Trainer:

@@ -28,6 +28,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from megatron_kd.logs import start_logging
+
 DEFAULT_TIMEOUT = 120.0
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -98,9 +100,7 @@ class Ranks:
         store = self.new_store()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_work, args=(rank, self.world_size, store, theirs, list(sys.path))
-            )
+            process = context.Process(target=_work, args=(rank, self.world_size, store, theirs, list(sys.path)))
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -151,6 +151,7 @@ def _work(rank: int, world_size: int, store: str, pipe: Any, path: list[str]) ->
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
+    start_logging("ranks")
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     while True:
         try:

@@ -4,7 +4,7 @@ import errno
 import time
 
 from megatron_kd.errors import UserError
-from megatron_kd.parallel.agreement import another_rank_failed
+from megatron_kd.parallel.coordination import another_rank_failed
 from megatron_kd.parallel.runtime import distributed_runtime
 from tests.distributed.fresh_world import run_in_fresh_world
 

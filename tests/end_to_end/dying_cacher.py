@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 from megatron_kd.cli import main
-from megatron_kd.teachers.cache import shard
+from megatron_kd.teachers.cache import cache_writer as shard
 
 whole_append, whole_write_file = shard.ShardWriter._append, shard.write_file
 writes = 0

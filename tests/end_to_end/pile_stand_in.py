@@ -11,9 +11,23 @@ import zstandard
 from tests.end_to_end.commands import REPOSITORY, environment, run
 
 DOMAINS = (
-    "ArXiv", "DM Mathematics", "Enron Emails", "EuroParl", "FreeLaw", "Github", "Gutenberg (PG-19)", "HackerNews",
-    "NIH ExPorter", "PhilPapers", "Pile-CC", "PubMed Abstracts", "PubMed Central", "StackExchange", "USPTO Backgrounds",
-    "Ubuntu IRC", "Wikipedia (en)",
+    "ArXiv",
+    "DM Mathematics",
+    "Enron Emails",
+    "EuroParl",
+    "FreeLaw",
+    "Github",
+    "Gutenberg (PG-19)",
+    "HackerNews",
+    "NIH ExPorter",
+    "PhilPapers",
+    "Pile-CC",
+    "PubMed Abstracts",
+    "PubMed Central",
+    "StackExchange",
+    "USPTO Backgrounds",
+    "Ubuntu IRC",
+    "Wikipedia (en)",
 )
 BYTES = 1_500_000
 VOCABULARY = 512
@@ -50,10 +64,22 @@ def write_corpus(folder: Path, size_limit: int = BYTES) -> Path:
 def train_teacher(corpus: Path, folder: Path) -> Path:
     """A few steps of a toy teacher on the corpus, exported; returns the Hugging Face folder."""
     done = [
-        run("tokenize_corpus", f"input={corpus}/*.jsonl.zst", f"tokenizer={corpus / 'tokenizer'}",
-            f"output={folder / 'data'}", "data.seq_length=1024"),
-        run("train", f"data.path={folder / 'data'}", f"output={folder / 'run'}", "model.name=qwen_toy_teacher",
-            "training.train_iters=20", "training.global_batch_size=2", "training.micro_batch_size=2"),
+        run(
+            "tokenize_corpus",
+            f"input={corpus}/*.jsonl.zst",
+            f"tokenizer={corpus / 'tokenizer'}",
+            f"output={folder / 'data'}",
+            "data.seq_length=1024",
+        ),
+        run(
+            "train",
+            f"data.path={folder / 'data'}",
+            f"output={folder / 'run'}",
+            "model.name=qwen_toy_teacher",
+            "training.train_iters=20",
+            "training.global_batch_size=2",
+            "training.micro_batch_size=2",
+        ),
         run("convert_to_hf", f"input={folder / 'run'}", f"output={folder / 'hf'}"),
     ]
     for ended in done:

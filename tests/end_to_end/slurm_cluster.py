@@ -81,16 +81,26 @@ class SlurmCluster:
         for name in ("state", *(f"spool-{node}" for node in self._nodes)):
             (self.folder / name).mkdir(parents=True)
         memory = int(re.search(r"RealMemory=(\d+)", self._output("slurmd", "-C")).group(1)) // len(self._nodes)
-        (self.folder / "slurm.conf").write_text(CONF.format(
-            host=self.host, folder=self.folder, memory=memory, port=_free_port(), port_1=_free_port(),
-            port_2=_free_port()))
+        (self.folder / "slurm.conf").write_text(
+            CONF.format(
+                host=self.host,
+                folder=self.folder,
+                memory=memory,
+                port=_free_port(),
+                port_1=_free_port(),
+                port_2=_free_port(),
+            )
+        )
         self._start_munge()
         subprocess.run(["slurmctld"], env=self.environment, check=True)
         try:
             for node in self._nodes:
                 subprocess.run(["slurmd", "-N", node], env=self.environment, check=True)
-            self.wait(lambda: self._output("sinfo", "-h", "-N", "-p", "all", "-o", "%T").split() == ["idle"] * 2, 60,
-                      "the nodes are not idle")
+            self.wait(
+                lambda: self._output("sinfo", "-h", "-N", "-p", "all", "-o", "%T").split() == ["idle"] * 2,
+                60,
+                "the nodes are not idle",
+            )
         except BaseException:
             self.__exit__()
             raise
@@ -139,8 +149,9 @@ class SlurmCluster:
             time.sleep(0.5)
 
     def _output(self, *command: str) -> str:
-        ended = subprocess.run(command, env=self.environment, capture_output=True, text=True, cwd=self.folder.parent,
-                               timeout=60)
+        ended = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, cwd=self.folder.parent, timeout=60
+        )
         if ended.returncode:
             raise AssertionError(f"{' '.join(command)}: {ended.stderr}")
         return ended.stdout
@@ -151,8 +162,10 @@ class SlurmCluster:
         for folder in ("/run/munge", "/var/log/munge", "/var/lib/munge"):
             Path(folder).mkdir(exist_ok=True)
             shutil.chown(folder, "munge", "munge")
-        self._munge = subprocess.Popen(["setpriv", "--reuid=munge", "--regid=munge", "--clear-groups", "munged",
-                                        "--foreground"], stderr=subprocess.DEVNULL)
+        self._munge = subprocess.Popen(
+            ["setpriv", "--reuid=munge", "--regid=munge", "--clear-groups", "munged", "--foreground"],
+            stderr=subprocess.DEVNULL,
+        )
         self.wait(lambda: subprocess.run(["munge", "-n"], capture_output=True).returncode == 0, 20, "no munge")
 
 

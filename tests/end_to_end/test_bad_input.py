@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
+from megatron_kd.checkpoints.weights import checkpoint_folders, open_checkpoint
 from megatron_kd.cli import main
 from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
-from megatron_kd.models.weights import checkpoint_folders, open_checkpoint
 from tests.distributed.training.runs import SEQ_LENGTH, make_dataset
 from tests.end_to_end.commands import SMALL, run
 
@@ -231,7 +231,7 @@ def test_the_rank_that_fails_alone_is_the_one_that_speaks(dataset, tmp_path):
 
 ONE_RANK_FAILS = """
 import os
-from megatron_kd.quiet import silence_known_noise
+from megatron_kd.logs import silence_known_noise
 silence_known_noise()
 from megatron_kd.errors import DataError
 from megatron_kd.training import trainer

@@ -21,7 +21,9 @@ def settings(dataset, teacher, output):
 
 
 def finish(arguments, ranks):
-    shared_ranks(ranks).run(call_verb, "megatron_kd.teachers.cache.run", "CacheTeacherLogitsConfig", arguments)
+    shared_ranks(ranks).run(
+        call_verb, "megatron_kd.teachers.cache.cache_teacher_logits", "CacheTeacherLogitsConfig", arguments
+    )
 
 
 @pytest.fixture(scope="module")

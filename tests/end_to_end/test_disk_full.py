@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from megatron_kd.models.weights import open_checkpoint
+from megatron_kd.checkpoints.weights import open_checkpoint
 from tests.end_to_end.commands import SMALL, run
 
 FILE_BYTES = 300_000  # less than the largest file of a checkpoint of the smallest model, more than any other file
@@ -81,7 +81,7 @@ def test_the_main_rank_alone_cannot_write(dataset, tmp_path):
 
 
 MAIN_RANK_CANNOT_WRITE = """
-from megatron_kd.quiet import silence_known_noise
+from megatron_kd.logs import silence_known_noise
 silence_known_noise()
 from megatron.core.dist_checkpointing import serialization
 real = serialization.save_config

@@ -9,11 +9,11 @@ import pytest
 
 from megatron_kd.cli import VERBS
 from megatron_kd.config import load_config
-from megatron_kd.data.sample_by_difference import SampleByDifferenceConfig
 from megatron_kd.data.tokenize_corpus import TokenizeCorpusConfig
-from megatron_kd.planning.config import PlanRunConfig
 from megatron_kd.planning.plan import make_plan
-from megatron_kd.training.config import TrainConfig
+from megatron_kd.planning.plan_config import PlanRunConfig
+from megatron_kd.selection.sample_by_difference import SampleByDifferenceConfig
+from megatron_kd.training.train_config import TrainConfig
 from tests.end_to_end.commands import REPOSITORY
 from tests.end_to_end.pile_stand_in import train_teacher, write_corpus
 from tests.end_to_end.workshop import Material, Workshop, commands
@@ -21,14 +21,17 @@ from tests.end_to_end.workshop import Material, Workshop, commands
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 PAGES = [REPOSITORY / "README.md", *DOCS, *sorted((REPOSITORY / "examples").glob("*/README.md"))]
 PAGE = REPOSITORY / "docs/laptop_to_cluster.md"
-PILE = sorted(path for name in ("miniplm", "vanilla_kd") for path in
-              (REPOSITORY / f"examples/{name}_pile_qwen").glob("*.yaml"))
+PILE = sorted(
+    path for name in ("miniplm", "vanilla_kd") for path in (REPOSITORY / f"examples/{name}_pile_qwen").glob("*.yaml")
+)
 TRAINING = [path for path in PILE if path.stem not in ("tokenize_corpus", "sample_by_difference", "base")]
 WITH_COMMANDS = ["checkpoints", "corpus", "difference_sampling", "teacher_cache", "teachers"]
 """Pages beside PAGE whose commands run here, in a folder of their own."""
 PROGRAMS = r"^\s*(?:python|torchrun|sbatch|examples/|tools/|make|pip|\.?/)[^\n]*"
-SMALL = ("training.global_batch_size=4 training.micro_batch_size=2 training.train_iters=10 training.eval_interval=2 "
-         "training.save_interval=5 training.precision=fp32 optimizer.lr_warmup_iters=2")
+SMALL = (
+    "training.global_batch_size=4 training.micro_batch_size=2 training.train_iters=10 training.eval_interval=2 "
+    "training.save_interval=5 training.precision=fp32 optimizer.lr_warmup_iters=2"
+)
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -53,8 +56,18 @@ def test_the_corpus_configurations():
 
 def test_the_page_has_its_commands():
     text = "\n".join(commands(PAGE))
-    for verb in ("plan_run", "submit.sh", "run.sbatch", "array.sbatch", "remote_teacher.sbatch", "plot", "evaluate",
-                 "fit_scaling_law", "compute_saving", "ratio.sh"):
+    for verb in (
+        "plan_run",
+        "submit.sh",
+        "run.sbatch",
+        "array.sbatch",
+        "remote_teacher.sbatch",
+        "plot",
+        "evaluate",
+        "fit_scaling_law",
+        "compute_saving",
+        "ratio.sh",
+    ):
         assert verb in text, verb
 
 
@@ -63,10 +76,17 @@ def test_every_command_of_the_page_runs(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     workshop = Workshop(tmp_path, few_steps={})
     workshop.run(
-        PAGE, 1500, RANKS="1", SIZE="500m", CORPUS=f"{corpus}/*.jsonl.zst",
-        TEACHER=str(train_teacher(corpus, tmp_path / "teacher")), DATA=str(tmp_path / "data"),
-        RUNS=str(tmp_path / "runs"), TOKENIZE_OPTIONS="heldout_fraction=0.05 reference_fraction=0.2",
-        TRAIN_OPTIONS=SMALL, REFERENCE_OPTIONS="model.name=qwen_toy_reference",
+        PAGE,
+        1500,
+        RANKS="1",
+        SIZE="500m",
+        CORPUS=f"{corpus}/*.jsonl.zst",
+        TEACHER=str(train_teacher(corpus, tmp_path / "teacher")),
+        DATA=str(tmp_path / "data"),
+        RUNS=str(tmp_path / "runs"),
+        TOKENIZE_OPTIONS="heldout_fraction=0.05 reference_fraction=0.2",
+        TRAIN_OPTIONS=SMALL,
+        REFERENCE_OPTIONS="model.name=qwen_toy_reference",
         STUDENT_OPTIONS="model.name=qwen_toy_student",
     )
     logs = tmp_path / "logs"
@@ -129,8 +149,11 @@ def test_keys_that_a_page_names_are_keys(page, every_key):
     text = page.read_text(encoding="utf-8")
     sections = {key.partition(".")[0] for key in every_key if "." in key}
     dotted = re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:[=:][^`]*)?`", text)
-    unknown = {key for key in dotted if key.partition(".")[0] in sections and key not in every_key
-               and not key.endswith((".jsonl", ".png"))}
+    unknown = {
+        key
+        for key in dotted
+        if key.partition(".")[0] in sections and key not in every_key and not key.endswith((".jsonl", ".png"))
+    }
     last = {key.rpartition(".")[2] for key in every_key}
     assert not unknown | {key for key in re.findall(r"`([a-z_]+)=[^`]*`", text) if key not in last}
 
@@ -144,4 +167,4 @@ def test_lines_fit_a_terminal(page):
 def test_the_readme_starts_with_what_to_type():
     lines = (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()
     first = next(number for number, line in enumerate(lines, 1) if line.startswith("```"))
-    assert first <= 20 and "make quickstart" in "\n".join(lines[first:first + 5])
+    assert first <= 20 and "make quickstart" in "\n".join(lines[first : first + 5])

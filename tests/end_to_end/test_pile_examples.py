@@ -16,8 +16,10 @@ from megatron_kd.metrics.tracker import read_metrics
 from tests.end_to_end.commands import REPOSITORY, environment
 from tests.end_to_end.pile_stand_in import DOMAINS, train_teacher, write_corpus
 
-SMALL = ("training.global_batch_size=4 training.micro_batch_size=2 training.train_iters=4 training.eval_interval=2 "
-         "training.save_interval=2 training.precision=fp32 optimizer.lr_warmup_iters=2")
+SMALL = (
+    "training.global_batch_size=4 training.micro_batch_size=2 training.train_iters=4 training.eval_interval=2 "
+    "training.save_interval=2 training.precision=fp32 optimizer.lr_warmup_iters=2"
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,18 +27,25 @@ def variables(tmp_path_factory):
     root = tmp_path_factory.mktemp("pile")
     corpus = write_corpus(root / "corpus")
     return {
-        **environment(), "PYTHON": sys.executable, "RANKS": "1", "SIZE": "200m",
-        "CORPUS": f"{corpus}/*.jsonl.zst", "TEACHER": str(train_teacher(corpus, root / "teacher")),
-        "DATA": str(root / "data"), "RUNS": str(root / "runs"),
+        **environment(),
+        "PYTHON": sys.executable,
+        "RANKS": "1",
+        "SIZE": "200m",
+        "CORPUS": f"{corpus}/*.jsonl.zst",
+        "TEACHER": str(train_teacher(corpus, root / "teacher")),
+        "DATA": str(root / "data"),
+        "RUNS": str(root / "runs"),
         "TOKENIZE_OPTIONS": "heldout_fraction=0.05 reference_fraction=0.2",
-        "TRAIN_OPTIONS": SMALL, "REFERENCE_OPTIONS": "model.name=qwen_toy_reference",
+        "TRAIN_OPTIONS": SMALL,
+        "REFERENCE_OPTIONS": "model.name=qwen_toy_reference",
         "STUDENT_OPTIONS": "model.name=qwen_toy_student",
     }
 
 
 def step(variables, script):
-    ended = subprocess.run([str(REPOSITORY / "examples" / script)], env=variables, cwd="/", capture_output=True,
-                           text=True, timeout=400)
+    ended = subprocess.run(
+        [str(REPOSITORY / "examples" / script)], env=variables, cwd="/", capture_output=True, text=True, timeout=400
+    )
     assert ended.returncode == 0, f"{script}\n{ended.stdout}\n{ended.stderr}"
     return ended.stdout
 
@@ -87,11 +96,14 @@ def test_what_is_saved_is_read_from_the_runs_that_are_there(tmp_path):
     for name, flops in runs:
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(
-            f'{{"step": 2, "train_flops": {flops}, "eval_loss": 3.0, "bits_per_byte": 1.0}}\n')
+            f'{{"step": 2, "train_flops": {flops}, "eval_loss": 3.0, "bits_per_byte": 1.0}}\n'
+        )
     variables = {**environment(), "PYTHON": sys.executable, "RUNS": str(tmp_path), "SIZE": "200m", "READ": "1"}
     said = step(variables, "sweeps/compute_saving.sh").splitlines()
     assert [line.split(" of the FLOPs")[0] for line in said] == [
-        f"{tmp_path}/miniplm_200m needs 0.50", f"{tmp_path}/ratio_200m_0.3 needs 0.10"]
+        f"{tmp_path}/miniplm_200m needs 0.50",
+        f"{tmp_path}/ratio_200m_0.3 needs 0.10",
+    ]
     assert said[0].endswith(f"{tmp_path}/pretrain_200m's held-out loss 3.0000")
 
 

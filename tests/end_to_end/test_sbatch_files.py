@@ -59,10 +59,23 @@ def job(tmp_path):
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
 
     def start(script, *arguments, **variables):
-        environment = {**kept, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": "python",
-                       "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "n[1-2]", "RECORD": "", **variables}
-        return subprocess.Popen(["bash", f"examples/slurm/{script}", *arguments], cwd=tmp_path, env=environment,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        environment = {
+            **kept,
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+            "PYTHON": "python",
+            "SLURM_JOB_ID": "4711",
+            "SLURM_JOB_NODELIST": "n[1-2]",
+            "RECORD": "",
+            **variables,
+        }
+        return subprocess.Popen(
+            ["bash", f"examples/slurm/{script}", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     return start
 
@@ -80,23 +93,40 @@ def asked(folder, program):
     return path.read_text().splitlines() if path.exists() else []
 
 
-ARGUMENTS = ["input=[data/a b/*.jsonl.zst]", "it's=\"x\"", "a=$HOME"]
+ARGUMENTS = ["input=[data/a b/*.jsonl.zst]", 'it\'s="x"', "a=$HOME"]
 
 
 def test_every_node_has_an_agent_of_one_meeting_place(job, tmp_path):
     assert job("run.sbatch", "train", *ARGUMENTS, SLURM_GPUS_ON_NODE="8").wait(20) == 0
     started = noted(tmp_path, "started")
     assert started["arguments"] == [
-        "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", "1", "--nproc-per-node", "8",
-        "--master-addr", "n1", "--master-port", "14711", "tools/train.py", *ARGUMENTS,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--node-rank",
+        "1",
+        "--nproc-per-node",
+        "8",
+        "--master-addr",
+        "n1",
+        "--master-port",
+        "14711",
+        "tools/train.py",
+        *ARGUMENTS,
     ]
     assert started["ignores_the_warning"] and started["path"].split(":")[0] == str(tmp_path)
     assert noted(tmp_path, "srun")["options"] == ["--kill-on-bad-exit=0", "--wait=300"]
 
 
 def test_a_heterogeneous_job_is_one_world(job, tmp_path):
-    ended = job("remote_teacher.sbatch", "train", SLURM_HET_SIZE="2", SLURM_CPUS_PER_TASK="4",
-                SLURM_JOB_NODELIST_HET_GROUP_0="n1")
+    ended = job(
+        "remote_teacher.sbatch",
+        "train",
+        SLURM_HET_SIZE="2",
+        SLURM_CPUS_PER_TASK="4",
+        SLURM_JOB_NODELIST_HET_GROUP_0="n1",
+    )
     assert ended.wait(20) == 0
     assert noted(tmp_path, "srun")["options"] == ["--kill-on-bad-exit=0", "--wait=300", "--het-group=0,1"]
 
@@ -105,8 +135,12 @@ def test_a_step_has_the_jobs_cores_and_its_container(job, tmp_path):
     ended = job("run.sbatch", "train", SLURM_CPUS_PER_TASK="64", CONTAINER="nvcr.io#x", MOUNTS="/data:/data")
     assert ended.wait(20) == 0
     options = noted(tmp_path, "srun")["options"]
-    assert {"--cpus-per-task=64", "--container-image=nvcr.io#x", f"--container-workdir={tmp_path}",
-            f"--container-mounts={tmp_path}:{tmp_path},/data:/data"} < set(options)
+    assert {
+        "--cpus-per-task=64",
+        "--container-image=nvcr.io#x",
+        f"--container-workdir={tmp_path}",
+        f"--container-mounts={tmp_path}:{tmp_path},/data:/data",
+    } < set(options)
 
 
 def test_an_array_task_is_its_line_of_the_file(job, tmp_path):
@@ -121,8 +155,11 @@ def test_an_array_task_is_its_line_of_the_file(job, tmp_path):
 
 @pytest.mark.parametrize(
     ("script", "arguments", "said", "name"),
-    [("run.sbatch", ["train"], "USR1", "4711"), ("run.sbatch", ["score_corpus"], "TERM", "4711"),
-     ("array.sbatch", ["lines", "tokenize_corpus"], "TERM", "4700_0")],
+    [
+        ("run.sbatch", ["train"], "USR1", "4711"),
+        ("run.sbatch", ["score_corpus"], "TERM", "4711"),
+        ("array.sbatch", ["lines", "tokenize_corpus"], "TERM", "4700_0"),
+    ],
 )
 def test_a_job_whose_time_is_up_goes_back_to_the_queue(job, tmp_path, script, arguments, said, name):
     """train is told to save; the other verbs, which only train's signal would not end, are ended. An array's task has
@@ -136,12 +173,15 @@ def test_a_job_whose_time_is_up_goes_back_to_the_queue(job, tmp_path, script, ar
     assert asked(tmp_path, "scontrol")[-1] == f"requeue {name}"
 
 
-RECORD = ("JobId=4711 EligibleTime=2026-01-01T00:00:00\n StartTime=2026-01-02T10:00:00 EndTime=Unknown\n"
-          " PreemptEligibleTime=2026-01-02T10:00:00 PreemptTime={}\n")
+RECORD = (
+    "JobId=4711 EligibleTime=2026-01-01T00:00:00\n StartTime=2026-01-02T10:00:00 EndTime=Unknown\n"
+    " PreemptEligibleTime=2026-01-02T10:00:00 PreemptTime={}\n"
+)
 
 
-@pytest.mark.parametrize(("when", "is_requeued"), [("2026-01-02T11:00:00", True), ("None", False),
-                                                   ("2026-01-02T09:59:59", False)])
+@pytest.mark.parametrize(
+    ("when", "is_requeued"), [("2026-01-02T11:00:00", True), ("None", False), ("2026-01-02T09:59:59", False)]
+)
 def test_a_failure_is_requeued_only_after_a_preemption_of_this_start(job, tmp_path, when, is_requeued):
     status = job("run.sbatch", "train", ENDS_WITH="3", RECORD=RECORD.format(when)).wait(20)
     assert status == (-signal.SIGTERM if is_requeued else 3)

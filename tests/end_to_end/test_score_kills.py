@@ -10,9 +10,9 @@ import pytest
 
 from megatron_kd.config import from_mapping
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.data.split_dataset import SplitDatasetConfig
-from megatron_kd.data.split_dataset import run as split
 from megatron_kd.scoring.score_file import write_score_file
+from megatron_kd.selection.split_dataset import SplitDatasetConfig
+from megatron_kd.selection.split_dataset import run as split
 from tests.distributed.ranks import shared_ranks
 from tests.distributed.training.runs import call_verb
 from tests.end_to_end.random_kills import KilledCommand
@@ -38,8 +38,8 @@ def killed(dataset, teacher, tmp_path_factory):
 
 def score_corpus(dataset, teacher, folder):
     keys = [f"data.path={dataset.path}", f"model.path={teacher}", *SETTINGS]
-    return command("score_corpus", "dying_scorer.py", "megatron_kd.scoring.run", "ScoreCorpusConfig", keys, [1, 2],
-                   folder)  # fmt: skip
+    module = "megatron_kd.scoring.score_corpus"
+    return command("score_corpus", "dying_scorer.py", module, "ScoreCorpusConfig", keys, [1, 2], folder)
 
 
 def predict_difference(dataset, teacher, folder):
@@ -55,7 +55,7 @@ def predict_difference(dataset, teacher, folder):
         f"subset.reference_scores={folder}/reference", f"proxy.path={teacher}", "training.train_iters=3",
         "training.batch_size=4", *SETTINGS,
     ]  # fmt: skip
-    return command("predict_difference", "dying_predictor.py", "megatron_kd.scoring.predict_difference",
+    return command("predict_difference", "dying_predictor.py", "megatron_kd.selection.predict_difference",
                    "PredictDifferenceConfig", keys, [1], folder)  # fmt: skip
 
 

@@ -58,9 +58,7 @@ def test_a_process_that_does_not_get_there_ends_all_the_same(dataset, tmp_path):
     """A step that never ends."""
     program = tmp_path / "program.py"
     program.write_text(STUCK)
-    process = start(
-        "train", *settings(dataset, tmp_path / "run", "survival.exit_within_seconds=1"), program=program
-    )
+    process = start("train", *settings(dataset, tmp_path / "run", "survival.exit_within_seconds=1"), program=program)
     assert process.stderr.readline()
     wait_for_rows(process, tmp_path / "run", 2)
     time.sleep(1.0)
@@ -73,7 +71,7 @@ def test_a_process_that_does_not_get_there_ends_all_the_same(dataset, tmp_path):
 
 STUCK = """
 import time
-from megatron_kd.quiet import silence_known_noise
+from megatron_kd.logs import silence_known_noise
 silence_known_noise()
 from megatron_kd.training import train_step
 real, calls = train_step.TrainStep.__call__, []

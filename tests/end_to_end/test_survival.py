@@ -13,13 +13,13 @@ import torch
 
 from megatron_kd.metrics.tracker import read_metrics
 from megatron_kd.training.checkpoint import load_full_state
-from megatron_kd.training.survival import EVENTS_NAME
+from megatron_kd.training.fault_tolerance import EVENTS_NAME
 from tests.end_to_end.commands import REPOSITORY, SMALL, environment, kill, run, start
 
 STEPS = 12
 POISONED = """
 import os
-from megatron_kd.quiet import silence_known_noise
+from megatron_kd.logs import silence_known_noise
 silence_known_noise()
 import dataclasses
 from megatron_kd.training import train_step
@@ -103,10 +103,10 @@ def test_a_rollback_goes_on_from_the_checkpoint_with_the_batches_after_the_spike
 
 
 MOVED = """
-from megatron_kd.quiet import silence_known_noise
+from megatron_kd.logs import silence_known_noise
 silence_known_noise()
 import dataclasses
-from megatron_kd.training import run
+from megatron_kd.training import train as run
 real = run.load_checkpoint
 def load(*arguments):
     progress = real(*arguments)
@@ -146,7 +146,7 @@ def rank_of(pid):
 
 DIES_ONCE = """
 import os, signal
-from megatron_kd.quiet import silence_known_noise
+from megatron_kd.logs import silence_known_noise
 silence_known_noise()
 from megatron_kd.training import train_step
 real, calls = train_step.TrainStep.__call__, []

@@ -44,13 +44,26 @@ class Material:
         """Tokenise, train a few steps, export."""
         corpus, data = write_corpus(folder / "corpus", BYTES), folder / "data"
         made = cls(corpus, data, folder / "teacher", folder / "reference", folder / "hf")
-        finished = [run(
-            "tokenize_corpus", f"input={corpus}/*.jsonl.zst", f"tokenizer={corpus / 'tokenizer'}",
-            f"output={data / 'train'}", f"heldout_output={data / 'heldout'}", f"reference_output={data / 'reference'}",
-            "heldout_fraction=0.2", "reference_fraction=0.2", f"data.seq_length={SEQ_LENGTH}")]
-        finished += [run("train", f"data.path={data / split}", f"output={output}", f"model.name={name}", *TOY)
-                     for split, output, name in (("train", made.teacher, "qwen_toy_teacher"),
-                                                 ("reference", made.reference, "qwen_toy_reference"))]
+        finished = [
+            run(
+                "tokenize_corpus",
+                f"input={corpus}/*.jsonl.zst",
+                f"tokenizer={corpus / 'tokenizer'}",
+                f"output={data / 'train'}",
+                f"heldout_output={data / 'heldout'}",
+                f"reference_output={data / 'reference'}",
+                "heldout_fraction=0.2",
+                "reference_fraction=0.2",
+                f"data.seq_length={SEQ_LENGTH}",
+            )
+        ]
+        finished += [
+            run("train", f"data.path={data / split}", f"output={output}", f"model.name={name}", *TOY)
+            for split, output, name in (
+                ("train", made.teacher, "qwen_toy_teacher"),
+                ("reference", made.reference, "qwen_toy_reference"),
+            )
+        ]
         finished.append(run("convert_to_hf", f"input={made.teacher}", f"output={made.hf}"))
         for ended in finished:
             assert ended.status == 0, ended.stderr
@@ -79,8 +92,7 @@ class Workshop:
         }.items():
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
-        self.environment = {**environment(), "PATH": f"{programs}:{os.environ['PATH']}",
-                            "PYTHONPATH": str(REPOSITORY)}
+        self.environment = {**environment(), "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
 
     def link(self, name: str, target: Path) -> None:
         """``name`` in the workshop is ``target``."""
@@ -91,16 +103,27 @@ class Workshop:
     def run(self, page: Path, seconds: float, **variables: str) -> None:
         """Every command of ``page``, in order, in one shell that ends at the first failure."""
         script = "set -euo pipefail\nset -x\n" + "\n".join(commands(page))
-        ended = subprocess.run(["bash", "-c", script], env=self.environment | variables, cwd=self.folder, text=True,
-                               capture_output=True, timeout=seconds)
+        ended = subprocess.run(
+            ["bash", "-c", script],
+            env=self.environment | variables,
+            cwd=self.folder,
+            text=True,
+            capture_output=True,
+            timeout=seconds,
+        )
         assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
 
     def stock(self, material: Material) -> None:
         """The names that the pages of docs/ use."""
         for name, target in {
-            "pile": material.corpus, "Qwen1.5-1.8B": material.hf, "Qwen2.5-1.5B": material.hf,
-            "runs/student": material.teacher, "TEACHER": material.teacher, "REFERENCE": material.reference,
-            "D": material.data / "train", "CORPUS": material.data / "train",
+            "pile": material.corpus,
+            "Qwen1.5-1.8B": material.hf,
+            "Qwen2.5-1.5B": material.hf,
+            "runs/student": material.teacher,
+            "TEACHER": material.teacher,
+            "REFERENCE": material.reference,
+            "D": material.data / "train",
+            "CORPUS": material.data / "train",
             "runs/quickstart/data/train": material.data / "train",
             "runs/quickstart/data/heldout": material.data / "heldout",
             "runs/quickstart/runs/teacher": material.teacher,
@@ -108,7 +131,8 @@ class Workshop:
             self.link(name, target)
         (self.folder / "STUDENT.yaml").write_text(
             "model: {name: qwen_toy_student}\noutput: runs/cached\n"
-            "training: {global_batch_size: 4, micro_batch_size: 2}\n")
+            "training: {global_batch_size: 4, micro_batch_size: 2}\n"
+        )
         (self.folder / "pile-tokenized").mkdir()
         (self.folder / "megatron").mkdir()
         for number in range(2):

@@ -6,11 +6,9 @@ import numpy as np
 
 from megatron_kd.data.batch import make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.teachers.cache.cache_file import LogitCache
+from megatron_kd.teachers.cache.cache_reader import LogitCache, View
+from megatron_kd.teachers.cache.cache_writer import ChunkRows, ShardPlan, ShardWriter
 from megatron_kd.teachers.cache.codec import Codec, Entries
-from megatron_kd.teachers.cache.fill import ChunkRows, ShardPlan
-from megatron_kd.teachers.cache.identity import View
-from megatron_kd.teachers.cache.shard import ShardWriter
 from megatron_kd.teachers.cache.work_folder import WorkFolder
 
 

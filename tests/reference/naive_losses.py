@@ -87,9 +87,7 @@ def divergence(name: str, log_p: Tensor, log_q: Tensor, beta: float = 0.5, alpha
     raise ValueError(name)
 
 
-def sparse_loss(
-    kind: str, ids: Tensor, weights: Tensor, tail: Tensor, log_q: Tensor
-) -> tuple[Tensor, Tensor | None]:
+def sparse_loss(kind: str, ids: Tensor, weights: Tensor, tail: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor | None]:
     """(value, target entropy) per token."""
     present = (ids >= 0) & (ids < log_q.shape[1])
     safe = torch.where(present, ids, 0)

@@ -10,13 +10,13 @@ from megatron_kd.config import from_mapping
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.models.architecture import ModelArchitecture, architecture_by_name
 from megatron_kd.models.gpt import HiddenStateGPTModel, build_model
-from megatron_kd.models.initialization import initialize_weights
+from megatron_kd.models.parameters import initialize_weights
 from megatron_kd.parallel.groups import create_process_groups
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_kd.parallel.runtime import Runtime
-from megatron_kd.training.build import build_student
-from megatron_kd.training.config import TrainConfig
 from megatron_kd.training.optimizer import build_optimizer
+from megatron_kd.training.setup import build_student
+from megatron_kd.training.train_config import TrainConfig
 
 TINY = ModelArchitecture(
     num_layers=2,

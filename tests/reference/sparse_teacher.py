@@ -12,7 +12,7 @@ from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.parallel.runtime import Runtime
 from megatron_kd.teachers.cache.codec import Codec
-from megatron_kd.teachers.cache.selection import Selection
+from megatron_kd.teachers.cache.kept_ids import Selection
 from megatron_kd.teachers.cached import choose_kind
 
 
@@ -48,7 +48,7 @@ class SparseTeacherInMemory:
 
 def load_in_memory(path: str, dataset: ChunkDataset, codec: Codec, sparse_target: str, runtime: Runtime) -> Any:
     """The teacher of a run folder, in a world of one rank."""
-    from megatron_kd.models.loading import ScoredModelConfig, load_for_inference
+    from megatron_kd.checkpoints.loading import ScoredModelConfig, load_for_inference
 
     loaded = load_for_inference(ScoredModelConfig(path), ParallelConfig(), dataset, runtime)
     return SparseTeacherInMemory(loaded.chunks[0], dataset, codec, sparse_target)

@@ -6,7 +6,7 @@ import torch
 
 from megatron_kd.config import load_config
 from megatron_kd.data.batch import make_batch
-from megatron_kd.data.loader import BatchSchedule, ChunkOrder
+from megatron_kd.data.chunk_order import BatchSchedule, ChunkOrder
 
 
 class _Kept:
@@ -45,15 +45,15 @@ class Ledger:
 
 def measure_step(settings: list[str]) -> dict[str, float]:
     """Bytes by category on this rank, after one step of the run that ``settings`` describe."""
+    from megatron_kd.logs import silence_known_noise
     from megatron_kd.models.architecture import architecture_by_name
     from megatron_kd.parallel.groups import create_process_groups
     from megatron_kd.parallel.runtime import distributed_runtime
-    from megatron_kd.quiet import silence_known_noise
 
     silence_known_noise()
-    from megatron_kd.training.build import build_student, build_teacher, open_datasets, plan_layout, unwrap
-    from megatron_kd.training.config import TrainConfig
     from megatron_kd.training.optimizer import build_optimizer
+    from megatron_kd.training.setup import build_student, build_teacher, open_datasets, plan_layout, unwrap
+    from megatron_kd.training.train_config import TrainConfig
 
     config = load_config(TrainConfig, None, settings)
     with distributed_runtime() as runtime:
@@ -67,12 +67,14 @@ def measure_step(settings: list[str]) -> dict[str, float]:
         peaks = _one_step(config, data, groups, teacher, model, unwrap, optimizer, runtime.device)
         return {
             "weights": _bytes(p for chunk in model for p in chunk.parameters()),
-            "gradients": float(sum(b.grad_data.nbytes for chunk in model
-                                   for b in [*chunk.buffers, *chunk.expert_parallel_buffers])),
+            "gradients": float(
+                sum(b.grad_data.nbytes for chunk in model for b in [*chunk.buffers, *chunk.expert_parallel_buffers])
+            ),
             "optimizer": _optimizer_bytes(optimizer),
             "teacher_weights": _teacher_bytes(teacher),
-            "waiting": 0.0 if teacher is None else float(
-                teacher.stash.peak_device_bytes + teacher.stash.peak_host_bytes),
+            "waiting": 0.0
+            if teacher is None
+            else float(teacher.stash.peak_device_bytes + teacher.stash.peak_host_bytes),
             **peaks,
         }
 
@@ -80,7 +82,7 @@ def measure_step(settings: list[str]) -> dict[str, float]:
 def _one_step(
     config: Any, data: Any, groups: Any, teacher: Any, model: Any, unwrap: Any, optimizer: Any, device: torch.device
 ) -> dict:
-    from megatron_kd.teachers.control import Action, Decision
+    from megatron_kd.teachers.interface import Action, Decision
     from megatron_kd.training.objective import MicroBatchLoss, build_objective
     from megatron_kd.training.train_step import TrainStep
 
@@ -90,15 +92,21 @@ def _one_step(
     length = config.data.seq_length or data.seq_length
     batches = [make_batch(data, indices, length).to(device) for indices in rows]
     step = TrainStep(
-        model=model, optimizer=optimizer, groups=groups, teacher=teacher,
+        model=model,
+        optimizer=optimizer,
+        groups=groups,
+        teacher=teacher,
         clip_grad=1.0,
-        micro_batch_loss=MicroBatchLoss(build_objective(config.distillation), teacher, groups,
-                                        settings.loss_reduction, unwrap),
+        micro_batch_loss=MicroBatchLoss(
+            build_objective(config.distillation), teacher, groups, settings.loss_reduction, unwrap
+        ),
     )
     if teacher is not None:
         teacher.follow(Decision(Action.CONTINUE, 0, 0))
-    ledger = Ledger({p.untyped_storage().data_ptr() for chunk in model for p in chunk.parameters()}
-                    | {b.grad_data.untyped_storage().data_ptr() for chunk in model for b in chunk.buffers})
+    ledger = Ledger(
+        {p.untyped_storage().data_ptr() for chunk in model for p in chunk.parameters()}
+        | {b.grad_data.untyped_storage().data_ptr() for chunk in model for b in chunk.buffers}
+    )
     with torch.autograd.graph.saved_tensors_hooks(lambda t: _Kept(t, ledger), lambda kept: kept.tensor):
         step(batches, 1e-3)
     peak = {}

@@ -8,7 +8,7 @@ import yaml
 
 from megatron_kd.config import dump_yaml, from_mapping, load_config, to_mapping
 from megatron_kd.errors import ConfigError
-from megatron_kd.training.config import TrainConfig
+from megatron_kd.training.train_config import TrainConfig
 
 
 @dataclass(frozen=True)

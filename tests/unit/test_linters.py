@@ -53,7 +53,8 @@ def test_shell_scripts(script):
     assert ended.returncode == 0, ended.stdout
 
 
-@pytest.mark.parametrize("script", [s for s in SCRIPTS if s.endswith(".sh") and Path(s).stem not in
-                                    ("paths", "functions")])
+@pytest.mark.parametrize(
+    "script", [s for s in SCRIPTS if s.endswith(".sh") and Path(s).stem not in ("paths", "functions")]
+)
 def test_steps_can_be_started(script):
     assert (REPOSITORY / script).stat().st_mode & 0o111, f"{script} is not executable"

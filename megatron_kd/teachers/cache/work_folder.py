@@ -15,14 +15,14 @@ from typing import IO, Any
 
 import numpy as np
 
-from megatron_kd.data.artefact_folder import fsync_folder, refuse_existing, write_file
-from megatron_kd.data.checksums import Checksums
+from megatron_kd.artefacts.artefact_folder import fsync_folder, refuse_existing, write_file
+from megatron_kd.artefacts.checksums import Checksums
+from megatron_kd.artefacts.folder_lock import LOCK_NAME, lock_folder
+from megatron_kd.artefacts.manifest import MANIFEST_NAME, fingerprint_of, read_manifest, versions, write_manifest
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.data.folder_lock import LOCK_NAME, lock_folder
-from megatron_kd.data.manifest import MANIFEST_NAME, fingerprint_of, read_manifest, versions, write_manifest
 from megatron_kd.errors import DataError
-from megatron_kd.teachers.cache.cache_file import CHUNK_IDS_NAME, KIND
-from megatron_kd.teachers.cache.shard import INDEX_DTYPE, PROGRESS_FOLDER, Commit, shard_name
+from megatron_kd.teachers.cache.cache_reader import CHUNK_IDS_NAME, INDEX_DTYPE, KIND
+from megatron_kd.teachers.cache.cache_writer import PROGRESS_FOLDER, Commit, shard_name
 
 SETTINGS_NAME = "settings.json"
 
@@ -136,9 +136,7 @@ class WorkFolder:
             "ids": ids,
             "ids_per_token": round(ids / max(1, tokens), 4),
             "bytes_per_token": round(record_bytes / max(1, tokens), 4),
-            "shards": [
-                {"name": shard_name(number), "chunks": len(index)} for number, index in enumerate(indices)
-            ],
+            "shards": [{"name": shard_name(number), "chunks": len(index)} for number, index in enumerate(indices)],
             "parents": [{"kind": "chunk_dataset", "path": str(dataset.path), "fingerprint": dataset.fingerprint}],
             "producer": dict(producer),
             "versions": versions(),

@@ -9,10 +9,10 @@ from typing import Mapping, Sequence
 import numpy as np
 
 from megatron_kd.data.batch import Batch
-from megatron_kd.generation.random_numbers import uniform
-from megatron_kd.training.methods.config import GKDConfig
+from megatron_kd.data.random_numbers import uniform
+from megatron_kd.training.methods.method_config import GKDConfig
 from megatron_kd.training.methods.source import Place, StepBatches, TextCounts
-from megatron_kd.training.methods.writer import PolicyMaker, TextWriter
+from megatron_kd.training.methods.text_writer import PolicyMaker, TextWriter
 
 
 class GKDSource:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_kd.training.methods.config import MiniLLMConfig
+from megatron_kd.training.methods.method_config import MiniLLMConfig
 
 
 @dataclass(frozen=True)

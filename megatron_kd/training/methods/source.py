@@ -3,8 +3,11 @@
 The loop reads the dataset's batches in order and hands each to the source, which gives the batches to train on. What a
 source decides is a pure function of (seed, position) and of the little state that it puts into the checkpoint, so a
 resumed run goes on as if it had never stopped.
+
+A batch source's state in a checkpoint: one small file beside the weights.
 """
 
+import io
 from dataclasses import dataclass, field
 from typing import Any, Callable, Mapping, Protocol, Sequence
 
@@ -13,6 +16,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_kd.checkpoints.weights import CheckpointInfo
 from megatron_kd.data.batch import Batch
 from megatron_kd.parallel.groups import sum_over_group
 from megatron_kd.training.methods.batches import auxiliary_batch
@@ -135,3 +139,24 @@ class PretrainingBeside:
         main_count, auxiliary_count = sum_over_group(sums, self._groups.dp).tolist()
         scale = self._weight * max(1.0, main_count) / max(1.0, auxiliary_count)
         return StepBatches([*made.batches, *(auxiliary_batch(batch, scale) for batch in dataset)], made.facts)
+
+
+STATE_NAME = "batch_source.npz"
+
+
+def source_files(source: BatchSource) -> dict[str, bytes]:
+    """File name -> contents; nothing for a source without state."""
+    state = source.state()
+    if not state:
+        return {}
+    buffer = io.BytesIO()
+    np.savez(buffer, **state)
+    return {STATE_NAME: buffer.getvalue()}
+
+
+def restore_source(source: BatchSource, info: CheckpointInfo) -> None:
+    """Go on from a checkpoint; one of a run without generated text leaves the source as new."""
+    path = info.path / STATE_NAME
+    if path.is_file():
+        with np.load(path) as state:
+            source.restore(dict(state))

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from megatron_kd.checkpoints.weights import open_checkpoint
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
 from megatron_kd.data.tokenization import load_tokenizer, train_byte_level_bpe
 from megatron_kd.errors import CheckpointError
-from megatron_kd.models.weights import open_checkpoint
 from megatron_kd.scoring.score_file import ScoreFile
 from tests.distributed.ranks import shared_ranks
 from tests.distributed.training.runs import call_verb
@@ -28,11 +28,20 @@ def hf_folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf") / "model"
     train_byte_level_bpe(TEXTS, 300, folder)
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=333, hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=6,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=request.param, rope_theta=5000.0,
-        initializer_range=0.2,
-    ))
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=333,
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=request.param,
+            rope_theta=5000.0,
+            initializer_range=0.2,
+        )
+    )
     model.save_pretrained(folder, max_shard_size="100KB")
     return folder
 
@@ -58,12 +67,17 @@ def reference_scores(hf_folder, dataset: ChunkDataset) -> numpy.ndarray:
     return numpy.array(scores)
 
 
-@pytest.mark.parametrize("world, keys", [
-    (1, []), (2, ["parallel.tensor_model_parallel_size=2"]), (2, ["parallel.pipeline_model_parallel_size=2"]),
-])
+@pytest.mark.parametrize(
+    "world, keys",
+    [
+        (1, []),
+        (2, ["parallel.tensor_model_parallel_size=2"]),
+        (2, ["parallel.pipeline_model_parallel_size=2"]),
+    ],
+)
 def test_scores_equal_transformers(hf_folder, dataset, world, keys, tmp_path):
     settings = [f"data.path={dataset.path}", f"model.path={hf_folder}", f"output={tmp_path / 'scores'}", *keys]
-    shared_ranks(world).run(call_verb, "megatron_kd.scoring.run", "ScoreCorpusConfig", settings)
+    shared_ranks(world).run(call_verb, "megatron_kd.scoring.score_corpus", "ScoreCorpusConfig", settings)
     ours = ScoreFile.open(tmp_path / "scores").scores
     numpy.testing.assert_allclose(ours, reference_scores(hf_folder, dataset), rtol=1e-5)
 
@@ -106,7 +120,7 @@ def test_a_truncated_file_is_refused(hf_folder, dataset, tmp_path):
     victim.write_bytes(victim.read_bytes()[:-100])
     settings = [f"data.path={dataset.path}", f"model.path={folder}", f"output={tmp_path / 'scores'}"]
     with pytest.raises(Exception, match="CheckpointError.*cannot read"):
-        shared_ranks(1).run(call_verb, "megatron_kd.scoring.run", "ScoreCorpusConfig", settings)
+        shared_ranks(1).run(call_verb, "megatron_kd.scoring.score_corpus", "ScoreCorpusConfig", settings)
     assert not (tmp_path / "scores").exists()
 
 
@@ -119,4 +133,4 @@ def test_a_tensor_of_another_shape_is_refused(hf_folder, dataset, tmp_path):
             save_file(tensors, file, metadata={"format": "pt"})
     settings = [f"data.path={dataset.path}", f"model.path={folder}", f"output={tmp_path / 'scores'}"]
     with pytest.raises(Exception, match="down_proj.*does not fit"):
-        shared_ranks(1).run(call_verb, "megatron_kd.scoring.run", "ScoreCorpusConfig", settings)
+        shared_ranks(1).run(call_verb, "megatron_kd.scoring.score_corpus", "ScoreCorpusConfig", settings)

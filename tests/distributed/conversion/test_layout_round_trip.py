@@ -13,14 +13,14 @@ from tests.reference.hf_models import make_hf_folder
 
 def save_under(layout: dict, checkpoint: str, output: str) -> None:
     """Load a checkpoint into a model of this layout and write the model's own."""
+    from megatron_kd.checkpoints.checkpoint_writer import CheckpointWriter
+    from megatron_kd.checkpoints.sharded_state import sharded_weights
+    from megatron_kd.checkpoints.weights import load_weights, open_checkpoint
     from megatron_kd.models.gpt import build_model
-    from megatron_kd.models.weights import load_weights, open_checkpoint
-    from megatron_kd.models.weights_format import sharded_weights
     from megatron_kd.parallel.groups import create_process_groups
     from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
     from megatron_kd.parallel.runtime import distributed_runtime
     from megatron_kd.training.checkpoint import write_checkpoint_manifest
-    from megatron_kd.training.checkpoint_writer import CheckpointWriter
 
     with distributed_runtime() as runtime:
         info = open_checkpoint(checkpoint)
@@ -40,19 +40,17 @@ def save_under(layout: dict, checkpoint: str, output: str) -> None:
         writer.finish()
 
 
-@pytest.mark.parametrize(
-    "case", ["Qwen2.5 tied", "Qwen1.5 untied", "Qwen3 tied, wide heads", "Llama 3.1", "Mistral"]
-)
+@pytest.mark.parametrize("case", ["Qwen2.5 tied", "Qwen1.5 untied", "Qwen3 tied, wide heads", "Llama 3.1", "Mistral"])
 def test_every_bit_comes_back_through_tensor_and_pipeline_parallelism(case, tmp_path):
     source = make_hf_folder(tmp_path / "hf", case)
     one, four = shared_ranks(1), shared_ranks(4)
     keys = [f"input={source}", f"output={tmp_path / 'imported'}", "verify=false"]
-    one.run(call_verb, "megatron_kd.conversion.import_hf", "ConvertFromHFConfig", keys)
+    one.run(call_verb, "megatron_kd.conversion.convert_from_hf", "ConvertFromHFConfig", keys)
     layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
     four.run(save_under, layout, str(tmp_path / "imported"), str(tmp_path / "checkpoints"))
     assert len(list((tmp_path / "checkpoints" / "step_0").glob("*.distcp"))) == 4
     keys = [f"input={tmp_path / 'checkpoints'}", f"output={tmp_path / 'again'}"]
-    one.run(call_verb, "megatron_kd.conversion.export_hf", "ConvertToHFConfig", keys)
+    one.run(call_verb, "megatron_kd.conversion.convert_to_hf", "ConvertToHFConfig", keys)
     ours = load_file(tmp_path / "again" / "model.safetensors")
     expected = {name: tensor for file in source.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert ours.keys() == expected.keys()

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_kd.config import from_mapping
 from megatron_kd.errors import LayoutError
-from megatron_kd.evaluation.run import EvaluateConfig, run
+from megatron_kd.evaluation.evaluate import EvaluateConfig, run
 from tests.distributed.ranks import shared_ranks
 from tests.distributed.training.runs import LAYOUTS, call_verb, make_dataset, train_in_ranks
 
@@ -27,7 +27,7 @@ def settings(tmp_path_factory):
 
 def figures(layout, settings):
     world, keys = LAYOUTS[layout]
-    return shared_ranks(world).run(call_verb, "megatron_kd.evaluation.run", "EvaluateConfig", [*settings, *keys])
+    return shared_ranks(world).run(call_verb, "megatron_kd.evaluation.evaluate", "EvaluateConfig", [*settings, *keys])
 
 
 @pytest.fixture(scope="module")

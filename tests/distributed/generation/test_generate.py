@@ -22,10 +22,10 @@ LAYOUTS = {
 
 def texts_here(keys):
     """Greedy and sampled text on this rank, and the recorded log-probabilities where there are any."""
+    from megatron_kd.data.random_numbers import sequence_seeds
     from megatron_kd.generation import Decoder, MixedPolicy, ModelPolicy, SamplingConfig, generate
-    from megatron_kd.generation.random_numbers import sequence_seeds
     from megatron_kd.models.gpt import build_model
-    from megatron_kd.models.initialization import initialize_weights
+    from megatron_kd.models.parameters import initialize_weights
     from megatron_kd.parallel.groups import create_process_groups
     from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
     from megatron_kd.parallel.runtime import distributed_runtime, seed_everything

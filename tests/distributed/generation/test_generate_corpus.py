@@ -7,10 +7,10 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from megatron_kd.data.artefact_folder import building
+from megatron_kd.artefacts.artefact_folder import building
+from megatron_kd.artefacts.manifest import read_manifest, write_manifest
 from megatron_kd.data.chunk_dataset import PROMPT_LENGTHS_NAME, ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
-from megatron_kd.data.manifest import read_manifest, write_manifest
 from megatron_kd.errors import DataError
 from tests.distributed.ranks import RankError, shared_ranks
 from tests.distributed.training.runs import LAYOUTS, call_verb, make_dataset, train_in_ranks

@@ -91,9 +91,9 @@ def main_grads(setting: Setting, scale: float = 1.0) -> tuple[dict[str, torch.Te
     from megatron.core.transformer import TransformerConfig
 
     from megatron_kd.losses import OutputHead, linear_distillation_loss, run_forward_pre_hooks
-    from megatron_kd.parallel import cpu_backend
     from megatron_kd.parallel.groups import create_process_groups
     from megatron_kd.parallel.layout import ParallelLayout
+    from megatron_kd.parallel.mcore_patches import cpu_backend
 
     cpu_backend.install()
     torch.manual_seed(0)

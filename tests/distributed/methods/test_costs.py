@@ -59,7 +59,7 @@ def counted(settings):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_counted_operations_are_near_the_formula(method, paths, tmp_path):
-    from megatron_kd.models.weights import open_checkpoint
+    from megatron_kd.checkpoints.weights import open_checkpoint
 
     student_factor, teacher_factor, keys = METHODS[method]
     settings = [*paths, *keys, "model.name=qwen_toy_student", "teacher.placement=colocated",

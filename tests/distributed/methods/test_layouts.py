@@ -180,9 +180,15 @@ def test_the_methods_do_what_they_are_named_for(one_rank):
         (["distillation.method=minillm", "distillation.text.sampling.top_k=5"], "must be plain"),
         (["distillation.method=minillm", "distillation.temperature=2"], "those of minillm's pre-training loss"),
         (
-            ["distillation.method=minillm", "distillation.minillm.teacher_mix=0", "distillation.pretraining_weight=1",
-             "distillation.divergence=forward_kl", "teacher.placement=remote", "teacher.num_ranks=1",
-             "teacher.payload=top_k"],
+            [
+                "distillation.method=minillm",
+                "distillation.minillm.teacher_mix=0",
+                "distillation.pretraining_weight=1",
+                "distillation.divergence=forward_kl",
+                "teacher.placement=remote",
+                "teacher.num_ranks=1",
+                "teacher.payload=top_k",
+            ],
             "whole distribution",
         ),
     ],

@@ -63,7 +63,7 @@ def test_on_policy_training_lowers_the_divergence_on_the_students_own_text(tmp_p
             f"exposure.response_length={LENGTH}",
             "calibration=true",
         ]
-        (figures,) = shared_ranks(1).run(call_verb, "megatron_kd.evaluation.run", "EvaluateConfig", settings)
+        (figures,) = shared_ranks(1).run(call_verb, "megatron_kd.evaluation.evaluate", "EvaluateConfig", settings)
         divergence[name] = figures["kl_on_student_text"]
         assert 0 <= figures["ece"] <= 1
     assert divergence["on-policy"] < 0.5 * divergence["off-policy"], divergence

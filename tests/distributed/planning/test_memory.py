@@ -8,12 +8,19 @@ import numpy
 import pytest
 import torch
 
+from megatron_kd.costs.memory import (
+    STASH_BYTES,
+    loss_chunk_bytes,
+    rank_parameters,
+    student_memory,
+    teacher_layout,
+    teacher_memory,
+    waiting_micro_batches,
+)
 from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.models.architecture import architecture_by_name
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_kd.planning.memory import loss_chunk_bytes, rank_parameters, student_memory
-from megatron_kd.planning.teacher_memory import STASH_BYTES, teacher_layout, teacher_memory, waiting_micro_batches
 from tests.distributed.ranks import shared_ranks
 from tests.distributed.training.runs import train_in_ranks
 from tests.reference.tensor_bytes import measure_step
@@ -22,9 +29,13 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 WITHIN = 0.10
 VOCABULARY, SEQ_LENGTH = 3000, 128
 BATCH, MICRO_BATCH = 16, 2
-T, P, S, V, C = ("parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size",
-                 "parallel.sequence_parallel", "parallel.virtual_pipeline_model_parallel_size",
-                 "parallel.context_parallel_size")
+T, P, S, V, C = (
+    "parallel.tensor_model_parallel_size",
+    "parallel.pipeline_model_parallel_size",
+    "parallel.sequence_parallel",
+    "parallel.virtual_pipeline_model_parallel_size",
+    "parallel.context_parallel_size",
+)
 AS_STUDENT = (None, None)
 CASES = {
     "one rank": (1, {}, AS_STUDENT),
@@ -52,8 +63,17 @@ def rows(tmp_path_factory):
 def big_teacher(rows, tmp_path_factory):
     """The run folder of a toy teacher over the same vocabulary."""
     folder = tmp_path_factory.mktemp("teacher") / "run"
-    train_in_ranks("TP1 PP1", [f"data.path={rows.path}", "model.name=qwen_toy_teacher", "training.train_iters=1",
-                               "training.global_batch_size=2", "training.micro_batch_size=2"], folder)
+    train_in_ranks(
+        "TP1 PP1",
+        [
+            f"data.path={rows.path}",
+            "model.name=qwen_toy_teacher",
+            "training.train_iters=1",
+            "training.global_batch_size=2",
+            "training.micro_batch_size=2",
+        ],
+        folder,
+    )
     return folder
 
 
@@ -67,12 +87,21 @@ def assert_within(planned, measured, what):
 def test_every_part_is_within_ten_per_cent(case, precision, rows, big_teacher, tmp_path):
     world, keys, teacher_keys = CASES[case]
     with_teacher = precision == "bf16" and V not in keys
-    settings = [f"data.path={rows.path}", f"output={tmp_path}", "model.name=qwen_toy_student",
-                f"training.global_batch_size={BATCH}", f"training.micro_batch_size={MICRO_BATCH}",
-                f"training.precision={precision}", *(f"{key}={str(value).lower()}" for key, value in keys.items())]
+    settings = [
+        f"data.path={rows.path}",
+        f"output={tmp_path}",
+        "model.name=qwen_toy_student",
+        f"training.global_batch_size={BATCH}",
+        f"training.micro_batch_size={MICRO_BATCH}",
+        f"training.precision={precision}",
+        *(f"{key}={str(value).lower()}" for key, value in keys.items()),
+    ]
     if with_teacher:
-        settings += [f"teacher.{name}_model_parallel_size={size}" for name, size in
-                     zip(("tensor", "pipeline"), teacher_keys) if size]
+        settings += [
+            f"teacher.{name}_model_parallel_size={size}"
+            for name, size in zip(("tensor", "pipeline"), teacher_keys)
+            if size
+        ]
         settings += ["distillation.method=vanilla_kd", "teacher.placement=colocated", f"teacher.path={big_teacher}"]
     measured = shared_ranks(world).run(measure_step, settings)
     parallel = ParallelConfig(**{key.split(".")[1]: value for key, value in keys.items()})
@@ -80,8 +109,12 @@ def test_every_part_is_within_ten_per_cent(case, precision, rows, big_teacher, t
     own = teacher_layout(layout, *teacher_keys)
     student = architecture_by_name("qwen_toy_student").with_vocab_size(VOCABULARY)
     teacher = architecture_by_name("qwen_toy_teacher").with_vocab_size(VOCABULARY)
-    sizes = {"precision": precision, "micro_batch_size": MICRO_BATCH, "seq_length": SEQ_LENGTH,
-             "micro_batches": layout.micro_batches(BATCH, MICRO_BATCH)}
+    sizes = {
+        "precision": precision,
+        "micro_batch_size": MICRO_BATCH,
+        "seq_length": SEQ_LENGTH,
+        "micro_batches": layout.micro_batches(BATCH, MICRO_BATCH),
+    }
     for rank, found in enumerate(measured):
         stage = layout.coordinates(rank).pipeline
         planned = student_memory(student, layout, stage, fused=False, device="cpu", **sizes)
@@ -108,16 +141,24 @@ def test_every_part_is_within_ten_per_cent(case, precision, rows, big_teacher, t
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_total_is_within_ten_per_cent_of_the_peak_on_a_gpu(rows, tmp_path):
     """``max_memory_allocated`` of a step in a process of its own; layers of 200M, so that little else counts."""
-    settings = [f"data.path={rows.path}", f"output={tmp_path}", "model.name=qwen_200m", "training.precision=bf16",
-                f"training.global_batch_size={BATCH}", f"training.micro_batch_size={BATCH}"]
-    code = ("import sys; from tests.reference.tensor_bytes import measure_step\n"
-            "print(measure_step(sys.argv[1:])['peak'])")
+    settings = [
+        f"data.path={rows.path}",
+        f"output={tmp_path}",
+        "model.name=qwen_200m",
+        "training.precision=bf16",
+        f"training.global_batch_size={BATCH}",
+        f"training.micro_batch_size={BATCH}",
+    ]
+    code = (
+        "import sys; from tests.reference.tensor_bytes import measure_step\nprint(measure_step(sys.argv[1:])['peak'])"
+    )
     ended = subprocess.run([sys.executable, "-c", code, *settings], capture_output=True, text=True, cwd=REPOSITORY)
     assert ended.returncode == 0, ended.stderr
     student = architecture_by_name("qwen_200m").with_vocab_size(VOCABULARY)
     layout = ParallelLayout.for_world(ParallelConfig(), 1)
-    planned = student_memory(student, layout, 0, precision="bf16", micro_batch_size=BATCH, seq_length=SEQ_LENGTH,
-                             micro_batches=1)
+    planned = student_memory(
+        student, layout, 0, precision="bf16", micro_batch_size=BATCH, seq_length=SEQ_LENGTH, micro_batches=1
+    )
     assert_within(planned.total, float(ended.stdout.split()[-1]), "peak")
 
 

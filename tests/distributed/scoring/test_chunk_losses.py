@@ -8,10 +8,10 @@ import torch
 
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.models.gpt import build_model
-from megatron_kd.models.initialization import initialize_weights
-from megatron_kd.parallel import cpu_backend
+from megatron_kd.models.parameters import initialize_weights
 from megatron_kd.parallel.groups import create_process_groups
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
+from megatron_kd.parallel.mcore_patches import cpu_backend
 from megatron_kd.parallel.runtime import seed_everything
 from megatron_kd.scoring.chunk_losses import chunk_losses
 from tests.distributed.ranks import shared_ranks
@@ -68,8 +68,8 @@ def test_the_verbs_agree_with_one_rank(layout, dataset, trained, tmp_path):
     """Not under VPP2, as the model has two layers; context parallelism is refused."""
     keys = [f"parallel.{name}={str(value).lower()}" for name, value in LAYOUTS[layout].items()]
     paths = [f"data.path={dataset.path}", f"model.path={trained}"]
-    ours = shared_ranks(2).run(call_verb, "megatron_kd.evaluation.run", "EvaluateConfig", [*paths, *keys])
-    (expected,) = shared_ranks(1).run(call_verb, "megatron_kd.evaluation.run", "EvaluateConfig", paths)
+    ours = shared_ranks(2).run(call_verb, "megatron_kd.evaluation.evaluate", "EvaluateConfig", [*paths, *keys])
+    (expected,) = shared_ranks(1).run(call_verb, "megatron_kd.evaluation.evaluate", "EvaluateConfig", paths)
     for figures in ours:
         assert figures == {
             **expected,
@@ -77,10 +77,13 @@ def test_the_verbs_agree_with_one_rank(layout, dataset, trained, tmp_path):
             "bits_per_byte": pytest.approx(expected["bits_per_byte"], rel=1e-5),
         }
     shared_ranks(2).run(
-        call_verb, "megatron_kd.scoring.run", "ScoreCorpusConfig", [*paths, *keys, f"output={tmp_path / 'ours'}"]
+        call_verb,
+        "megatron_kd.scoring.score_corpus",
+        "ScoreCorpusConfig",
+        [*paths, *keys, f"output={tmp_path / 'ours'}"],
     )
     shared_ranks(1).run(
-        call_verb, "megatron_kd.scoring.run", "ScoreCorpusConfig", [*paths, f"output={tmp_path / 'one'}"]
+        call_verb, "megatron_kd.scoring.score_corpus", "ScoreCorpusConfig", [*paths, f"output={tmp_path / 'one'}"]
     )
     mine, one = (numpy.load(tmp_path / name / "scores.npy") for name in ("ours", "one"))
     numpy.testing.assert_allclose(mine, one, rtol=1e-5)

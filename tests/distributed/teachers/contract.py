@@ -35,13 +35,13 @@ REPORTED = ("loss", "lm_loss", "kd_loss", "teacher_entropy", "tail_mass", "grad_
 
 def two_steps_here(settings: list[str], stash_bytes: int | None = None) -> dict[str, Any]:
     """Train on this rank; its parts of the weights before and after, and what its teacher did."""
-    from megatron_kd.models.placement import global_indices, global_parameter_name, global_shape
-    from megatron_kd.quiet import silence_known_noise
-    from megatron_kd.teachers import build
+    from megatron_kd.logs import silence_known_noise
+    from megatron_kd.models.parameters import global_indices, global_parameter_name, global_shape
+    from megatron_kd.teachers import placements as build
     from megatron_kd.teachers.colocated import ColocatedTeacher
-    from megatron_kd.training import run as module
-    from megatron_kd.training import teacher_ranks
-    from megatron_kd.training.build import unwrap
+    from megatron_kd.training import teacher_process as teacher_ranks
+    from megatron_kd.training import train as module
+    from megatron_kd.training.setup import unwrap
     from megatron_kd.training.trainer import Trainer
 
     silence_known_noise()
@@ -72,9 +72,7 @@ def two_steps_here(settings: list[str], stash_bytes: int | None = None) -> dict[
         patch.object(build, "ColocatedTeacher", with_stash),
         patch.object(module, "build_student", capture("student", module.build_student)),
         patch.object(module, "build_teacher", capture("teacher", module.build_teacher)),
-        patch.object(
-            teacher_ranks, "build_teacher_ranks", capture("teacher", teacher_ranks.build_teacher_ranks)
-        ),
+        patch.object(teacher_ranks, "build_teacher_ranks", capture("teacher", teacher_ranks.build_teacher_ranks)),
         patch.object(Trainer, "_save", lambda *_, **__: None),
     ):
         module.run(load_config(module.TrainConfig, None, settings))

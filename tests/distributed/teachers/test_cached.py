@@ -6,10 +6,10 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from megatron_kd.data.artefact_folder import building
+from megatron_kd.artefacts.artefact_folder import building
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
-from megatron_kd.teachers.cache.cache_file import LogitCache
+from megatron_kd.teachers.cache.cache_reader import LogitCache
 from megatron_kd.teachers.cache.codec import Codec
 from tests.distributed.ranks import shared_ranks
 from tests.distributed.training.runs import (
@@ -67,7 +67,7 @@ def write_cache(dataset, teacher, name, layout, output, *more):
         "micro_batch_size=3", "chunks_per_shard=13", *keys, *more,
     ]  # fmt: skip
     shared_ranks(world).run(
-        call_verb, "megatron_kd.teachers.cache.run", "CacheTeacherLogitsConfig", settings, timeout=300
+        call_verb, "megatron_kd.teachers.cache.cache_teacher_logits", "CacheTeacherLogitsConfig", settings, timeout=300
     )
     return LogitCache.open(output)
 
@@ -75,7 +75,7 @@ def write_cache(dataset, teacher, name, layout, output, *more):
 def train_in_memory(settings, teacher, codec, sparse_target):
     """``train`` on one rank with the teacher of ``tests/reference/sparse_teacher.py``."""
     from megatron_kd.teachers.interface import TeacherConfig
-    from megatron_kd.training import run
+    from megatron_kd.training import train as run
     from tests.reference.sparse_teacher import load_in_memory
 
     built, run.build_teacher = run.build_teacher, lambda config, architecture, data, layout, groups, runtime: (

@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 
-from megatron_kd.teachers.control import Action, Decision
+from megatron_kd.teachers.interface import Action, Decision
 from tests.distributed.fresh_world import run_in_fresh_world
 from tests.distributed.ranks import shared_ranks
 from tests.distributed.teachers.contract import assert_same, two_steps
@@ -21,9 +21,9 @@ def serve_or_ask(settings, ask):
     from megatron_kd.config import load_config
     from megatron_kd.parallel.groups import create_process_groups
     from megatron_kd.parallel.runtime import distributed_runtime
-    from megatron_kd.training import teacher_ranks
-    from megatron_kd.training.build import build_teacher, open_datasets, plan_layout, student_architecture
-    from megatron_kd.training.config import TrainConfig
+    from megatron_kd.training import teacher_process as teacher_ranks
+    from megatron_kd.training.setup import build_teacher, open_datasets, plan_layout, student_architecture
+    from megatron_kd.training.train_config import TrainConfig
 
     config = load_config(TrainConfig, None, settings)
     with distributed_runtime(teacher_ranks=1) as runtime:
@@ -46,16 +46,16 @@ def serve_or_ask(settings, ask):
 
 
 def step_of(parts, position):
-    from megatron_kd.teachers.routing import Item
+    from megatron_kd.teachers.remote.routing import Item
 
     return [parts.batches.read(position, Item(m, 0)) for m in range(parts.batches.micro_batches)]
 
 
 def local_teacher(parts):
     """The same weights on this rank, as a function of a batch."""
-    from megatron_kd.models.weights import open_checkpoint
+    from megatron_kd.checkpoints.weights import open_checkpoint
     from megatron_kd.parallel.layout import ParallelLayout
-    from megatron_kd.teachers.build import load_teacher
+    from megatron_kd.teachers.placements import load_teacher
 
     (chunk,) = load_teacher(
         open_checkpoint(parts.config.teacher.path), ParallelLayout(1, 1, 1, 1), parts.groups, precision="fp32",
@@ -150,7 +150,9 @@ def test_sparse_payloads_are_what_a_cache_holds(payload, layout, dataset, teache
     common = [f"data.path={dataset.path}", "distillation.temperature=1.5"]
     keys = [f"data.path={dataset.path}", f"teacher.path={teacher}", f"output={tmp_path / 'cache'}",
             f"codec={payload}", "max_ids=20", "draws=30", "temperature=1.5"]  # fmt: skip
-    shared_ranks(1).run(call_verb, "megatron_kd.teachers.cache.run", "CacheTeacherLogitsConfig", keys, timeout=300)
+    shared_ranks(1).run(
+        call_verb, "megatron_kd.teachers.cache.cache_teacher_logits", "CacheTeacherLogitsConfig", keys, timeout=300
+    )
     cached = [*common, "teacher.placement=cached", f"teacher.cache_path={tmp_path / 'cache'}"]
     remote = [*common, "teacher.placement=remote", f"teacher.path={teacher}", "teacher.num_ranks=2",
               f"teacher.payload={payload}", "teacher.top_k=20", "teacher.num_draws=30"]  # fmt: skip

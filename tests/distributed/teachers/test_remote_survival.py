@@ -26,8 +26,8 @@ def troubled_run_here(settings, is_signalled):
     """``train`` whose batch at SKIPPED has no finite loss, at SPIKE a huge one; a signal comes at SIGNALLED."""
     from megatron_kd.config import load_config
     from megatron_kd.errors import Preempted
-    from megatron_kd.quiet import silence_known_noise
-    from megatron_kd.training.run import TrainConfig, run
+    from megatron_kd.logs import silence_known_noise
+    from megatron_kd.training.train import TrainConfig, run
     from megatron_kd.training.train_step import TrainStep
     from megatron_kd.training.trainer import Trainer
 

@@ -28,7 +28,8 @@ LAYOUTS = {
     "PP2 DP2": (4, ["parallel.pipeline_model_parallel_size=2"]),
     "PP2 DP2 overlapped": (4, ["parallel.pipeline_model_parallel_size=2", *OVERLAPPED]),
     "TP2 SP DP2 overlapped": (
-        4, ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true", *OVERLAPPED]
+        4,
+        ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true", *OVERLAPPED],
     ),
     "CP2 DP2": (4, ["parallel.context_parallel_size=2"]),
     "TP2 SP CP2": (
@@ -70,10 +71,10 @@ def train_in_ranks(layout: str, settings: list[str], output: Path) -> list[dict[
 
 def train_here(settings: list[str]) -> None:
     """Run ``train`` on this rank of an existing world."""
-    from megatron_kd.quiet import silence_known_noise
+    from megatron_kd.logs import silence_known_noise
 
     silence_known_noise()
-    from megatron_kd.training.run import TrainConfig, run
+    from megatron_kd.training.train import TrainConfig, run
 
     run(load_config(TrainConfig, None, settings))
 

@@ -8,9 +8,7 @@ from tests.distributed.training.runs import LAYOUTS, largest_relative_difference
 
 TOLERANCE = 1e-4
 SLOW = ("PP2 DP2 overlapped", "TP2 SP DP2 overlapped")
-OTHER_LAYOUTS = [
-    pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYOUTS if name != "TP1 PP1"
-]
+OTHER_LAYOUTS = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYOUTS if name != "TP1 PP1"]
 COMMON = [
     "model.name=qwen_toy_student",
     "training.train_iters=20",
@@ -79,8 +77,12 @@ def test_other_objectives_agree_with_one_rank(layout, objective, one_rank, datas
 
 @pytest.mark.parametrize(
     ("layout", "objective"),
-    [("TP2 SP", "norms on Q and K"), ("TP2 PP2", "norms on Q and K"), ("PP2", "scaled rotary"),
-     ("CP2", "scaled rotary")],
+    [
+        ("TP2 SP", "norms on Q and K"),
+        ("TP2 PP2", "norms on Q and K"),
+        ("PP2", "scaled rotary"),
+        ("CP2", "scaled rotary"),
+    ],
 )
 def test_other_families_agree_with_one_rank(layout, objective, one_rank, dataset, teacher, tmp_path):
     ours = train_in_ranks(layout, settings(objective, dataset, teacher), tmp_path / "run")

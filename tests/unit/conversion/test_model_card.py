@@ -1,6 +1,6 @@
 """What an exported folder's README tells of a checkpoint, and that it invents nothing."""
 
-from megatron_kd.conversion.model_card import model_card
+from megatron_kd.conversion.convert_to_hf import model_card
 from megatron_kd.models.architecture import ModelArchitecture
 
 ARCHITECTURE = ModelArchitecture(1, 8, 8, 1, 1, vocab_size=5)

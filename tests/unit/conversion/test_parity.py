@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_kd.conversion.hf_folder import HFFolder
+from megatron_kd.checkpoints.hf_folder import HFFolder
 from megatron_kd.conversion.parity import LOGIT_TOLERANCE, compare_logits, transformers_model
 from megatron_kd.errors import CheckpointError
 from megatron_kd.parallel.runtime import distributed_runtime

@@ -17,8 +17,11 @@ TEXT = st.lists(st.sampled_from([b"a", b"\n", b"bc", b"\r\n", "é".encode()]), m
 
 def lines_at(data: bytes) -> list[tuple[int, bytes]]:
     """(first byte, line) of every line."""
-    lines = data.splitlines(keepends=True) if b"\r" not in data else [
-        line + b"\n" for line in data.split(b"\n")[:-1]] + [data.split(b"\n")[-1]]
+    lines = (
+        data.splitlines(keepends=True)
+        if b"\r" not in data
+        else [line + b"\n" for line in data.split(b"\n")[:-1]] + [data.split(b"\n")[-1]]
+    )
     starts = itertools.accumulate(map(len, lines), initial=0)
     return [(start, line) for start, line in zip(starts, lines) if line]
 
@@ -45,8 +48,14 @@ def test_a_line_that_is_longer_than_a_read(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("name", "data", "kind"),
-    [("a", gzip.compress(b"text", mtime=0), "gzip"), ("a.txt", zstandard.compress(b"text"), "zstandard"),
-     ("a.gz", b"", None), ("a.jsonl", b"text", None), ("a.gz", b"text", "gzip"), ("a.zstd", b"text", "zstandard")],
+    [
+        ("a", gzip.compress(b"text", mtime=0), "gzip"),
+        ("a.txt", zstandard.compress(b"text"), "zstandard"),
+        ("a.gz", b"", None),
+        ("a.jsonl", b"text", None),
+        ("a.gz", b"text", "gzip"),
+        ("a.zstd", b"text", "zstandard"),
+    ],
 )
 def test_compression_is_told_by_content_then_by_name(tmp_path: Path, name: str, data: bytes, kind: str | None) -> None:
     (tmp_path / name).write_bytes(data)
@@ -54,8 +63,10 @@ def test_compression_is_told_by_content_then_by_name(tmp_path: Path, name: str, 
 
 
 def test_every_member_and_frame_is_read_and_counted(tmp_path: Path) -> None:
-    for name, data in (("z", zstandard.compress(b"one\n") + zstandard.compress(b"two\n")),
-                       ("g", gzip.compress(b"one\n") + gzip.compress(b"two\n") + b"\0\0")):
+    for name, data in (
+        ("z", zstandard.compress(b"one\n") + zstandard.compress(b"two\n")),
+        ("g", gzip.compress(b"one\n") + gzip.compress(b"two\n") + b"\0\0"),
+    ):
         (tmp_path / name).write_bytes(data)
         pieces = list(read_pieces(str(tmp_path / name)))
         assert b"".join(text for text, _ in pieces) == b"one\ntwo\n" and sum(size for _, size in pieces) == len(data)

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_kd.data.artefact_folder import building
+from megatron_kd.artefacts.artefact_folder import building
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter, write_chunk_dataset
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import DataError
 from tests.reference.full_disk import said_on_a_full_disk
-from tests.unit.data.conftest import die_at_call
+from tests.unit.conftest import die_at_call
 
 # the forked children use numpy and files alone, never the threads of the parent
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

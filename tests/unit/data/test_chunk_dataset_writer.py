@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_kd.data.artefact_folder import building
+from megatron_kd.artefacts.artefact_folder import building
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.indexed_dataset import IndexedDatasetWriter
@@ -35,7 +35,10 @@ def test_shards_are_cut_at_their_size_however_chunks_arrive(tmp_path: Path) -> N
 
     whole = write(tmp_path / "whole")
     assert [(shard["name"], shard["chunks"], shard["tokens"]) for shard in whole.manifest["shards"]] == [
-        ("chunks-00000", 2, 4), ("chunks-00001", 2, 7), ("chunks-00002", 1, 4)]
+        ("chunks-00000", 2, 4),
+        ("chunks-00001", 2, 7),
+        ("chunks-00002", 1, 4),
+    ]
     assert (whole.num_chunks, whole.num_tokens) == (5, 15)
     for name, fill in (("one", one_by_one), ("bytes", bytes_at_once)):
         assert write(tmp_path / name, fill).fingerprint == whole.fingerprint

@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_kd.artefacts.artefact_folder import building
 from megatron_kd.config import from_mapping
 from megatron_kd.data import convert_tokenization
-from megatron_kd.data.artefact_folder import building
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.convert_tokenization import ConvertTokenizationConfig, run, source_chunk_ids
 from megatron_kd.data.tokenization import LoadedTokenizer, load_tokenizer, train_byte_level_bpe
 from megatron_kd.errors import DataError
 from megatron_kd.scoring.score_file import write_score_file
-from tests.unit.data.conftest import die_at_call
+from tests.unit.conftest import die_at_call
 
 LENGTH = 33
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

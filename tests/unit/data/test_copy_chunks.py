@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_kd.artefacts.artefact_folder import building
 from megatron_kd.data import copy_chunks as module
-from megatron_kd.data.artefact_folder import building
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter, write_chunk_dataset
 from megatron_kd.data.copy_chunks import copy_chunks

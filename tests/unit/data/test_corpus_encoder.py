@@ -13,7 +13,7 @@ from megatron_kd.data.documents import BadLine
 from megatron_kd.data.encoded_parts import EncodedBlock, PartFolder
 from megatron_kd.data.tokenization import LoadedTokenizer, documents_of, pieces_of_tokenizers
 from megatron_kd.errors import DataError
-from tests.unit.data.conftest import write_jsonl
+from tests.unit.conftest import write_jsonl
 
 
 def job(folder: Path, **changes: object) -> EncodingJob:

@@ -54,14 +54,19 @@ def test_a_hash_names_the_role(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cuts", [[40], [7, 1, 32]])
-def test_documents_go_whole_to_the_role_of_their_hash(tmp_path: Path, tokenizer: LoadedTokenizer, cuts: list[int]
-                                                      ) -> None:
+def test_documents_go_whole_to_the_role_of_their_hash(
+    tmp_path: Path, tokenizer: LoadedTokenizer, cuts: list[int]
+) -> None:
     whole = documents(40)
     starts, bounds = np.cumsum([0, *whole.lengths]), np.cumsum([0, *cuts])
     blocks = [
         dataclasses.replace(
-            whole, ids=whole.ids[starts[a]:starts[b]], lengths=whole.lengths[a:b], domains=whole.domains[a:b],
-            split_hashes=whole.split_hashes[a:b])
+            whole,
+            ids=whole.ids[starts[a] : starts[b]],
+            lengths=whole.lengths[a:b],
+            domains=whole.domains[a:b],
+            split_hashes=whole.split_hashes[a:b],
+        )
         for a, b in zip(bounds[:-1], bounds[1:])
     ]
     given = settings(tmp_path)
@@ -80,8 +85,13 @@ def test_documents_go_whole_to_the_role_of_their_hash(tmp_path: Path, tokenizer:
 def test_chunks_go_to_the_role_of_their_number(tmp_path: Path, tokenizer: LoadedTokenizer) -> None:
     given = settings(tmp_path, split_by="chunk")
     found = made(given, [documents(60), documents(60, 2)], tokenizer)
-    everything = made(settings(tmp_path / "all", outputs={"train": str(tmp_path / "all")}, heldout_fraction=0.0,
-                               reference_fraction=0.0), [documents(60), documents(60, 2)], tokenizer)["train"]
+    everything = made(
+        settings(
+            tmp_path / "all", outputs={"train": str(tmp_path / "all")}, heldout_fraction=0.0, reference_fraction=0.0
+        ),
+        [documents(60), documents(60, 2)],
+        tokenizer,
+    )["train"]
     chunks = {role: {tuple(dataset[i].tolist()) for i in range(len(dataset))} for role, dataset in found.items()}
     assert sum(map(len, found.values())) == len(everything) and min(map(len, found.values())) > 10
     assert set.union(*chunks.values()) == {tuple(everything[i].tolist()) for i in range(len(everything))}

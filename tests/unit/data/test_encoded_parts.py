@@ -27,8 +27,12 @@ def block(seed: int, documents: int, has_hashes: bool, has_prompts: bool, dtype:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(sizes=st.lists(st.integers(0, 12), min_size=1, max_size=4), hashes=st.booleans(), prompts=st.booleans(),
-       dtype=st.sampled_from(["<u2", "<i4"]))
+@given(
+    sizes=st.lists(st.integers(0, 12), min_size=1, max_size=4),
+    hashes=st.booleans(),
+    prompts=st.booleans(),
+    dtype=st.sampled_from(["<u2", "<i4"]),
+)
 def test_what_is_read_is_what_was_added(
     tmp_path: Path, sizes: list[int], hashes: bool, prompts: bool, dtype: str
 ) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_kd.data.checksums import Checksums
+from megatron_kd.artefacts.checksums import Checksums
 from megatron_kd.data.indexed_dataset import IndexedDatasetReader, IndexedDatasetWriter, dtype_for_vocab
 from megatron_kd.errors import DataError
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_kd.data.prefetch import prefetch
+from megatron_kd.data.workers import prefetch
 
 
 def test_items_come_in_order() -> None:

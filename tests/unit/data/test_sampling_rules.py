@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_kd.artefacts.artefact_folder import building
 from megatron_kd.config import from_mapping
-from megatron_kd.data.artefact_folder import building
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
-from megatron_kd.data.sample_by_difference import SampleByDifferenceConfig, run
 from megatron_kd.data.tokenization import LoadedTokenizer
 from megatron_kd.errors import ConfigError, DataError
 from megatron_kd.scoring.score_file import write_score_file
+from megatron_kd.selection.sample_by_difference import SampleByDifferenceConfig, run
 
 NAMES = ["Books3", "Pile-CC", "Git|Hub"]
 CHUNKS = 60

@@ -3,11 +3,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_kd.data import shuffle
+from megatron_kd.data import corpus_outputs as shuffle
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.chunking import Chunks
-from megatron_kd.data.shuffle import BUCKET_BYTES, MAX_BUCKET_BITS, ShuffleSpool, bucket_bits_for
+from megatron_kd.data.corpus_outputs import BUCKET_BYTES, MAX_BUCKET_BITS, ShuffleSpool, bucket_bits_for
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_kd.artefacts.manifest import MANIFEST_NAME
 from megatron_kd.cli import main
 from megatron_kd.config import from_mapping
 from megatron_kd.data import corpus_encoder, indexed_dataset
@@ -20,11 +21,10 @@ from megatron_kd.data.batch import make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.copy_chunks import copy_chunks
-from megatron_kd.data.manifest import MANIFEST_NAME
 from megatron_kd.data.tokenization import LoadedTokenizer, documents_of, load_tokenizer, pieces_of_tokenizers
 from megatron_kd.data.tokenize_corpus import TokenizeCorpusConfig, run
 from megatron_kd.errors import ConfigError, DataError
-from tests.unit.data.conftest import write_jsonl
+from tests.unit.conftest import write_jsonl
 
 HALF_HELDOUT = {"heldout_fraction": 0.5, "heldout_output": "x"}
 TOOL = Path(__file__).parents[3] / "tools" / "tokenize_corpus.py"
@@ -205,7 +205,7 @@ def test_a_run_goes_on_with_the_parts_of_one_that_was_killed(
     expected = files_of(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
     program = f"""
-from tests.unit.data.conftest import die_at_call
+from tests.unit.conftest import die_at_call
 from megatron_kd.config import from_mapping
 from megatron_kd.data import corpus_encoder, tokenize_corpus
 corpus_encoder.PART_BYTES = 20_000

@@ -9,7 +9,7 @@ from pathlib import Path
 
 PROGRAM = """
 import multiprocessing, os, time
-from megatron_kd.data.worker_pool import worker_pool
+from megatron_kd.data.workers import worker_pool
 
 started_with = []
 

@@ -23,6 +23,7 @@ def dataset_of(path: Path, chunks: list[list[int]], vocab_size: int = VOCABULARY
 
 def naive_loss(train: list[list[int]], heldout: list[list[int]]) -> tuple[float, int]:
     """The definition, one position after another; eos (0) as input is masked."""
+
     def positions(chunks: list[list[int]]) -> list[tuple[int, int]]:
         return [pair for chunk in chunks for pair in zip(chunk, chunk[1:]) if pair[0] != 0]
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from megatron_kd.data.batch import make_batch
+from megatron_kd.data.random_numbers import sequence_seeds
 from megatron_kd.errors import DataError
 from megatron_kd.evaluation.calibration import Calibration, bin_sums, calibration
 from megatron_kd.evaluation.exposure_bias import ExposureBias, ExposureConfig, exposure_bias
 from megatron_kd.generation import Decoder, ModelPolicy, generate
-from megatron_kd.generation.random_numbers import sequence_seeds
 from megatron_kd.models.gpt import full_logits
 from megatron_kd.parallel.runtime import distributed_runtime
 from tests.distributed.training.runs import make_dataset
@@ -63,9 +63,7 @@ def test_exposure_bias_against_whole_logits(dataset):
     with distributed_runtime() as runtime, torch.no_grad():
         student, teacher = tiny_model(seed=1).eval(), tiny_model(seed=2).eval()
         groups = student.pg_collection
-        found = exposure_bias(
-            [student], [teacher], groups, dataset, config, device=runtime.device, micro_batch_size=4
-        )
+        found = exposure_bias([student], [teacher], groups, dataset, config, device=runtime.device, micro_batch_size=4)
         rows = np.flatnonzero(dataset.lengths >= 5)[:6]
         means = []
         for writer in (student, teacher):
@@ -88,9 +86,7 @@ def test_prompts_that_no_chunk_has_are_refused(dataset):
     config = ExposureConfig(num_texts=6, prompt_length=34)
     with distributed_runtime() as runtime, pytest.raises(DataError, match="34 ids .* exposure.prompt_length"):
         model = tiny_model()
-        exposure_bias(
-            [model], [model], model.pg_collection, dataset, config, device=runtime.device, micro_batch_size=4
-        )
+        exposure_bias([model], [model], model.pg_collection, dataset, config, device=runtime.device, micro_batch_size=4)
 
 
 def test_a_model_of_its_own_teacher_has_no_error(dataset):

@@ -7,8 +7,7 @@ import pytest
 
 from megatron_kd.config import from_mapping
 from megatron_kd.errors import ConfigError, DataError
-from megatron_kd.evaluation.fit_scaling_law import FitScalingLawConfig, run
-from megatron_kd.evaluation.scaling_law import ScalingLaw
+from megatron_kd.evaluation.fit_scaling_law import FitScalingLawConfig, ScalingLaw, run
 
 LAW = ScalingLaw(2.73e8, 0.45, 3.06)
 FLOPS = np.geomspace(1e18, 1e20, 10)
@@ -46,10 +45,15 @@ def test_given_coefficients(tmp_path, capsys):
     assert figures["standard_errors"] is None and "10T tokens" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("keys", "message"), [
-    ({}, "give run folders"), ({"alpha": 0.4}, "go together"), ({"csv": "x"}, "'parameters'"),
-    ({"csv": "x", "runs": ["y"], "parameters": 1}, "give run folders"),
-])
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({}, "give run folders"),
+        ({"alpha": 0.4}, "go together"),
+        ({"csv": "x"}, "'parameters'"),
+        ({"csv": "x", "runs": ["y"], "parameters": 1}, "give run folders"),
+    ],
+)
 def test_what_it_refuses(tmp_path, keys, message):
     with pytest.raises(ConfigError, match=message):
         config(tmp_path, **keys)

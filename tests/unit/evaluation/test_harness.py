@@ -8,8 +8,10 @@ from megatron_kd.config import from_mapping
 from megatron_kd.errors import CheckpointError, ConfigError, DataError
 from megatron_kd.evaluation.harness import PAPER_TASKS, HarnessConfig, begins_with_bos, run_harness, summarise
 
-QUESTIONS = [{"question": f"{a} and then", "choices": [f"{a} again", "something else entirely"], "answer": 0}
-             for a in ("one", "two", "three", "four", "five", "six")]
+QUESTIONS = [
+    {"question": f"{a} and then", "choices": [f"{a} again", "something else entirely"], "answer": 0}
+    for a in ("one", "two", "three", "four", "five", "six")
+]
 TASK = """
 task: {name}
 dataset_path: json
@@ -33,8 +35,10 @@ def test_the_papers_nine_tasks():
 
 
 def test_metric_choice_and_plain_average():
-    results = {"hellaswag": {"acc,none": 0.30, "acc_norm,none": 0.40, "acc_norm_stderr,none": 0.01},
-               "winogrande": {"acc,none": 0.50, "acc_stderr,none": "N/A"}}
+    results = {
+        "hellaswag": {"acc,none": 0.30, "acc_norm,none": 0.40, "acc_norm_stderr,none": 0.01},
+        "winogrande": {"acc,none": 0.50, "acc_stderr,none": "N/A"},
+    }
     summary = summarise(results, ["storycloze_2018"])
     assert summary["tasks"]["hellaswag"] == {"metric": "acc_norm", "accuracy": 40.0, "standard_error": 1.0}
     assert summary["tasks"]["winogrande"] == {"metric": "acc", "accuracy": 50.0, "standard_error": None}
@@ -42,8 +46,10 @@ def test_metric_choice_and_plain_average():
     assert summary["missing"] == ["storycloze_2018"]
 
 
-@pytest.mark.parametrize(("family", "given", "expected"), [("qwen2", None, False), ("llama", None, True),
-                                                           ("llama", False, False), ("qwen2", True, True)])
+@pytest.mark.parametrize(
+    ("family", "given", "expected"),
+    [("qwen2", None, False), ("llama", None, True), ("llama", False, False), ("qwen2", True, True)],
+)
 def test_bos_as_the_paper_unless_said_otherwise(tmp_path, family, given, expected):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     assert begins_with_bos(config(add_bos_token=given), str(tmp_path)) is expected
@@ -72,9 +78,18 @@ def exported(tmp_path):
     folder = tmp_path / "hf"
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
     torch.manual_seed(3)
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
-                                         initializer_range=0.4))
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=257,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            initializer_range=0.4,
+        )
+    )
     model.save_pretrained(folder)
     return folder
 
@@ -89,10 +104,11 @@ def expected_accuracy(folder, length_normalised):
     for item in QUESTIONS:
         scores = []
         for choice in item["choices"]:
-            before, whole = (torch.tensor([tokenizer.encode(text)]) for text in
-                             (item["question"], f"{item['question']} {choice}"))
+            before, whole = (
+                torch.tensor([tokenizer.encode(text)]) for text in (item["question"], f"{item['question']} {choice}")
+            )
             log_probs = model(whole).logits[0, :-1].log_softmax(-1)
-            chosen = log_probs.gather(1, whole[0, 1:, None])[before.shape[1] - 1:].sum().item()
+            chosen = log_probs.gather(1, whole[0, 1:, None])[before.shape[1] - 1 :].sum().item()
             scores.append(chosen / len(choice) if length_normalised else chosen)
         right += scores[0] >= scores[1]
     return 100 * right / len(QUESTIONS)
@@ -106,13 +122,22 @@ def test_the_real_harness_on_local_tasks(exported, tmp_path, monkeypatch):
     (tmp_path / "tasks").mkdir()
     for name, metrics in (("local_norm", "{metric: acc}, {metric: acc_norm}"), ("local_plain", "{metric: acc}")):
         (tmp_path / f"tasks/{name}.yaml").write_text(
-            TASK.format(name=name, data=tmp_path / "data.jsonl", metrics=metrics))
+            TASK.format(name=name, data=tmp_path / "data.jsonl", metrics=metrics)
+        )
     summary = run_harness(
-        config(tasks=["local_norm", "local_plain", "no_such_task"], include_path=str(tmp_path / "tasks"),
-               bootstrap_iters=10), str(exported), "cpu")
+        config(
+            tasks=["local_norm", "local_plain", "no_such_task"],
+            include_path=str(tmp_path / "tasks"),
+            bootstrap_iters=10,
+        ),
+        str(exported),
+        "cpu",
+    )
     found = {name: (task["metric"], round(task["accuracy"], 3)) for name, task in summary["tasks"].items()}
-    assert found == {"local_norm": ("acc_norm", round(expected_accuracy(exported, True), 3)),
-                     "local_plain": ("acc", round(expected_accuracy(exported, False), 3))}
+    assert found == {
+        "local_norm": ("acc_norm", round(expected_accuracy(exported, True), 3)),
+        "local_plain": ("acc", round(expected_accuracy(exported, False), 3)),
+    }
     assert summary["missing"] == ["no_such_task"] and summary["tasks_in_average"] == 2
 
 
@@ -121,7 +146,8 @@ def test_data_that_cannot_be_had(exported, tmp_path):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra: pip install 'megatron-kd[eval]'")
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/gone.yaml").write_text(
-        TASK.format(name="gone", data=tmp_path / "gone.jsonl", metrics="{metric: acc}"))
+        TASK.format(name="gone", data=tmp_path / "gone.jsonl", metrics="{metric: acc}")
+    )
     with pytest.raises(DataError, match="the data of gone cannot be had.*harness.include_path"):
         run_harness(config(tasks=["gone"], include_path=str(tmp_path / "tasks")), str(exported), "cpu")
 

@@ -21,9 +21,18 @@ from megatron_kd.evaluation.report import (
 def result(name: str, loss: float, exported: bool = True) -> ModelResult:
     curve = tuple(CurvePoint(flops=1e12 * step, loss=loss + 2 / step) for step in range(1, 9))
     return ModelResult(
-        name=name, run_path=f"runs/{name}", hf_path=f"hf/{name}" if exported else None, parameters=1_300_000, steps=8,
-        train_tokens=4_096, train_flops=8 * 10**12, offline_flops=10**12 if "MiniPLM" in name else 0,
-        heldout_loss=loss, bits_per_byte=loss / 2, seconds=41.5, curve=curve,
+        name=name,
+        run_path=f"runs/{name}",
+        hf_path=f"hf/{name}" if exported else None,
+        parameters=1_300_000,
+        steps=8,
+        train_tokens=4_096,
+        train_flops=8 * 10**12,
+        offline_flops=10**12 if "MiniPLM" in name else 0,
+        heldout_loss=loss,
+        bits_per_byte=loss / 2,
+        seconds=41.5,
+        curve=curve,
     )
 
 
@@ -31,10 +40,18 @@ def result(name: str, loss: float, exported: bool = True) -> ModelResult:
 def report() -> Report:
     return Report(
         heldout="data/heldout",
-        students=(result("Pre-Train w/o KD", 4.00), result("Vanilla KD", 4.04), result("MiniPLM", 3.80),
-                  result("MiniPLM + Vanilla KD", 3.79)),
-        second_seed=result("Pre-Train w/o KD", 4.05), teacher=result("Teacher", 3.5, exported=False),
-        reference=result("Reference", 4.4, exported=False), bigram_loss=4.9, bigram_bits_per_byte=2.4, seconds=300.0,
+        students=(
+            result("Pre-Train w/o KD", 4.00),
+            result("Vanilla KD", 4.04),
+            result("MiniPLM", 3.80),
+            result("MiniPLM + Vanilla KD", 3.79),
+        ),
+        second_seed=result("Pre-Train w/o KD", 4.05),
+        teacher=result("Teacher", 3.5, exported=False),
+        reference=result("Reference", 4.4, exported=False),
+        bigram_loss=4.9,
+        bigram_bits_per_byte=2.4,
+        seconds=300.0,
         facts={"python": "3.11"},
     )
 
@@ -59,9 +76,22 @@ def test_json_keeps_the_contract(report: Report) -> None:
     content = json.loads(json.dumps(report_json(report), allow_nan=False))
     assert content["heldout"] == "data/heldout"
     assert [s["name"] for s in content["students"]] == [
-        "Pre-Train w/o KD", "Vanilla KD", "MiniPLM", "MiniPLM + Vanilla KD"]
-    needed = {"name", "hf_path", "run_path", "train_tokens", "train_flops", "offline_flops", "heldout_loss",
-              "bits_per_byte", "seconds"}
+        "Pre-Train w/o KD",
+        "Vanilla KD",
+        "MiniPLM",
+        "MiniPLM + Vanilla KD",
+    ]
+    needed = {
+        "name",
+        "hf_path",
+        "run_path",
+        "train_tokens",
+        "train_flops",
+        "offline_flops",
+        "heldout_loss",
+        "bits_per_byte",
+        "seconds",
+    }
     for student in content["students"]:
         assert needed <= set(student)
     assert content["noise_band"]["heldout_loss"] == pytest.approx(0.05)
@@ -93,7 +123,8 @@ def test_table_lines_up_and_names_everyone(report: Report) -> None:
 def test_failed_check_stands_out(report: Report) -> None:
     assert "**NO**" not in report_markdown(report)
     assert "- **NO**: the teacher (5.0000)" in report_markdown(
-        dataclasses.replace(report, teacher=result("Teacher", 5.0)))
+        dataclasses.replace(report, teacher=result("Teacher", 5.0))
+    )
 
 
 def test_writes_all_three(report: Report, tmp_path: Path) -> None:

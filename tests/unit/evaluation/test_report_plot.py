@@ -1,7 +1,6 @@
 """What stands in the figure."""
 
-from megatron_kd.evaluation.report import CurvePoint, ModelResult, Report
-from megatron_kd.evaluation.report_plot import curves_figure
+from megatron_kd.evaluation.report import CurvePoint, ModelResult, Report, curves_figure
 
 
 def result(name: str, losses: list[float]) -> ModelResult:
@@ -12,8 +11,16 @@ def result(name: str, losses: list[float]) -> ModelResult:
 def test_one_line_a_method_and_the_zoom_holds_the_second_half() -> None:
     names = ("Pre-Train w/o KD", "Vanilla KD", "MiniPLM", "MiniPLM + Vanilla KD")
     students = tuple(result(name, [6.0, 5.0, 4.0 + i / 10, 3.0 + i / 10]) for i, name in enumerate(names))
-    report = Report("heldout", students, result("Pre-Train w/o KD", [6.0, 5.0, 4.0, 3.05]), result("Teacher", [2.5]),
-                    result("Reference", [5.0]), 5.5, 2.0, 10.0)
+    report = Report(
+        "heldout",
+        students,
+        result("Pre-Train w/o KD", [6.0, 5.0, 4.0, 3.05]),
+        result("Teacher", [2.5]),
+        result("Reference", [5.0]),
+        5.5,
+        2.0,
+        10.0,
+    )
     whole, end = curves_figure(report).axes
     for axes in (whole, end):
         lines = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}

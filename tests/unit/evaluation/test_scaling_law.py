@@ -4,15 +4,19 @@ import numpy as np
 import pytest
 
 from megatron_kd.errors import DataError
-from megatron_kd.evaluation.scaling_law import ScalingLaw, fit_scaling_law
+from megatron_kd.evaluation.fit_scaling_law import ScalingLaw, fit_scaling_law
 
 TOKENS = 20 * 100_000 * 524_288
 # N, A_c, alpha_c, L_inf, L_1T, L_10T of MiniPLM (arXiv 2410.17215): plain, Vanilla KD, MiniPLM for each size.
 TABLE = [
-    (0.2e9, 2.19e7, 0.41, 3.30, 3.35, 3.32), (0.2e9, 9.77e7, 0.44, 3.34, 3.39, 3.35),
-    (0.2e9, 8.56e10, 0.59, 3.25, 3.28, 3.26), (0.5e9, 2.73e8, 0.45, 3.06, 3.12, 3.08),
-    (0.5e9, 3.14e8, 0.45, 3.05, 3.12, 3.07), (0.5e9, 6.64e9, 0.52, 3.03, 3.06, 3.04),
-    (1.16e9, 1.88e8, 0.43, 2.91, 2.98, 2.94), (1.16e9, 1.10e10, 0.52, 2.90, 2.95, 2.91),
+    (0.2e9, 2.19e7, 0.41, 3.30, 3.35, 3.32),
+    (0.2e9, 9.77e7, 0.44, 3.34, 3.39, 3.35),
+    (0.2e9, 8.56e10, 0.59, 3.25, 3.28, 3.26),
+    (0.5e9, 2.73e8, 0.45, 3.06, 3.12, 3.08),
+    (0.5e9, 3.14e8, 0.45, 3.05, 3.12, 3.07),
+    (0.5e9, 6.64e9, 0.52, 3.03, 3.06, 3.04),
+    (1.16e9, 1.88e8, 0.43, 2.91, 2.98, 2.94),
+    (1.16e9, 1.10e10, 0.52, 2.90, 2.95, 2.91),
     (1.16e9, 4.29e8, 0.45, 2.86, 2.92, 2.88),
 ]
 
@@ -30,8 +34,12 @@ def test_the_papers_table_from_its_coefficients(row):
 
 
 def test_all_but_one_of_the_tables_losses_are_within_a_hundredth():
-    off = [(row[:4], printed) for row in TABLE for printed, reach in zip(row[4:], (1, 10))
-           if abs(ScalingLaw(*row[1:4]).loss(reach * 6 * row[0] * TOKENS) - printed) > 0.01]
+    off = [
+        (row[:4], printed)
+        for row in TABLE
+        for printed, reach in zip(row[4:], (1, 10))
+        if abs(ScalingLaw(*row[1:4]).loss(reach * 6 * row[0] * TOKENS) - printed) > 0.01
+    ]
     assert off == [((0.5e9, 6.64e9, 0.52, 3.03), 3.06)]
 
 
@@ -65,13 +73,16 @@ def test_errors_grow_beyond_the_data():
     assert law.loss_error(1e20) is None
 
 
-@pytest.mark.parametrize(("flops", "losses", "message"), [
-    ([1e18, 2e18, 3e18], [3, 2.9, 2.8], "3 different FLOPs"),
-    ([1e18, 1e18, 1e18, 1e18, 1e18], [3, 3, 3, 3, 3], "1 different FLOPs"),
-    ([1e18, 2e18, 4e18, 8e18], [3, float("nan"), 2, 1], "finite losses"),
-    ([0, 2e18, 4e18, 8e18], [3, 2.5, 2, 1], "positive FLOPs"),
-    ([1e18, 2e18, 4e18, 8e18, 1e19], [2.0, 2.5, 2.8, 2.9, 3.0], "do not fall"),
-])
+@pytest.mark.parametrize(
+    ("flops", "losses", "message"),
+    [
+        ([1e18, 2e18, 3e18], [3, 2.9, 2.8], "3 different FLOPs"),
+        ([1e18, 1e18, 1e18, 1e18, 1e18], [3, 3, 3, 3, 3], "1 different FLOPs"),
+        ([1e18, 2e18, 4e18, 8e18], [3, float("nan"), 2, 1], "finite losses"),
+        ([0, 2e18, 4e18, 8e18], [3, 2.5, 2, 1], "positive FLOPs"),
+        ([1e18, 2e18, 4e18, 8e18, 1e19], [2.0, 2.5, 2.8, 2.9, 3.0], "do not fall"),
+    ],
+)
 def test_what_determines_no_law(flops, losses, message):
     with pytest.raises(DataError, match=message):
         fit_scaling_law(flops, losses)

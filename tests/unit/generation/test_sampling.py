@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from megatron_kd.generation.random_numbers import sequence_seeds, uniform, uniforms
+from megatron_kd.data.random_numbers import sequence_seeds, uniform, uniforms
 from megatron_kd.generation.sampling import SamplingConfig, choose, sampling_logits
 
 
@@ -26,8 +26,9 @@ def test_ends_of_the_interval_give_ids_that_have_probability(draw):
     assert token.item() == (1 if draw == 0 else 2)
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"),
-                         [(0.7, 0, 1.0), (1.0, 5, 1.0), (1.3, 0, 0.8), (0.9, 20, 0.6)])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(0.7, 0, 1.0), (1.0, 5, 1.0), (1.3, 0, 0.8), (0.9, 20, 0.6)]
+)
 def test_what_is_left_equals_transformers(temperature, top_k, top_p):
     logits = 2 * torch.randn(50, 100, generator=torch.Generator().manual_seed(0))
     theirs = TemperatureLogitsWarper(temperature)(None, logits)

@@ -74,9 +74,7 @@ def test_upstream_gradient_scales_and_a_retained_graph_gives_the_same_again():
     weight = inputs.weight.clone().requires_grad_()
 
     def loss():
-        return linear_distillation_loss(
-            inputs.hidden, OutputHead(weight, 83), inputs.labels, inputs.weights
-        ).loss_sum
+        return linear_distillation_loss(inputs.hidden, OutputHead(weight, 83), inputs.labels, inputs.weights).loss_sum
 
     (once,) = torch.autograd.grad(loss(), weight)
     (scaled,) = torch.autograd.grad(3.0 * loss(), weight)
@@ -144,9 +142,7 @@ def test_a_wrong_gradient_scale_is_refused_once_it_has_gone_into_main_grad():
     inputs = small()
     weight = torch.nn.Parameter(inputs["head"].weight)
     weight.main_grad = torch.zeros_like(weight)
-    loss = linear_distillation_loss(
-        **{**inputs, "head": OutputHead(weight, 83)}, gradient_scale=8.0
-    ).loss_sum
+    loss = linear_distillation_loss(**{**inputs, "head": OutputHead(weight, 83)}, gradient_scale=8.0).loss_sum
     with pytest.raises(RuntimeError, match="gradient_scale=8.0 was declared"):
         (loss * 4.0).backward()
 

@@ -25,7 +25,10 @@ SHAPES = {
     "temperature squared": {"temperature": 0.7, "temperature_squared": True},
     "softcap, scale and bias": {"softcap": 3.0, "teacher_softcap": 4.0, "scale": 0.8, "bias": True},
     "softcap and temperature, ids that only the student has": {
-        "softcap": 3.0, "temperature": 2.0, "teacher_rows": 64, "teacher_vocab": 61,
+        "softcap": 3.0,
+        "temperature": 2.0,
+        "teacher_rows": 64,
+        "teacher_vocab": 61,
     },
     "the teacher's bias and scale": {"teacher_bias": True, "teacher_scale": 1.3},
     "kd alone": {"lm_weight": 0.0, "kd_weight": 1.0},

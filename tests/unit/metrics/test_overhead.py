@@ -4,13 +4,25 @@ import time
 
 import pytest
 
-from megatron_kd.metrics.config import MetricsConfig
+from megatron_kd.metrics.sinks import MetricsConfig
 from megatron_kd.metrics.tracker import RunTracker
 
 STEP_SECONDS = 0.1
-ROW = {"loss": 3.25, "lm_loss": 3.5, "kd_loss": 3.0, "teacher_entropy": 1.0, "grad_norm": 1.2, "learning_rate": 3e-4,
-       "step_seconds": 0.1, "tokens_per_second": 1e5, "tflops_per_second": 412.3, "memory_bytes": 3 * 2**30,
-       "train_flops": 1e18, "seconds": 100.0, "tokens": 1_000_000}
+ROW = {
+    "loss": 3.25,
+    "lm_loss": 3.5,
+    "kd_loss": 3.0,
+    "teacher_entropy": 1.0,
+    "grad_norm": 1.2,
+    "learning_rate": 3e-4,
+    "step_seconds": 0.1,
+    "tokens_per_second": 1e5,
+    "tflops_per_second": 412.3,
+    "memory_bytes": 3 * 2**30,
+    "train_flops": 1e18,
+    "seconds": 100.0,
+    "tokens": 1_000_000,
+}
 
 
 @pytest.mark.parametrize("report_to", [(), ("tensorboard",)])

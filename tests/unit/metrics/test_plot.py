@@ -11,9 +11,20 @@ from megatron_kd.metrics.plot import PlotConfig, figure_of, moving_mean, run, se
 
 
 def rows(kd=0.0, steps=30):
-    made = [{"step": s, "tokens": 10 * s, "train_flops": 1e9 * s, "loss": 5 / s + 2, "lm_loss": 5 / s + 2,
-             "kd_loss": kd / s, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_second": 100.0 + s}
-            for s in range(1, steps + 1)]
+    made = [
+        {
+            "step": s,
+            "tokens": 10 * s,
+            "train_flops": 1e9 * s,
+            "loss": 5 / s + 2,
+            "lm_loss": 5 / s + 2,
+            "kd_loss": kd / s,
+            "grad_norm": 1.0,
+            "learning_rate": 1e-3,
+            "tokens_per_second": 100.0 + s,
+        }
+        for s in range(1, steps + 1)
+    ]
     return [*made, {"step": steps, "tokens": 10 * steps, "train_flops": 1e9 * steps, "eval_loss": 2.5}]
 
 
@@ -32,7 +43,7 @@ def test_series_over_each_axis(x, factor):
 
 def test_moving_mean_against_a_loop():
     values = np.random.default_rng(0).normal(size=40)
-    expected = [values[max(0, i - 6):i + 1].mean() for i in range(40)]
+    expected = [values[max(0, i - 6) : i + 1].mean() for i in range(40)]
     np.testing.assert_allclose(moving_mean(values, 7), expected)
 
 

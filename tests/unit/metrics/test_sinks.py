@@ -9,7 +9,7 @@ import pytest
 
 from megatron_kd.config import from_mapping
 from megatron_kd.errors import ConfigError
-from megatron_kd.metrics.config import MetricsConfig
+from megatron_kd.metrics.sinks import MetricsConfig
 from megatron_kd.metrics.tracker import RunTracker
 
 
@@ -58,8 +58,9 @@ def test_wandb_offline_writes_into_the_run_folder(tmp_path, monkeypatch):
     assert (tmp_path / "wandb_id").read_text() == first, "a resumed job goes on with the same run"
 
 
-@pytest.mark.parametrize(("sink", "package"), [("tensorboard", "tensorboard.compat.proto.event_pb2"),
-                                               ("wandb_offline", "wandb")])
+@pytest.mark.parametrize(
+    ("sink", "package"), [("tensorboard", "tensorboard.compat.proto.event_pb2"), ("wandb_offline", "wandb")]
+)
 def test_a_package_that_is_missing(tmp_path, monkeypatch, sink, package):
     real = builtins.__import__
 
@@ -73,9 +74,14 @@ def test_a_package_that_is_missing(tmp_path, monkeypatch, sink, package):
         record(tmp_path, [1], report_to=[sink])
 
 
-@pytest.mark.parametrize(("keys", "message"), [({"report_to": ["wandb", "wandb_offline"]}, "choose one"),
-                                               ({"report_to": ["carrier_pigeon"]}, "must be one of"),
-                                               ({"peak_tflops": 0}, "above 0")])
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"report_to": ["wandb", "wandb_offline"]}, "choose one"),
+        ({"report_to": ["carrier_pigeon"]}, "must be one of"),
+        ({"peak_tflops": 0}, "above 0"),
+    ],
+)
 def test_what_it_refuses(keys, message):
     with pytest.raises(ConfigError, match=message):
         from_mapping(MetricsConfig, keys, "test")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_kd.models.blocked_attention import blocked_causal_attention
+from megatron_kd.models.attention import blocked_causal_attention
 
 
 @pytest.mark.parametrize("length", [1, 5, 64, 65, 200])

@@ -8,7 +8,7 @@ from megatron_kd.errors import ConfigError
 from megatron_kd.models import layer_specs
 from megatron_kd.models.attention import SDPACoreAttention
 from megatron_kd.models.layer_specs import choose_layer_spec
-from megatron_kd.models.normalization import RMSNorm
+from megatron_kd.models.local_modules import RMSNorm
 from megatron_kd.parallel.runtime import distributed_runtime
 from tests.reference.one_rank import tiny_model
 

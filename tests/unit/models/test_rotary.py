@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_kd.models.rotary import apply_rotary, provide_fused_rotary
+from megatron_kd.models.local_modules import apply_rotary, provide_fused_rotary
 
 
 def angles(length: int, width: int) -> torch.Tensor:

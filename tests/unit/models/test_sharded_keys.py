@@ -8,11 +8,11 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
+from megatron_kd.checkpoints.sharded_state import sharded_weights
+from megatron_kd.checkpoints.weights import load_sharded_state
 from megatron_kd.models.architecture import architecture_by_name
 from megatron_kd.models.gpt import build_model
 from megatron_kd.models.layer_specs import has_transformer_engine
-from megatron_kd.models.weights import load_sharded_state
-from megatron_kd.models.weights_format import sharded_weights
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_kd.parallel.runtime import distributed_runtime
 from tests.reference.one_rank import one_rank_groups, tiny_model

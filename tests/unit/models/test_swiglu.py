@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_kd.models.swiglu import SwiGLU, _SwiGLUFunction
+from megatron_kd.models.local_modules import SwiGLU, _SwiGLUFunction
 from megatron_kd.parallel.runtime import distributed_runtime
 from tests.reference.one_rank import TINY, tiny_model
 

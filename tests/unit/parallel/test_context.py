@@ -6,8 +6,8 @@ import pytest
 import torch
 from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank
 
-from megatron_kd.parallel import cpu_backend
-from megatron_kd.parallel.context import in_order, own_part, part_of
+from megatron_kd.parallel.groups import in_order, own_part, part_of
+from megatron_kd.parallel.mcore_patches import cpu_backend
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])

@@ -6,10 +6,10 @@ import pytest
 
 from megatron_kd.config import from_mapping, load_config
 from megatron_kd.errors import ConfigError, LayoutError
-from megatron_kd.evaluation.run import EvaluateConfig
+from megatron_kd.evaluation.evaluate import EvaluateConfig
 from megatron_kd.generation.generate_corpus import GenerateCorpusConfig
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout, as_mapping
-from megatron_kd.training.config import TrainConfig
+from megatron_kd.training.train_config import TrainConfig
 
 SIZES = {"num_layers": 4, "num_attention_heads": 8, "num_query_groups": 4, "ffn_hidden_size": 96, "seq_length": 32}
 

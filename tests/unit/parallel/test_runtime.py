@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_kd.errors import DataError, UserError
-from megatron_kd.parallel.agreement import on_main_rank
-from megatron_kd.parallel.runtime import distributed_runtime, seed_everything
-from megatron_kd.parallel.worlds import SplitWorld
+from megatron_kd.parallel.coordination import on_main_rank
+from megatron_kd.parallel.runtime import SplitWorld, distributed_runtime, seed_everything
 from tests.reference.one_rank import one_rank_groups
 
 

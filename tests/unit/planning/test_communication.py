@@ -2,11 +2,10 @@
 
 import pytest
 
+from megatron_kd.costs.memory import PlacedTeacher, rank_parameters, teacher_layout
 from megatron_kd.models.architecture import architecture_by_name
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_kd.planning.communication import step_traffic
-from megatron_kd.planning.memory import rank_parameters
-from megatron_kd.planning.teacher_memory import PlacedTeacher, teacher_layout
+from megatron_kd.planning.pipeline_costs import step_traffic
 
 STUDENT, TEACHER = architecture_by_name("qwen_500m"), architecture_by_name("qwen_1.8b")
 SIZES = {"precision": "bf16", "micro_batch_size": 4, "seq_length": 1024, "micro_batches": 2}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_kd.planning.flops import RunCost, training_flops
+from megatron_kd.costs.flops import RunCost, training_flops
 
 
 def test_sums_of_a_run():

@@ -10,11 +10,10 @@ import pytest
 
 from megatron_kd.config import load_config
 from megatron_kd.errors import ConfigError, LayoutError
-from megatron_kd.planning.config import PlanRunConfig
 from megatron_kd.planning.paper import offline_readings, one_trillion_flops, printed_steps
 from megatron_kd.planning.plan import make_plan
-from megatron_kd.planning.plan_table import amount, plan_text
-from megatron_kd.planning.run import run
+from megatron_kd.planning.plan_config import PlanRunConfig
+from megatron_kd.planning.plan_run import amount, plan_text, run
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 MINIPLM = REPOSITORY / "examples/miniplm_pile_qwen/student_500m.yaml"
@@ -28,9 +27,12 @@ def plan(*overrides, file=MINIPLM):
 @pytest.mark.parametrize(
     ("student", "method", "formula", "printed"),
     [
-        ("qwen_200m", "vanilla_kd", 25_000, 25_000), ("qwen_500m", "vanilla_kd", 45_455, 45_000),
-        ("qwen_1.2b", "vanilla_kd", 66_667, 65_000), ("qwen_200m", "minillm", 13_636, 15_000),
-        ("qwen_500m", "minillm", 26_786, 30_000), ("qwen_1.2b", "minillm", 42_857, 40_000),
+        ("qwen_200m", "vanilla_kd", 25_000, 25_000),
+        ("qwen_500m", "vanilla_kd", 45_455, 45_000),
+        ("qwen_1.2b", "vanilla_kd", 66_667, 65_000),
+        ("qwen_200m", "minillm", 13_636, 15_000),
+        ("qwen_500m", "minillm", 26_786, 30_000),
+        ("qwen_1.2b", "minillm", 42_857, 40_000),
     ],
 )
 def test_steps_of_the_paper(student, method, formula, printed):
@@ -46,8 +48,9 @@ def test_steps_of_the_exact_sizes():
     assert steps["vanilla_kd"] == round(100_000 * 3 * 463_987_712 / (3 * 463_987_712 + 1_836_828_672))
 
 
-@pytest.mark.parametrize(("student", "flops"), [("qwen_200m", 1.258e21), ("qwen_500m", 3.146e21),
-                                                ("qwen_1.2b", 7.298e21)])
+@pytest.mark.parametrize(
+    ("student", "flops"), [("qwen_200m", 1.258e21), ("qwen_500m", 3.146e21), ("qwen_1.2b", 7.298e21)]
+)
 def test_c_1t(student, flops):
     assert one_trillion_flops(student) == pytest.approx(flops, rel=1e-3)
 
@@ -150,8 +153,19 @@ def test_a_sparse_payload_leaves_the_head_to_the_teacher():
 
 def test_the_text_names_the_deviation_from_the_paper():
     text = plan_text(plan())
-    for expected in ("26,786", "30,000", "+12.0%", "45,455", "463,987,712", "308,405,248", "1.8e+20", "3.146e+21",
-                     "8 N_s + 4 N_t", "also miniplm, seqkd", "pipeline bubble"):
+    for expected in (
+        "26,786",
+        "30,000",
+        "+12.0%",
+        "45,455",
+        "463,987,712",
+        "308,405,248",
+        "1.8e+20",
+        "3.146e+21",
+        "8 N_s + 4 N_t",
+        "also miniplm, seqkd",
+        "pipeline bubble",
+    ):
         assert expected in text
 
 
@@ -168,9 +182,11 @@ def processor_seconds():
 
 def test_the_command_answers_in_two_seconds_without_torch():
     """Processor time: what it takes by itself, whatever else the machine does."""
-    code = ("import sys; from megatron_kd.cli import _run_verb\n"
-            f"assert _run_verb('plan_run', ['--config', {str(MINIPLM)!r}]) == 0\n"
-            "assert 'torch' not in sys.modules and 'megatron.core' not in sys.modules")
+    code = (
+        "import sys; from megatron_kd.cli import _run_verb\n"
+        f"assert _run_verb('plan_run', ['--config', {str(MINIPLM)!r}]) == 0\n"
+        "assert 'torch' not in sys.modules and 'megatron.core' not in sys.modules"
+    )
     before = processor_seconds()
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=REPOSITORY)
     assert processor_seconds() - before < 2

@@ -37,8 +37,11 @@ def test_a_record_has_the_planned_size(name, size):
     counts = numpy.full(positions, size) if name == "top_k" else generator.integers(1, 25, positions)
     total = int(counts.sum())
     ids = generator.integers(0, vocabulary, total).astype(numpy.uint32)
-    values = {"probabilities": numpy.full(total, 0.01, numpy.float32)} if name == "top_k" else {
-        "draws": numpy.ones(total, numpy.uint16)}
+    values = (
+        {"probabilities": numpy.full(total, 0.01, numpy.float32)}
+        if name == "top_k"
+        else {"draws": numpy.ones(total, numpy.uint16)}
+    )
     entries = Entries(counts=counts, ids=ids, tail=numpy.full(positions, 0.1, numpy.float32), **values)
     record = Codec(name, size, vocabulary).encode(numpy.ones(positions, bool), entries)
     planned = top_k_bytes(size, vocabulary) if name == "top_k" else sampled_bytes(size, total / positions, vocabulary)

@@ -5,8 +5,7 @@ import json
 import time
 from pathlib import Path
 
-from megatron_kd.quickstart.progress import ProgressDisplay, describe, last_row, share_done
-from megatron_kd.quickstart.steps import Schedule, Step
+from megatron_kd.quickstart.step_runner import ProgressDisplay, Schedule, Step, describe, last_row, share_done
 
 
 def write_metrics(run: Path, rows: list[dict], tail: str = "") -> Path:

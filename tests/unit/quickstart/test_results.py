@@ -14,9 +14,9 @@ from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import DataError
 from megatron_kd.evaluation.bigram import fit_bigram, score_bigram
 from megatron_kd.models.architecture import architecture_by_name
-from megatron_kd.quickstart import plan
+from megatron_kd.quickstart import recipe as plan
 from megatron_kd.quickstart.results import collect_report, model_result
-from megatron_kd.training.run import TrainConfig, run
+from megatron_kd.training.train import TrainConfig, run
 
 VOCABULARY, LENGTH, STEPS, BATCH = 40, 12, 4, 2
 
@@ -35,11 +35,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     splits = {plan.TRAIN_DATA: 16, plan.HELDOUT_DATA: 4, plan.REFERENCE_DATA: 4, plan.SAMPLED_DATA: 8}
     for path, chunks in splits.items():
         write_data(root / path, chunks, seed=chunks)
-    run(load_config(TrainConfig, None, [
-        f"data.path={root / plan.TRAIN_DATA}", f"data.eval_path={root / plan.HELDOUT_DATA}", f"output={root / 'run'}",
-        f"training.train_iters={STEPS}", f"training.global_batch_size={BATCH}", f"training.micro_batch_size={BATCH}",
-        "training.eval_interval=2", "model.name=qwen_toy_reference",
-    ]))
+    run(
+        load_config(
+            TrainConfig,
+            None,
+            [
+                f"data.path={root / plan.TRAIN_DATA}",
+                f"data.eval_path={root / plan.HELDOUT_DATA}",
+                f"output={root / 'run'}",
+                f"training.train_iters={STEPS}",
+                f"training.global_batch_size={BATCH}",
+                f"training.micro_batch_size={BATCH}",
+                "training.eval_interval=2",
+                "model.name=qwen_toy_reference",
+            ],
+        )
+    )
     return root
 
 
@@ -82,7 +93,11 @@ def test_report_of_a_finished_quickstart(finished: Path) -> None:
     reference = report.reference
     offline = 2 * (report.teacher.parameters + reference.parameters) * corpus.num_tokens + reference.train_flops
     assert {s.name: s.offline_flops for s in report.students} == {
-        "Pre-Train w/o KD": 0, "Vanilla KD": 0, "MiniPLM": offline, "MiniPLM + Vanilla KD": offline}
+        "Pre-Train w/o KD": 0,
+        "Vanilla KD": 0,
+        "MiniPLM": offline,
+        "MiniPLM + Vanilla KD": offline,
+    }
     expected = score_bigram(fit_bigram(corpus), ChunkDataset.open(plan.HELDOUT_DATA))
     assert report.bigram_loss == expected.loss
     assert report.noise_band == 0 and report.seconds == 12.5 and report.facts["steps done before"] == 3

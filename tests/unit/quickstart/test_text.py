@@ -12,8 +12,15 @@ LONG = "x = 1  # " + "a" * 300 + "\n"
 
 def library(root: Path) -> Path:
     for name, text in {
-        "a.py": LONG, "pkg/b.py": LONG + "é", "pkg/data.txt": LONG, "site-packages/c.py": LONG, "test/d.py": LONG,
-        "pkg/tests/e.py": LONG, "short.py": "x", "huge.py": "y" * 200_000, "pydoc_data/topics.py": LONG,
+        "a.py": LONG,
+        "pkg/b.py": LONG + "é",
+        "pkg/data.txt": LONG,
+        "site-packages/c.py": LONG,
+        "test/d.py": LONG,
+        "pkg/tests/e.py": LONG,
+        "short.py": "x",
+        "huge.py": "y" * 200_000,
+        "pydoc_data/topics.py": LONG,
     }.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,20 +8,19 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_kd.artefacts.artefact_folder import building
+from megatron_kd.artefacts.manifest import read_manifest, write_manifest
 from megatron_kd.config import from_mapping
-from megatron_kd.data.artefact_folder import building
 from megatron_kd.data.batch import make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
-from megatron_kd.data.manifest import read_manifest, write_manifest
 from megatron_kd.errors import ConfigError, DataError
-from megatron_kd.teachers.cache.cache_file import LogitCache
+from megatron_kd.teachers.cache.cache_reader import LogitCache, View
 from megatron_kd.teachers.cache.codec import Codec
-from megatron_kd.teachers.cache.identity import View
 from megatron_kd.teachers.cached import CachedTeacher, choose_kind
 from megatron_kd.teachers.interface import TeacherConfig
-from megatron_kd.training.config import TrainConfig
 from megatron_kd.training.objective import DistillationConfig
+from megatron_kd.training.train_config import TrainConfig
 from tests.distributed.training.runs import VOCABULARY, make_dataset
 from tests.reference.caches import write_cache
 

@@ -13,10 +13,10 @@ from megatron_kd.models.gpt import full_logits
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.teachers.colocated import ColocatedTeacher
 from megatron_kd.teachers.interface import TeacherConfig
-from megatron_kd.teachers.routing import Routing
-from megatron_kd.training.build import unwrap
+from megatron_kd.teachers.remote.routing import Routing
 from megatron_kd.training.checkpoint import Progress, load_full_state, save_checkpoint
 from megatron_kd.training.objective import DistillationConfig, MicroBatchLoss, build_objective
+from megatron_kd.training.setup import unwrap
 from megatron_kd.training.train_step import TrainStep
 from tests.distributed.training.runs import make_dataset
 from tests.reference.one_rank import TINY, TrainingParts, tiny_model

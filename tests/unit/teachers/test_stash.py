@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_kd.teachers.stash import Stash
+from megatron_kd.teachers.colocated import Stash
 
 
 def test_beyond_the_budget_tensors_wait_in_host_memory_and_come_back():

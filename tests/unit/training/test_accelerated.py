@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_kd.training import accelerated
+from megatron_kd.training import preflight as accelerated
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

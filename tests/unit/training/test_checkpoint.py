@@ -5,10 +5,11 @@ import shutil
 import pytest
 import torch
 
+from megatron_kd.checkpoints import checkpoint_writer
+from megatron_kd.checkpoints.weights import LATEST_NAME, checkpoint_folders, open_checkpoint
 from megatron_kd.errors import CheckpointError, UserError
-from megatron_kd.models.weights import LATEST_NAME, checkpoint_folders, open_checkpoint
 from megatron_kd.parallel.runtime import distributed_runtime
-from megatron_kd.training import checkpoint, checkpoint_writer
+from megatron_kd.training import checkpoint
 from megatron_kd.training.checkpoint import (
     Progress,
     load_checkpoint,

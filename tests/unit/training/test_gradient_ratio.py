@@ -10,9 +10,9 @@ from megatron_kd.errors import ConfigError
 from megatron_kd.models.gpt import full_logits
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.teachers.colocated import ColocatedTeacher
-from megatron_kd.teachers.routing import Routing
-from megatron_kd.training.config import TrainConfig
-from megatron_kd.training.methods.build import build_lm_term, build_loss
+from megatron_kd.teachers.remote.routing import Routing
+from megatron_kd.training.methods.method_builders import build_lm_term, build_loss
+from megatron_kd.training.train_config import TrainConfig
 from megatron_kd.training.train_step import TrainStep
 from tests.distributed.training.runs import VOCABULARY
 from tests.reference.one_rank import TrainingParts, tiny_model, train_config

@@ -4,8 +4,8 @@ import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
+from megatron_kd.checkpoints.weights import open_checkpoint
 from megatron_kd.models.architecture import ModelArchitecture
-from megatron_kd.models.weights import open_checkpoint
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from megatron_kd.training.optimizer import OptimizerConfig, build_optimizer

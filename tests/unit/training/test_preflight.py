@@ -10,7 +10,7 @@ from megatron_kd.errors import ConfigError
 from megatron_kd.models.architecture import architecture_by_name
 from megatron_kd.parallel.layout import ParallelLayout
 from megatron_kd.training import preflight
-from megatron_kd.training.config import TrainConfig
+from megatron_kd.training.train_config import TrainConfig
 
 STUDENT, TEACHER = architecture_by_name("qwen_500m"), architecture_by_name("qwen_1.8b")
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from megatron_kd.errors import ConfigError
-from megatron_kd.training.run_lock import RunLock
+from megatron_kd.training.run_folder import RunLock
 
 HOLD = (
     "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX);"

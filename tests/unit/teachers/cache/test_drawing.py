@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_kd.teachers.cache.blocks import BLOCK, blocks_of, take_blocks
-from megatron_kd.teachers.cache.drawing import draw, uniform_numbers
+from megatron_kd.teachers.cache.vocabulary_search import BLOCK, blocks_of, draw, take_blocks, uniform_numbers
 
 
 def uniforms(rows, draws, seed=0):
@@ -57,4 +56,3 @@ def test_counts_estimate_the_distribution_without_bias():
     ids, _ = draw_from(weights, uniforms(4000, 5))
     shares = torch.bincount(ids.flatten(), minlength=4) / ids.numel()
     torch.testing.assert_close(shares, weights[0], atol=0.012, rtol=0)
-

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from megatron_kd.teachers.cache.blocks import BLOCK, NO_LOGIT, blocks_of
-from megatron_kd.teachers.cache.largest import largest
+from megatron_kd.teachers.cache.vocabulary_search import BLOCK, NO_LOGIT, blocks_of, largest
 
 
 @pytest.mark.parametrize("columns", [5, 128, 300, 5_000, 5_001, 16_384, 20_011])

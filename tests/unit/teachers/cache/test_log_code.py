@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_kd.teachers.cache.log_code import LogCode
+from megatron_kd.teachers.cache.codec import LogCode
 
 CODES = [LogCode(16, -32 * math.log(2)), LogCode(10, -16.0), LogCode(16, -20.0, 20.0)]
 

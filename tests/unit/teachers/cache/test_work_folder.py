@@ -5,8 +5,8 @@ import json
 import pytest
 
 from megatron_kd.errors import DataError
+from megatron_kd.teachers.cache.cache_writer import Commit, ShardWriter
 from megatron_kd.teachers.cache.codec import Codec
-from megatron_kd.teachers.cache.shard import Commit, ShardWriter
 from megatron_kd.teachers.cache.work_folder import WorkFolder
 from tests.distributed.training.runs import VOCABULARY, make_dataset
 from tests.reference.caches import write_cache

@@ -10,7 +10,7 @@ from megatron_kd.config import from_mapping
 from megatron_kd.losses import DenseKnowledge, DistillationObjective, OutputHead
 from megatron_kd.training.methods import policy_gradient as pg
 from megatron_kd.training.methods.batches import Texts, auxiliary_batch, generated_batch
-from megatron_kd.training.methods.config import MiniLLMConfig
+from megatron_kd.training.methods.method_config import MiniLLMConfig
 from megatron_kd.training.methods.minillm import MiniLLMLoss, RolloutBatch, main_count
 from megatron_kd.training.objective import DistillationConfig, MicroBatchLoss, build_objective
 from tests.reference import naive_losses

@@ -7,10 +7,10 @@ import torch
 from megatron_kd.generation import Decoder, MixedPolicy
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.training.methods.batches import Texts, generated_batch
-from megatron_kd.training.methods.config import MiniLLMConfig, TextConfig
+from megatron_kd.training.methods.method_config import MiniLLMConfig, TextConfig
 from megatron_kd.training.methods.minillm import MiniLLMSource
 from megatron_kd.training.methods.source import Place
-from megatron_kd.training.methods.writer import TextWriter
+from megatron_kd.training.methods.text_writer import TextWriter
 from tests.reference import naive_minillm as naive
 from tests.reference.one_rank import tiny_model
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_kd.training.methods import policy_gradient as pg
-from megatron_kd.training.methods.config import MiniLLMConfig
+from megatron_kd.training.methods.method_config import MiniLLMConfig
 from tests.reference import naive_minillm as naive
 
 EXACT = MiniLLMConfig(importance="sequence", clip=None, length_norm=False)

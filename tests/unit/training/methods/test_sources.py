@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_kd.generation.random_numbers import uniform
+from megatron_kd.data.random_numbers import uniform
 from megatron_kd.training.methods.batches import Texts, generated_batch
-from megatron_kd.training.methods.config import DistiLLMConfig, GKDConfig
-from megatron_kd.training.methods.distillm import DistiLLMSource
+from megatron_kd.training.methods.distillm import DistiLLMSource, ReplayBuffer
 from megatron_kd.training.methods.gkd import GKDSource
-from megatron_kd.training.methods.replay_buffer import ReplayBuffer
+from megatron_kd.training.methods.method_config import DistiLLMConfig, GKDConfig
 from megatron_kd.training.methods.source import DatasetSource, Place, PretrainingBeside, StepBatches
-from megatron_kd.training.methods.writer import own_rows
+from megatron_kd.training.methods.text_writer import own_rows
 from megatron_kd.training.objective import token_weights
 
 ONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)

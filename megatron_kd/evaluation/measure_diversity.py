@@ -1,0 +1,197 @@
+"""``measure_diversity``: how diverse corpora are, side by side, by standard measures that need no reference.
+
+- **Vendi score** (Friedman & Dieng, arXiv 2210.02410): exp of the entropy of the eigenvalues of K / n, K the cosine
+  similarities of n chunks; the effective number of different chunks, 1 to n.
+- **Mean pairwise distance**: the mean of 1 − cosine over all pairs of different chunks.
+- **n-gram diversity** (Padmakumar & He, arXiv 2309.05196): the sum over n = 1 … 4 of distinct n-grams / n-grams of ids.
+
+Chunks are embedded as TF-IDF of their ids, or, with ``model.path``, as a model's mean final hidden state. The MiniPLM
+paper prints a semantic diversity without naming its measure; none of these is claimed to be that one. Corpora are
+compared on equally many chunks and equally many ids; the idf is that of all of them together.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_kd.artefacts.artefact_folder import write_file
+from megatron_kd.checkpoints.loading import ScoredModelConfig, load_for_inference
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.errors import DataError
+from megatron_kd.parallel.layout import ParallelConfig
+from megatron_kd.parallel.runtime import Runtime, distributed_runtime
+from megatron_kd.selection.proxy import read_batch
+
+MAX_NGRAM = 4
+
+
+@dataclass(frozen=True)
+class ComparedDataConfig:
+    """``data.*`` keys: ``paths``, chunk datasets of one tokenizer."""
+
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class OptionalModelConfig:
+    """``model.*`` keys: a checkpoint or Hugging Face folder that embeds the chunks; None for TF-IDF of ids."""
+
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class MeasureDiversityConfig:
+    """Keys of ``measure_diversity``."""
+
+    data: ComparedDataConfig
+    model: OptionalModelConfig = OptionalModelConfig()
+    samples: int = 2000
+    """Chunks of each corpus, drawn at random without replacement."""
+    seed: int = 0
+    output: str | None = None
+    """A JSON file for the figures; they are printed in any case."""
+
+    def validate(self) -> Iterator[str]:
+        """Yield what is wrong."""
+        if not self.data.paths:
+            yield "data.paths names no dataset"
+        if self.samples < 2:
+            yield f"samples must be at least 2, not {self.samples}"
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """Of one corpus: ``samples`` chunks, ``ids`` counted for n-grams; the measures of the module's docstring."""
+
+    path: str
+    fingerprint: str
+    embedding: str
+    samples: int
+    ids: int
+    vendi_score: float
+    mean_pairwise_distance: float
+    ngram_diversity: float
+
+
+def run(config: MeasureDiversityConfig) -> list[dict[str, Any]]:
+    """Measure every corpus; prints and returns the figures.
+
+    Raises:
+        DataError: a dataset is missing or damaged, or the tokenizers differ.
+        CheckpointError: the model cannot be read.
+    """
+    datasets = [ChunkDataset.open(path) for path in config.data.paths]
+    if len({dataset.tokenizer_hash for dataset in datasets}) > 1:
+        hashes = ", ".join(f"{dataset.path}: {dataset.tokenizer_hash}" for dataset in datasets)
+        raise DataError(f"corpora of several tokenizers cannot be compared by their ids ({hashes})")
+    samples = min(config.samples, *(len(dataset) for dataset in datasets), config.samples)
+    drawn = [_draw(dataset, samples, config.seed) for dataset in datasets]
+    num_ids = min(sum(map(len, chunks)) for _, chunks in drawn)
+    embedded = _embed(config, datasets, drawn)
+    found = [
+        asdict(Diversity(
+            str(dataset.path), dataset.fingerprint, "tf-idf of ids" if config.model.path is None else config.model.path,
+            samples, num_ids, vendi_score(vectors), mean_pairwise_distance(vectors),
+            ngram_diversity(chunks, num_ids),
+        ))
+        for dataset, (_, chunks), vectors in zip(datasets, drawn, embedded, strict=True)
+    ]  # fmt: skip
+    text = json.dumps(found, indent=2) + "\n"
+    if config.output is not None:
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+        write_file(Path(config.output), text)
+    sys.stdout.write(text)
+    return found
+
+
+def vendi_score(vectors: np.ndarray) -> float:
+    """exp(−Σ λ log λ), λ the eigenvalues of V Vᵀ / n for unit rows V ``[n, d]``; those of Vᵀ V / n are the same."""
+    gram = vectors.T @ vectors if vectors.shape[1] < vectors.shape[0] else vectors @ vectors.T
+    eigenvalues = np.linalg.eigvalsh(gram / len(vectors))
+    positive = eigenvalues[eigenvalues > 1e-12]
+    return float(np.exp(-(positive * np.log(positive)).sum()))
+
+
+def mean_pairwise_distance(vectors: np.ndarray) -> float:
+    """Mean of 1 − cosine over the pairs of different rows of unit vectors ``[n, d]``."""
+    count = len(vectors)
+    total = float(np.square(vectors.sum(0)).sum()) - float(np.square(vectors).sum())
+    return 1.0 - total / (count * (count - 1))
+
+
+def ngram_diversity(chunks: list[np.ndarray], num_ids: int) -> float:
+    """Σ over n = 1 … 4 of distinct / all n-grams inside chunks, of the first ``num_ids`` ids."""
+    shortened, left = [], num_ids
+    for chunk in chunks:
+        shortened.append(chunk[:left])
+        left -= len(shortened[-1])
+        if not left:
+            break
+    score = 0.0
+    for n in range(1, MAX_NGRAM + 1):
+        windows = [np.lib.stride_tricks.sliding_window_view(chunk, n) for chunk in shortened if len(chunk) >= n]
+        if windows:
+            grams = np.concatenate(windows)
+            score += len(np.unique(grams, axis=0)) / len(grams)
+    return score
+
+
+def tf_idf(corpora: list[list[np.ndarray]], vocab_size: int, eos_id: int) -> list[np.ndarray]:
+    """Unit rows ``[n, d]`` of log-scaled counts times idf, over the ids that occur; the idf is that of all corpora."""
+    everything = [chunk[chunk != eos_id] for chunks in corpora for chunk in chunks]
+    occurring = np.unique(np.concatenate(everything)) if everything else np.zeros(0, np.int64)
+    column = np.full(vocab_size, -1)
+    column[occurring] = np.arange(len(occurring))
+    counts = np.zeros((len(everything), max(1, len(occurring))))
+    for row, chunk in enumerate(everything):
+        np.add.at(counts[row], column[chunk], 1.0)
+    idf = np.log((1 + len(everything)) / (1 + (counts > 0).sum(0))) + 1
+    vectors = _unit(np.log1p(counts) * idf)
+    bounds = np.cumsum([0] + [len(chunks) for chunks in corpora])
+    return [vectors[start:stop] for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+def _draw(dataset: ChunkDataset, samples: int, seed: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    indices = np.sort(np.random.default_rng(seed).choice(len(dataset), samples, replace=False))
+    return indices, [dataset[index] for index in indices.tolist()]
+
+
+def _embed(
+    config: MeasureDiversityConfig, datasets: list[ChunkDataset], drawn: list[tuple[np.ndarray, list[np.ndarray]]]
+) -> list[np.ndarray]:
+    if config.model.path is None:
+        return tf_idf([chunks for _, chunks in drawn], datasets[0].vocab_size, datasets[0].eos_id)
+    with distributed_runtime() as runtime:
+        if runtime.world_size > 1:
+            raise DataError("measure_diversity runs on one rank: start it without torchrun")
+        source = ScoredModelConfig(config.model.path)
+        return [
+            _hidden_states(source, dataset, indices, runtime)
+            for dataset, (indices, _) in zip(datasets, drawn, strict=True)
+        ]
+
+
+@torch.no_grad()
+def _hidden_states(
+    source: ScoredModelConfig, dataset: ChunkDataset, indices: np.ndarray, runtime: Runtime
+) -> np.ndarray:
+    """Mean final hidden state of each chunk over the positions that count, unit rows ``[n, hidden]``."""
+    (model,) = load_for_inference(source, ParallelConfig(), dataset, runtime).chunks
+    rows = []
+    for start in range(0, len(indices), 16):
+        batch = read_batch(dataset, indices[start : start + 16]).to(runtime.device)
+        hidden = model(batch.tokens, batch.position_ids, None).float().transpose(0, 1)
+        mask = batch.loss_mask.unsqueeze(-1)
+        rows.append(((hidden * mask).sum(1) / mask.sum(1).clamp_min(1.0)).double().cpu().numpy())
+    return _unit(np.concatenate(rows))
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(norms > 0, norms, 1.0)

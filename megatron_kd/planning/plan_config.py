@@ -1,0 +1,118 @@
+"""What ``plan_run`` reads: the ``plan.*`` keys, and the part of a training configuration that a plan depends on.
+
+Nothing here imports torch: a plan is wanted before anything is installed, and at once.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Iterator, Literal
+
+from megatron_kd.costs.gpus import PlanConfig
+from megatron_kd.models.architecture import ARCHITECTURES
+from megatron_kd.parallel.layout import ParallelConfig
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """``model.*`` of the run."""
+
+    READS_A_PART: ClassVar[bool] = True
+    name: str = "qwen_toy_student"
+
+    def validate(self) -> Iterator[str]:
+        """Faults in the values, one message each."""
+        if self.name not in ARCHITECTURES:
+            yield f"'model.name' is '{self.name}', not one of {', '.join(ARCHITECTURES)}"
+
+
+@dataclass(frozen=True)
+class PlannedData:
+    """``data.*`` of the run."""
+
+    READS_A_PART: ClassVar[bool] = True
+    seq_length: int | None = None
+
+
+@dataclass(frozen=True)
+class PlannedTraining:
+    """``training.*`` of the run."""
+
+    READS_A_PART: ClassVar[bool] = True
+    train_iters: int = 1000
+    global_batch_size: int = 8
+    micro_batch_size: int = 8
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+@dataclass(frozen=True)
+class PlannedLoss:
+    """``distillation.loss.*`` of the run."""
+
+    READS_A_PART: ClassVar[bool] = True
+    chunk_megabytes: int | None = None
+
+    @property
+    def chunk_bytes(self) -> int | None:
+        """The budget in bytes; None for the default of a GPU."""
+        return None if self.chunk_megabytes is None else self.chunk_megabytes << 20
+
+    def validate(self) -> Iterator[str]:
+        """Faults in the values, one message each."""
+        if self.chunk_megabytes is not None and self.chunk_megabytes < 1:
+            yield f"'distillation.loss.chunk_megabytes' must be at least 1, not {self.chunk_megabytes}"
+
+
+@dataclass(frozen=True)
+class PlannedDistillation:
+    """``distillation.*`` of the run."""
+
+    READS_A_PART: ClassVar[bool] = True
+    method: str = "none"
+    loss: PlannedLoss = field(default_factory=PlannedLoss)
+
+
+@dataclass(frozen=True)
+class PlannedTeacher:
+    """``teacher.*`` of the run."""
+
+    READS_A_PART: ClassVar[bool] = True
+    placement: str = "none"
+    tensor_model_parallel_size: int | None = None
+    pipeline_model_parallel_size: int | None = None
+    stash_megabytes: int = 1024
+    num_ranks: int | None = None
+    prefetch_depth: int = 2
+    payload: Literal["hidden", "top_k", "sampled"] = "hidden"
+    top_k: int = 64
+    num_draws: int = 50
+
+    @property
+    def payload_ids(self) -> int | None:
+        """Ids a token that a remote teacher sends; None where it sends hidden states."""
+        return {"hidden": None, "top_k": self.top_k, "sampled": self.num_draws}[self.payload]
+
+    def validate(self) -> Iterator[str]:
+        """Faults in the values, one message each."""
+        if self.placement == "remote" and self.num_ranks is None:
+            yield "'teacher.placement' is remote, so 'teacher.num_ranks' (how many of the ranks are its) is required"
+
+
+@dataclass(frozen=True)
+class PlanRunConfig:
+    """A training configuration as ``plan_run`` sees it; keys that only training reads are passed over."""
+
+    READS_A_PART: ClassVar[bool] = True
+    model: PlannedModel = field(default_factory=PlannedModel)
+    data: PlannedData = field(default_factory=PlannedData)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    training: PlannedTraining = field(default_factory=PlannedTraining)
+    distillation: PlannedDistillation = field(default_factory=PlannedDistillation)
+    teacher: PlannedTeacher = field(default_factory=PlannedTeacher)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+
+    def validate(self) -> Iterator[str]:
+        """Faults in the values together, one message each."""
+        if self.teacher.placement != "none" and self.plan.teacher is None:
+            yield (
+                f"'plan.teacher' (an architecture's name) is required, since teacher.placement is "
+                f"{self.teacher.placement}"
+            )

@@ -1,0 +1,181 @@
+"""``score_corpus``: the mean negative log-likelihood per token of every chunk under a model, into a score file.
+
+torchrun --nproc-per-node 2 tools/score_corpus.py data.path=CORPUS model.path=RUN output=SCORES
+
+Replicas of the model take units of chunks as they get free; finished units are kept in ``<output>.partial``, so a run
+that was killed goes on, on any number of ranks, and gives the same scores.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Iterator
+
+import numpy
+
+from megatron_kd.artefacts.manifest import already_made, recipe_of
+from megatron_kd.checkpoints.loading import LoadedModel, ScoredModelConfig, load_for_inference, weights_fingerprint
+from megatron_kd.config import to_mapping
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.errors import DataError
+from megatron_kd.parallel.coordination import on_main_rank
+from megatron_kd.parallel.layout import ParallelConfig
+from megatron_kd.parallel.runtime import Runtime, distributed_runtime
+from megatron_kd.scoring.chunk_losses import ChunkLosses, ChunkScorer
+from megatron_kd.scoring.journal import ScoreJournal, UnitScores, fill_journal
+from megatron_kd.scoring.leakage import refuse_training_data, training_datasets
+from megatron_kd.scoring.micro_batches import MicroBatch, MicroBatchPlan, width_multiple
+from megatron_kd.scoring.score_file import KIND, ScoreFile, write_score_file
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ScoredDataConfig:
+    """The ``data.*`` keys of scoring."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class ScoreCorpusConfig:
+    """Everything that ``score_corpus`` reads."""
+
+    data: ScoredDataConfig
+    model: ScoredModelConfig
+    output: str
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    micro_batch_size: int = 16
+    """Rows of ``seq_length`` positions in a forward pass; shorter chunks are more rows, for as many positions."""
+    chunks_per_unit: int | None = None
+    """Chunks handed out, and saved, at a time; None for 128 micro-batches, fewer for small datasets."""
+    force: bool = False
+    """Score a reference split with the model that was trained on it."""
+
+    def validate(self) -> Iterator[str]:
+        """Faults in the values, one message each."""
+        if self.micro_batch_size < 1:
+            yield f"'micro_batch_size' must be at least 1, not {self.micro_batch_size}"
+        if self.chunks_per_unit is not None and self.chunks_per_unit < 1:
+            yield f"'chunks_per_unit' must be at least 1, not {self.chunks_per_unit}"
+        yield from self.parallel.context_parallel_faults("chunks are scored whole")
+
+
+def run(config: ScoreCorpusConfig) -> Path:
+    """Score every chunk and return the score file's folder.
+
+    Raises:
+        DataError: the dataset is damaged, is the model's own reference split, or the output is something else; a loss
+            is not finite.
+        CheckpointError: the model is missing, damaged, or reads other ids.
+    """
+    with distributed_runtime() as runtime:
+        dataset = ChunkDataset.open(config.data.path)
+        loaded = load_for_inference(config.model, config.parallel, dataset, runtime)
+        on_main_rank(lambda: refuse_training_data(loaded.info, dataset, config.force))
+        fingerprint = weights_fingerprint(loaded.chunks, loaded.groups.intra_dist_opt)
+        plan = _plan(config, dataset, loaded)
+        recipe = _recipe(config, dataset, loaded, fingerprint, plan)
+        if on_main_rank(lambda: _is_made(config, recipe)):
+            return Path(config.output)
+        _score(config, dataset, loaded, fingerprint, plan, recipe, runtime)
+    return Path(config.output)
+
+
+def mean_losses(losses: ChunkLosses, first_chunk: int = 0) -> numpy.ndarray:
+    """Mean loss of a token per chunk, float32; NaN where a chunk has no unmasked position.
+
+    Raises:
+        DataError: a loss is NaN or infinite (a damaged model).
+    """
+    broken = numpy.flatnonzero(~numpy.isfinite(losses.nats))
+    if len(broken):
+        raise DataError(
+            f"{len(broken)} chunks have a loss that is not finite, the first is chunk {first_chunk + broken[0]}: "
+            "is the model damaged?"
+        )
+    with numpy.errstate(invalid="ignore"):
+        return (losses.nats / losses.tokens).astype(numpy.float32)
+
+
+def _score(
+    config: ScoreCorpusConfig,
+    dataset: ChunkDataset,
+    loaded: LoadedModel,
+    fingerprint: str,
+    plan: MicroBatchPlan,
+    recipe: str,
+    runtime: Runtime,
+) -> None:
+    """Compute what is missing in the journal, then write the score file."""
+    journal = ScoreJournal(config.output, dataset.num_chunks)
+    scorer = ChunkScorer(loaded.chunks, loaded.groups, dataset, runtime.device)
+
+    def compute(micro_batches: list[MicroBatch], first_chunk: int) -> UnitScores | None:
+        losses = scorer.unit(micro_batches)
+        return None if losses is None else UnitScores(mean_losses(losses, first_chunk), float(losses.nats.sum()))
+
+    try:
+        on_main_rank(lambda: journal.claim(recipe))
+        fill_journal("score_corpus", journal, plan, loaded.groups, runtime, compute)
+        on_main_rank(lambda: _write(config, dataset, loaded, fingerprint, recipe, journal.gather()))
+    finally:
+        journal.close()
+    if runtime.is_main:
+        journal.remove()
+
+
+def _plan(config: ScoreCorpusConfig, dataset: ChunkDataset, loaded: LoadedModel) -> MicroBatchPlan:
+    multiple = width_multiple(loaded.groups.tp.size(), config.parallel.sequence_parallel)
+    return MicroBatchPlan(dataset, config.micro_batch_size, multiple, config.chunks_per_unit)
+
+
+def _recipe(
+    config: ScoreCorpusConfig, dataset: ChunkDataset, loaded: LoadedModel, fingerprint: str, plan: MicroBatchPlan
+) -> str:
+    return recipe_of({
+        "tool": "score_corpus", "dataset": dataset.fingerprint, "model": fingerprint,
+        "precision": _precision(config, loaded), "micro_batch_size": config.micro_batch_size,
+        "chunks_per_unit": plan.chunks_per_unit,
+    })  # fmt: skip
+
+
+def _is_made(config: ScoreCorpusConfig, recipe: str) -> bool:
+    if not already_made(config.output, KIND, recipe):
+        return False
+    ScoreFile.open(config.output)
+    logger.info(f"{config.output}: already made from this dataset and model, nothing to do")
+    return True
+
+
+def _precision(config: ScoreCorpusConfig, loaded: LoadedModel) -> str:
+    return config.model.precision or loaded.info.manifest["precision"]
+
+
+def _write(
+    config: ScoreCorpusConfig,
+    dataset: ChunkDataset,
+    loaded: LoadedModel,
+    fingerprint: str,
+    recipe: str,
+    scores: numpy.ndarray,
+) -> None:
+    manifest = loaded.info.manifest
+    write_score_file(
+        config.output,
+        scores,
+        dataset,
+        model={
+            "path": str(loaded.info.path),
+            "fingerprint": fingerprint,
+            "parameters": loaded.info.architecture.parameters,
+            "trained_on": manifest.get("dataset_fingerprint"),
+            "trained_on_path": manifest.get("dataset_path"),
+            "trained_on_parts": training_datasets(manifest),
+        },
+        compute_dtype=_precision(config, loaded),
+        producer={"tool": "score_corpus", "config": to_mapping(config), "recipe": recipe},
+    )
+    finite = scores[numpy.isfinite(scores)]
+    mean = f"mean {finite.mean(dtype=numpy.float64):.4f} nats a token" if len(finite) else "no chunk has a position"
+    logger.info(f"{len(scores):,} chunks of {config.data.path} into {config.output}, {mean}")

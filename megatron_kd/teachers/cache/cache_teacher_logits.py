@@ -1,0 +1,232 @@
+"""``cache_teacher_logits``: what a teacher says about every chunk of a dataset, into a teacher cache.
+
+torchrun --nproc-per-node 2 tools/cache_teacher_logits.py data.path=CORPUS teacher.path=RUN codec=sampled output=CACHE
+
+Replicas of the teacher take shards as they get free. A run that was killed goes on from the last commit of each shard
+in ``<output>.partial``, on any number of replicas, and gives the same bytes.
+"""
+
+import logging
+import secrets
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterator
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_kd.artefacts.manifest import already_made, recipe_of
+from megatron_kd.checkpoints.loading import LoadedModel, ScoredModelConfig, load_for_inference, weights_fingerprint
+from megatron_kd.config import to_mapping
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.errors import CheckpointError
+from megatron_kd.models.gpt import Precision
+from megatron_kd.models.layer_specs import LayerSpecName
+from megatron_kd.parallel.coordination import WorkQueue, on_main_rank
+from megatron_kd.parallel.layout import ParallelConfig
+from megatron_kd.parallel.runtime import Runtime, distributed_runtime
+from megatron_kd.teachers.cache.cache_reader import KIND, LogitCache, View
+from megatron_kd.teachers.cache.cache_writer import Commit, ShardFiller, ShardPlan
+from megatron_kd.teachers.cache.codec import LARGEST_VOCABULARY, Codec, CodecName
+from megatron_kd.teachers.cache.work_folder import WorkFolder
+
+logger = logging.getLogger(__name__)
+
+LONGEST_WAIT_MINUTES = 24 * 60.0
+"""Replicas that have run out of shards wait for those that have not."""
+
+
+@dataclass(frozen=True)
+class CachedDataConfig:
+    """The ``data.*`` keys of caching."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class CachedModelConfig:
+    """The ``teacher.*`` keys of caching."""
+
+    path: str
+    """A checkpoint, a run folder or a Hugging Face folder."""
+    layer_spec: LayerSpecName = "auto"
+    precision: Precision | None = None
+    """None means as trained."""
+
+
+@dataclass(frozen=True)
+class CacheTeacherLogitsConfig:
+    """Everything that ``cache_teacher_logits`` reads."""
+
+    data: CachedDataConfig
+    teacher: CachedModelConfig
+    output: str
+    codec: CodecName = "sampled"
+    max_ids: int = 64
+    """``top_k``: ids of every position; ``top_p``: the most that one has."""
+    top_p: float = 0.95
+    """``top_p``: the probability that the ids of a position hold."""
+    draws: int = 50
+    """``sampled``: draws a position."""
+    proposal_exponent: float = 1.0
+    """``sampled``: ids are drawn from teacher ** this; other than 1 gives weighted draws."""
+    seed: int = 0
+    """``sampled``: of the draws."""
+    temperature: float = 1.0
+    """Of the teacher's distribution; ``distillation.temperature`` of the runs that read the cache."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    micro_batch_size: int = 8
+    chunks_per_shard: int | None = None
+    """None for at most 8,192, fewer for small datasets."""
+    commit_seconds: float = 20.0
+    """The least time between two moments that a killed run can go on from."""
+
+    def validate(self) -> Iterator[str]:
+        """Faults in the values, one message each."""
+        for name, largest in (("max_ids", 32_767), ("draws", 32_767), ("micro_batch_size", 1 << 20)):
+            if not 1 <= getattr(self, name) <= largest:
+                yield f"'{name}' must be between 1 and {largest}, not {getattr(self, name)}"
+        if self.chunks_per_shard is not None and self.chunks_per_shard < 1:
+            yield f"'chunks_per_shard' must be at least 1, not {self.chunks_per_shard}"
+        if not 0 < self.top_p <= 1:
+            yield f"'top_p' must be above 0 and at most 1, not {self.top_p}"
+        for name in ("temperature", "proposal_exponent"):
+            if not getattr(self, name) > 0:
+                yield f"'{name}' must be above 0, not {getattr(self, name)}"
+        if self.proposal_exponent != 1.0 and self.codec != "sampled":
+            yield f"'proposal_exponent' is for 'codec' sampled, not {self.codec}"
+        yield from self.parallel.context_parallel_faults("chunks are cached whole")
+
+    def build_codec(self, vocab_size: int) -> Codec:
+        """The codec for a teacher with ``vocab_size`` ids."""
+        if self.codec == "sampled":
+            return Codec("sampled", self.draws, vocab_size, None, self.proposal_exponent, self.seed)
+        return Codec(self.codec, self.max_ids, vocab_size, self.top_p if self.codec == "top_p" else None)
+
+
+def run(config: CacheTeacherLogitsConfig) -> Path:
+    """Write the cache and return its folder.
+
+    Raises:
+        DataError: the dataset is damaged, the output is something else, or a logit is not finite.
+        CheckpointError: the teacher is missing, damaged, or reads other ids.
+    """
+    with distributed_runtime(LONGEST_WAIT_MINUTES) as runtime:
+        dataset = ChunkDataset.open(config.data.path)
+        model = ScoredModelConfig(config.teacher.path, config.teacher.layer_spec, config.teacher.precision)
+        loaded = load_for_inference(model, config.parallel, dataset, runtime)
+        fingerprint = weights_fingerprint(loaded.chunks, loaded.groups.intra_dist_opt)
+        settings = _settings(config, dataset, loaded, fingerprint)
+        if not on_main_rank(lambda: _is_made(config, settings)):
+            _cache(config, dataset, loaded, settings, runtime)
+    return Path(config.output)
+
+
+def _settings(
+    config: CacheTeacherLogitsConfig, dataset: ChunkDataset, loaded: LoadedModel, fingerprint: str
+) -> dict[str, Any]:
+    """Everything that decides the cache's bytes. How many replicas take part does not."""
+    precision = config.teacher.precision or loaded.info.manifest["precision"]
+    return {
+        "dataset": dataset.fingerprint,
+        "teacher": fingerprint,
+        "codec": config.build_codec(_checked_vocabulary(loaded)).to_mapping(),
+        "view": View(config.temperature, precision).to_mapping(),
+        "micro_batch_size": config.micro_batch_size,
+        "chunks_per_shard": ShardPlan.of(dataset.num_chunks, config.chunks_per_shard).chunks_per_shard,
+        "layout": f"TP{loaded.layout.tensor} PP{loaded.layout.pipeline}" + " SP" * loaded.layout.sequence_parallel,
+    }
+
+
+def _checked_vocabulary(loaded: LoadedModel) -> int:
+    vocab_size = loaded.info.architecture.vocab_size
+    if vocab_size > LARGEST_VOCABULARY:
+        raise CheckpointError(f"{loaded.info.path}: {vocab_size} ids; a cache has room for {LARGEST_VOCABULARY}")
+    return vocab_size
+
+
+def _is_made(config: CacheTeacherLogitsConfig, settings: dict[str, Any]) -> bool:
+    if not already_made(config.output, KIND, recipe_of(settings)):
+        return False
+    LogitCache.open(config.output)
+    logger.info(f"{config.output}: already made from this dataset and teacher")
+    return True
+
+
+def _cache(
+    config: CacheTeacherLogitsConfig,
+    dataset: ChunkDataset,
+    loaded: LoadedModel,
+    settings: dict[str, Any],
+    runtime: Runtime,
+) -> None:
+    plan = ShardPlan.of(dataset.num_chunks, config.chunks_per_shard)
+    work = WorkFolder(config.output, settings)
+    with ExitStack() as stack:
+        stack.callback(work.close)
+        if on_main_rank(lambda: work.claim() or work.is_whole()):
+            return
+        name, commits = on_main_rank(lambda: (secrets.token_hex(8), work.commits(plan.num_shards)))
+        done = sum(commit.chunks for commit in commits.values())
+        if done and runtime.is_main:
+            logger.info(f"{done:,} of {dataset.num_chunks:,} chunks were done before")
+        todo = [n for n in range(plan.num_shards) if n not in commits or not commits[n].complete]
+        queue = WorkQueue(todo, name, loaded.groups, runtime.device)
+        codec = Codec.from_mapping(settings["codec"])
+        filler = stack.enter_context(ShardFiller(
+            work.path, dataset, loaded, codec, config.temperature, config.micro_batch_size, config.commit_seconds,
+            runtime.device,
+        ))  # fmt: skip
+        _fill(queue, plan, filler, commits, done, runtime)
+        dist.barrier()
+        on_main_rank(lambda: _finish(config, dataset, loaded, settings, work, plan))
+
+
+def _fill(
+    queue: WorkQueue, plan: ShardPlan, filler: ShardFiller, commits: dict[int, Commit], done: int, runtime: Runtime
+) -> None:
+    """Write the shards that this replica is given."""
+    with tqdm(
+        total=plan.num_chunks,
+        initial=done,
+        desc="cache",
+        unit="chunk",
+        unit_scale=True,
+        disable=not runtime.is_main,
+        file=sys.stderr,
+        mininterval=0.5 if sys.stderr.isatty() else 10.0,
+    ) as bar:
+        for number in queue:
+            replicas = min(max(1, queue.num_taken()), runtime.world_size // max(1, filler.replica_size))
+            first, last = plan.chunk_range(number)
+            for chunks in filler.shard(number, first, last, commits.get(number)):
+                bar.update(min(chunks * replicas, bar.total - bar.n))
+        bar.update(bar.total - bar.n)
+
+
+def _finish(
+    config: CacheTeacherLogitsConfig,
+    dataset: ChunkDataset,
+    loaded: LoadedModel,
+    settings: dict[str, Any],
+    work: WorkFolder,
+    plan: ShardPlan,
+) -> None:
+    teacher = {
+        "path": str(loaded.info.path),
+        "fingerprint": settings["teacher"],
+        "parameters": loaded.info.architecture.parameters,
+    }
+    producer = {
+        "tool": "cache_teacher_logits", "config": to_mapping(config), "recipe": recipe_of(settings),
+        "settings": settings,
+    }  # fmt: skip
+    facts = {"codec": settings["codec"], "view": settings["view"], "teacher": teacher}
+    work.finish(dataset, plan.num_shards, facts, producer)
+    manifest = LogitCache.open(config.output).manifest
+    logger.info(
+        f"{manifest['tokens']:,} tokens into {config.output}, "
+        f"{manifest['ids_per_token']} ids and {manifest['bytes_per_token']} bytes a token"
+    )

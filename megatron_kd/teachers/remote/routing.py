@@ -1,0 +1,99 @@
+"""Which data-parallel replica of a teacher computes which micro-batch, and where its hidden states go. Arithmetic only.
+
+A student with D data-parallel ranks and a teacher with E replicas: micro-batch m of the student's rank d is computed
+by exactly one replica, the same on every rank that asks, a pure function of (step, d, m).
+"""
+
+from dataclasses import dataclass
+from typing import Sequence
+
+from torch import Tensor
+
+from megatron_kd.parallel.groups import part_of
+from megatron_kd.parallel.layout import ParallelLayout
+
+
+@dataclass(frozen=True, order=True)
+class Item:
+    """A micro-batch of a step: number ``micro_batch`` of the student's data-parallel rank ``data_rank``."""
+
+    micro_batch: int
+    data_rank: int
+
+
+@dataclass(frozen=True)
+class Destination:
+    """A rank of the student's last stage: its global number, and its place among those that share a micro-batch."""
+
+    rank: int
+    tensor: int
+    context: int
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Both layouts, and the global ranks that hold them.
+
+    Args:
+        student: the student's layout.
+        teacher: the teacher's layout.
+        student_ranks: global rank of each rank of the student's layout.
+        teacher_ranks: the same of the teacher's; co-located teachers have the student's.
+    """
+
+    student: ParallelLayout
+    teacher: ParallelLayout
+    student_ranks: Sequence[int]
+    teacher_ranks: Sequence[int]
+
+    @property
+    def shares_stages(self) -> bool:
+        """Whether every rank holds the same stage and tensor-parallel part of both models."""
+        student, teacher = self.student, self.teacher
+        same_ranks = list(self.student_ranks) == list(self.teacher_ranks)
+        return same_ranks and (student.tensor, student.pipeline) == (teacher.tensor, teacher.pipeline)
+
+    def replica(self, step: int, item: Item, micro_batches: int) -> int:
+        """The replica that computes ``item`` of ``step``, whose ranks have ``micro_batches`` each.
+
+        Where one data-parallel size divides the other, a replica serves neighbouring ranks and every step alike; else
+        micro-batches are dealt out in turn, across steps.
+        """
+        ours, theirs = self.student.data, self.teacher.data
+        if ours % theirs == 0:
+            return item.data_rank // (ours // theirs)
+        if theirs % ours == 0:
+            each = theirs // ours
+            return item.data_rank * each + (step * micro_batches + item.micro_batch) % each
+        return ((step * micro_batches + item.micro_batch) * ours + item.data_rank) % theirs
+
+    def items(self, micro_batches: range) -> list[Item]:
+        """All items of some micro-batch numbers, in the order in which they are computed and sent."""
+        return [Item(m, d) for m in micro_batches for d in range(self.student.data)]
+
+    def destinations(self, data_rank: int) -> list[Destination]:
+        """The student's last stage of ``data_rank``, by context- and tensor-parallel rank."""
+        last = self.student.pipeline - 1
+        return [
+            Destination(
+                self.student_ranks[self.student.rank_at(tensor=j, data=data_rank, pipeline=last, context=c)], j, c
+            )
+            for c in range(self.student.context)
+            for j in range(self.student.tensor)
+        ]
+
+    def sources(self, replica: int) -> list[int]:
+        """Global ranks of the last stage of a teacher's ``replica``, by tensor-parallel rank."""
+        return [
+            self.teacher_ranks[self.teacher.rank_at(tensor=t, data=replica, pipeline=self.teacher.pipeline - 1)]
+            for t in range(self.teacher.tensor)
+        ]
+
+    def source_for(self, replica: int, destination: Destination) -> int:
+        """Which of ``sources`` sends to ``destination``: itself where it can."""
+        sources = self.sources(replica)
+        return destination.rank if destination.rank in sources else sources[destination.tensor % len(sources)]
+
+    def part_for(self, destination: Destination, values: Tensor) -> Tensor:
+        """What ``destination`` needs of values [s, ...] of whole sequences."""
+        return part_of(values, self.student.context, destination.context)

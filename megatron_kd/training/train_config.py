@@ -1,0 +1,153 @@
+"""What ``train`` reads: the ``data.*`` and ``training.*`` keys, and the tree of all of them."""
+
+from dataclasses import dataclass, field
+from typing import Iterator
+
+from megatron_kd.costs.gpus import PlanConfig
+from megatron_kd.metrics.sinks import MetricsConfig
+from megatron_kd.models.gpt import ModelConfig, Precision
+from megatron_kd.parallel.layout import ParallelConfig
+from megatron_kd.teachers.interface import TeacherConfig
+from megatron_kd.training.fault_tolerance import SurvivalConfig
+from megatron_kd.training.objective import METHODS_WITH_TEXT, DistillationConfig, LossReduction
+from megatron_kd.training.optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class TrainingDataConfig:
+    """The ``data.*`` keys of training."""
+
+    path: str | tuple[str, ...]
+    """One chunk dataset, or several to blend."""
+    weights: tuple[float, ...] | None = None
+    """Share of each of several datasets in the samples; None is in proportion to their chunks."""
+    eval_path: str | None = None
+    seq_length: int | None = None
+    """None means the dataset's."""
+    shuffle: bool = True
+    mask_prompt: bool = False
+    """Leave the predictions inside prompts out of the loss; the dataset then says where each chunk's prompt ends."""
+
+    @property
+    def is_blend(self) -> bool:
+        """Whether ``open_data`` makes a blend of it."""
+        return self.weights is not None or (not isinstance(self.path, str) and len(self.path) > 1)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The ``training.*`` keys."""
+
+    train_iters: int = 1000
+    global_batch_size: int = 8
+    micro_batch_size: int = 8
+    seed: int = 10
+    loss_reduction: LossReduction = "token"
+    precision: Precision = "fp32"
+    eval_interval: int | None = None
+    """None evaluates at the end only (where ``data.eval_path`` is given)."""
+    save_interval: int | None = None
+    """None saves at the end only."""
+    keep_checkpoints: int | None = 2
+    """How many of the newest checkpoints remain; None keeps all."""
+    keep_every: int | None = None
+    """Checkpoints whose step is a multiple of this remain for good."""
+    async_save: bool = True
+    """Checkpoints are copied and written while training goes on; the last one is waited for."""
+    allow_other_data: bool = False
+    """Go on from a checkpoint that was made with another dataset."""
+
+    def validate(self) -> Iterator[str]:
+        """Faults in the values, one message each."""
+        for name in (
+            "train_iters",
+            "global_batch_size",
+            "micro_batch_size",
+            "eval_interval",
+            "save_interval",
+            "keep_checkpoints",
+            "keep_every",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield f"'training.{name}' must be at least 1, not {value}"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that ``train`` reads."""
+
+    data: TrainingDataConfig
+    output: str
+    """The run folder."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    survival: SurvivalConfig = field(default_factory=SurvivalConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """Read by ``plan_run`` alone."""
+
+    def validate(self) -> Iterator[str]:
+        """Faults in the values together, one message each."""
+        if self.distillation.method in METHODS_WITH_TEXT:
+            method = self.distillation.method
+            yield from self.parallel.context_parallel_faults(f"{method} generates text token by token")
+        if self.distillation.method != "none" and self.teacher.placement == "none":
+            yield f"'distillation.method' {self.distillation.method} needs 'teacher.placement' (colocated) and its path"
+        if self.teacher.placement == "cached":
+            yield from self._cached_faults()
+        divergence = self._divergence
+        if self.teacher.payload != "hidden" and divergence != "forward_kl":
+            yield (
+                f"'distillation.divergence' {divergence} needs the teacher's whole distribution, 'teacher.payload' "
+                f"{self.teacher.payload} sends a few ids of it: use forward_kl, or payload hidden"
+            )
+        if self.distillation.method == "none" and self.teacher.placement != "none":
+            yield f"'teacher.placement' is {self.teacher.placement}, but 'distillation.method' none uses no teacher"
+        if self.distillation.decodes_with_teacher and self.teacher.placement == "remote":
+            yield (
+                f"'distillation.method' {self.distillation.method} lets the teacher write token by token, which needs "
+                "'teacher.placement' colocated; or set minillm.teacher_mix=0, gkd.seq_kd=false"
+            )
+        if self.metrics.kd_lm_gradient_ratio_interval is not None and not self.distillation.mixes_two_terms:
+            yield (
+                "'metrics.kd_lm_gradient_ratio_interval' needs a loss of an LM and a distillation term: vanilla_kd, "
+                "gkd or distillm with 'distillation.kd_ratio' between 0 and 1, and no 'distillation.pretraining_weight'"
+            )
+        if self.distillation.method == "distillm":
+            if self.data.eval_path is None:
+                yield "'distillation.method' distillm moves its threshold by the held-out loss: set 'data.eval_path'"
+            if self.distillation.distillm.replay_capacity < self.training.global_batch_size:
+                yield (
+                    f"'distillation.distillm.replay_capacity' {self.distillation.distillm.replay_capacity} is below "
+                    f"'training.global_batch_size' {self.training.global_batch_size}"
+                )
+
+    @property
+    def _divergence(self) -> str:
+        """What the teacher's distribution is for, by name; MiniLLM's is never forward_kl alone."""
+        method, asked = self.distillation.method, self.distillation.divergence
+        if method == "minillm":
+            return "of minillm"
+        return asked or ("forward_kl" if method in ("none", "vanilla_kd") else f"of {method}")
+
+    def _cached_faults(self) -> Iterator[str]:
+        if self.data.is_blend:
+            yield (
+                "'data.path' blends datasets, but 'teacher.placement' cached covers one dataset: train on one, or use "
+                "a colocated or remote teacher"
+            )
+        if self.distillation.method not in ("none", "vanilla_kd"):
+            yield (
+                f"'distillation.method' {self.distillation.method} generates text, of which a cache knows nothing: "
+                "'teacher.placement' must be colocated or remote"
+            )
+        if self.distillation.divergence not in (None, "forward_kl"):
+            yield (
+                f"'distillation.divergence' {self.distillation.divergence} needs the teacher's whole distribution, "
+                "a cache holds a few ids of it: use forward_kl, or 'teacher.placement' colocated"
+            )

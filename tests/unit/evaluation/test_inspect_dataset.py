@@ -1,0 +1,96 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_kd.cli import main
+from megatron_kd.config import from_mapping
+from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.data.tokenization import load_tokenizer
+from megatron_kd.data.tokenize_corpus import TokenizeCorpusConfig
+from megatron_kd.data.tokenize_corpus import run as tokenize
+from megatron_kd.scoring.score_file import write_score_file
+from megatron_kd.selection.sample_by_difference import SampleByDifferenceConfig
+from megatron_kd.selection.sample_by_difference import run as sample
+
+
+@pytest.fixture
+def artefacts(tmp_path: Path, corpus: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A corpus tokenised, scored twice and sampled: ``dataset``, ``teacher``, ``reference``, ``selection``."""
+    tree = {
+        "input": str(corpus),
+        "tokenizer": str(tokenizer_folder),
+        "output": f"{tmp_path}/dataset",
+        "data": {"seq_length": 64},
+    }
+    tokenize(from_mapping(TokenizeCorpusConfig, tree, "test"))
+    dataset = ChunkDataset.open(tmp_path / "dataset")
+    for number, name in enumerate(("teacher", "reference")):
+        scores = np.linspace(1, 2 + number, len(dataset))
+        write_score_file(
+            tmp_path / name, scores, dataset, {"path": name, "fingerprint": name}, "float32", {"tool": "test"}
+        )
+    tree = {
+        "data": {"path": f"{tmp_path}/dataset"}, "output": f"{tmp_path}/selection",
+        "teacher_scores": f"{tmp_path}/teacher", "reference_scores": f"{tmp_path}/reference",
+    }  # fmt: skip
+    sample(from_mapping(SampleByDifferenceConfig, tree, "test"))
+    capsys.readouterr()
+    return tmp_path
+
+
+def inspect(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main("inspect_dataset", list(arguments))
+    found = capsys.readouterr()
+    assert ended.value.code == status, found.err
+    return found.out + found.err
+
+
+def test_a_dataset_its_samples_and_its_lineage(artefacts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = inspect(capsys, f"path={artefacts}/selection", "verify=true", "samples=2")
+    selection, root = ChunkDataset.open(artefacts / "selection"), ChunkDataset.open(artefacts / "dataset")
+    assert f"chunk dataset, fingerprint {selection.fingerprint}" in text
+    assert f"{selection.num_chunks:,} in 1 shards" in text
+    assert f"chunk ids    refer to {root.fingerprint}" in text
+    decoded = load_tokenizer(selection.tokenizer_path).backend.decode(selection[0].tolist(), skip_special_tokens=False)
+    assert f"\n  chunk 0      {decoded[:300]!r}\n" in text
+    assert "← score file (teacher)" in text and f"dataset {root.fingerprint[:12]}" in text
+    assert "every checksum agrees" in text
+    assert "every checksum agrees" in inspect(capsys, "--verify", f"path={artefacts}/selection")
+    text = inspect(capsys, f"path={artefacts}/dataset", "samples=0")
+    assert "its own" in text and "tokenize_corpus" in text and "checksum agrees" not in text
+
+
+def test_a_score_file(artefacts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = inspect(capsys, f"path={artefacts}/teacher", "verify=true")
+    assert "score file" in text and "mean 1.5000, 1.0000 to 2.0000 nats per token; 0 unscored" in text
+    assert "mask_rule=input_is_not_pad" in text
+
+
+def test_lost_and_changed_ancestors_are_marked(artefacts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(artefacts / "teacher")
+    shutil.rmtree(artefacts / "reference")
+    shutil.copytree(artefacts / "selection", artefacts / "keep")
+    text = inspect(capsys, f"path={artefacts}/keep")
+    assert text.count("not there any more") == 2
+    shutil.rmtree(artefacts / "dataset")
+    shutil.copytree(artefacts / "selection", artefacts / "dataset")
+    assert "now another" in inspect(capsys, f"path={artefacts}/keep")
+
+
+def test_verify_reads_what_opening_does_not(artefacts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = artefacts / "dataset" / "chunks-00000.bin"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    inspect(capsys, f"path={artefacts}/dataset", "samples=0")
+    message = inspect(capsys, f"path={artefacts}/dataset", "samples=0", "verify=true", status=2)
+    assert message.count("\n") == 1 and "chunks-00000.bin: block 0 has checksum" in message
+
+
+def test_what_is_no_artefact_is_refused(artefacts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no such folder" in inspect(capsys, f"path={artefacts}/none", status=2)
+    assert "not a whole artefact" in inspect(capsys, f"path={artefacts}", status=2)
+    assert "samples must not be negative" in inspect(capsys, f"path={artefacts}/dataset", "samples=-1", status=2)

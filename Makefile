@@ -57,7 +57,13 @@ test: install ## every test but the slow ones
 test-slow: install ## the slow tests
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m slow $(TESTS)
 
+.PHONY: checks
+checks: install ## linter, formatter and type checker; what the pre-commit hooks run
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
 .PHONY: clean
 clean: ## remove .venv, caches and build output; runs/ and data/ stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find megatron_kd tools tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

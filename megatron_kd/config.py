@@ -8,10 +8,13 @@ from another one: ``base: other.yaml`` (relative to the file) is loaded first an
 A dataclass may define ``validate(self) -> Iterable[str]``: it yields one message per fault in its values. One that sets
 ``READS_A_PART = True`` reads some keys of a file that belongs to another verb: it skips the others, unless they look
 like one of its own misspelt.
+One that renamed keys lists them, ``RENAMED = {"old": "new"}``: the old name still works, and a line says what the key
+is called now.
 """
 
 import dataclasses
 import difflib
+import logging
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_kd.errors import ConfigError
 
+logger = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT")
 MAX_BASE_DEPTH = 8
 MISSPELT = 0.88
@@ -129,6 +133,7 @@ def _build(schema: type, tree: Any, prefix: str, faults: list[str]) -> Any:
     if not isinstance(tree, Mapping):
         faults.append(f"'{prefix.rstrip('.')}' must be a mapping of keys, not {tree!r}")
         return None
+    tree = _with_new_names(schema, tree, prefix, faults)
     hints = typing.get_type_hints(schema)
     fields = {field.name: field for field in dataclasses.fields(schema)}
     for key in tree:
@@ -146,6 +151,20 @@ def _build(schema: type, tree: Any, prefix: str, faults: list[str]) -> Any:
     if faults:
         return None
     return schema(**values)
+
+
+def _with_new_names(schema: type, tree: Mapping[str, Any], prefix: str, faults: list[str]) -> dict[str, Any]:
+    renamed: Mapping[str, str] = getattr(schema, "RENAMED", {})
+    found = dict(tree)
+    for old, new in renamed.items():
+        if old not in found:
+            continue
+        if new in found:
+            faults.append(f"'{prefix}{old}' is the old name of '{prefix}{new}': give one of them")
+            continue
+        found[new] = found.pop(old)
+        logger.warning(f"'{prefix}{old}' is called '{prefix}{new}' now; the old name still works")
+    return found
 
 
 def _convert(hint: Any, value: Any, key: str, faults: list[str]) -> Any:
@@ -219,10 +238,11 @@ def _is_required(field: dataclasses.Field) -> bool:
 
 
 def _all_keys(schema: type, prefix: str = "") -> Iterator[str]:
-    for name, hint in typing.get_type_hints(schema).items():
+    hints = typing.get_type_hints(schema)
+    for name in (field.name for field in dataclasses.fields(schema)):
         yield f"{prefix}{name}"
-        if dataclasses.is_dataclass(hint):
-            yield from _all_keys(hint, f"{prefix}{name}.")
+        if dataclasses.is_dataclass(hints[name]):
+            yield from _all_keys(hints[name], f"{prefix}{name}.")
 
 
 def _nearest(key: str, schema: type, prefix: str) -> str:

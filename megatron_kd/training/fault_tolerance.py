@@ -26,8 +26,8 @@ EVENTS_NAME = "events.jsonl"
 
 
 @dataclass(frozen=True)
-class SurvivalConfig:
-    """The ``survival.*`` keys."""
+class FaultToleranceConfig:
+    """The ``fault_tolerance.*`` keys."""
 
     exit_within_seconds: float = 25.0
     """From SIGTERM or SIGUSR1 to the process's end; a save that takes longer is given up. torchrun grants 30."""
@@ -48,12 +48,12 @@ class SurvivalConfig:
     def validate(self) -> Iterator[str]:
         """Faults in the values, one message each."""
         if self.exit_within_seconds <= 0:
-            yield f"'survival.exit_within_seconds' must be above 0, not {self.exit_within_seconds}"
+            yield f"'fault_tolerance.exit_within_seconds' must be above 0, not {self.exit_within_seconds}"
         if self.spike_warmup_steps < 2:
-            yield f"'survival.spike_warmup_steps' must be at least 2, not {self.spike_warmup_steps}"
+            yield f"'fault_tolerance.spike_warmup_steps' must be at least 2, not {self.spike_warmup_steps}"
         for name in ("max_skipped_batches", "spike_deviations", "max_rollbacks", "hang_minutes"):
             if getattr(self, name) < 0:
-                yield f"'survival.{name}' must not be negative, it is {getattr(self, name)}"
+                yield f"'fault_tolerance.{name}' must not be negative, it is {getattr(self, name)}"
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Survival:
     """
 
     def __init__(
-        self, config: SurvivalConfig, folder: Path, signals: SignalWatch, group: dist.ProcessGroup, is_main: bool
+        self, config: FaultToleranceConfig, folder: Path, signals: SignalWatch, group: dist.ProcessGroup, is_main: bool
     ):
         self.config, self._folder, self._signals = config, folder, signals
         self._group, self._is_main = group, is_main
@@ -158,7 +158,9 @@ class Survival:
             self.record("no rollback", step, "nothing saved: going on")
             return incidents, False
         if incidents.rollbacks >= config.max_rollbacks:
-            self.record("no rollback", step, f"survival.max_rollbacks {config.max_rollbacks} is reached: going on")
+            self.record(
+                "no rollback", step, f"fault_tolerance.max_rollbacks {config.max_rollbacks} is reached: going on"
+            )
             return incidents, False
         return dataclasses.replace(incidents, rollbacks=incidents.rollbacks + 1), True
 

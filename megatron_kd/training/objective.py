@@ -6,7 +6,7 @@ Losses are sums with their counts; the one division happens in ``finalize_model_
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterator, Literal
+from typing import Any, Callable, ClassVar, Iterator, Literal, Mapping
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import own_part
 from megatron_kd.teachers.interface import Teacher
 from megatron_kd.training.methods.batches import AuxiliaryBatch
-from megatron_kd.training.methods.method_config import DistiLLMConfig, GKDConfig, MiniLLMConfig, TextConfig
+from megatron_kd.training.methods.method_config import DistiLLMConfig, GKDConfig, MiniLLMConfig, RolloutConfig
 
 LossReduction = Literal["token", "sequence"]
 REPORTED_SUMS = ("loss", "lm", "kd", "teacher_entropy", "tokens", "count")
@@ -59,6 +59,7 @@ class LossConfig:
 class DistillationConfig:
     """The ``distillation.*`` keys."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"text": "rollout"}
     method: Literal["none", "vanilla_kd", "gkd", "distillm", "minillm"] = "none"
     kd_ratio: float | None = None
     """loss = (1 - kd_ratio) · LM + kd_ratio · divergence. None means 0.5 for Vanilla KD and 1 for GKD and DistiLLM; in
@@ -79,7 +80,7 @@ class DistillationConfig:
     """The loss against knowledge of a few ids a token; auto is ghost for the largest, sampled or weighted for draws."""
     pretraining_weight: float = 0.0
     """Of the pre-training loss on the dataset's batches, beside the batches of generated text."""
-    text: TextConfig = field(default_factory=TextConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     gkd: GKDConfig = field(default_factory=GKDConfig)
     distillm: DistiLLMConfig = field(default_factory=DistiLLMConfig)
     minillm: MiniLLMConfig = field(default_factory=MiniLLMConfig)
@@ -104,8 +105,8 @@ class DistillationConfig:
             yield f"'distillation.pretraining_weight' must not be negative, not {self.pretraining_weight}"
         if self.pretraining_weight > 0 and self.method not in METHODS_WITH_TEXT:
             yield "'distillation.pretraining_weight' is for methods that train on generated text"
-        if self.method == "minillm" and not self.text.sampling.is_plain:
-            yield "'distillation.text.sampling' must be plain in minillm, whose weights are of the models' own ratios"
+        if self.method == "minillm" and not self.rollout.sampling.is_plain:
+            yield "'distillation.rollout.sampling' must be plain in minillm, whose weights are the models' own ratios"
         if self.method == "minillm" and self.pretraining_weight == 0 and self._differs_from_defaults_of_the_loss:
             yield (
                 "'distillation.kd_ratio', 'divergence' and 'temperature' are those of minillm's pre-training loss: set "

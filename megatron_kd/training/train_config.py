@@ -1,14 +1,14 @@
 """What ``train`` reads: the ``data.*`` and ``training.*`` keys, and the tree of all of them."""
 
 from dataclasses import dataclass, field
-from typing import Iterator
+from typing import ClassVar, Iterator, Mapping
 
 from megatron_kd.costs.gpus import PlanConfig
 from megatron_kd.metrics.sinks import MetricsConfig
 from megatron_kd.models.gpt import ModelConfig, Precision
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.teachers.interface import TeacherConfig
-from megatron_kd.training.fault_tolerance import SurvivalConfig
+from megatron_kd.training.fault_tolerance import FaultToleranceConfig
 from megatron_kd.training.objective import METHODS_WITH_TEXT, DistillationConfig, LossReduction
 from megatron_kd.training.optimizer import OptimizerConfig
 
@@ -77,6 +77,7 @@ class TrainingConfig:
 class TrainConfig:
     """Everything that ``train`` reads."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"survival": "fault_tolerance"}
     data: TrainingDataConfig
     output: str
     """The run folder."""
@@ -86,7 +87,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    survival: SurvivalConfig = field(default_factory=SurvivalConfig)
+    fault_tolerance: FaultToleranceConfig = field(default_factory=FaultToleranceConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     """Read by ``plan_run`` alone."""

@@ -97,11 +97,11 @@ class Trainer:
             self.folder / "checkpoints", Retention(settings.keep_checkpoints, settings.keep_every)
         )
         with ExitStack() as stack:
-            signals = stack.enter_context(SignalWatch(self.config.survival.exit_within_seconds))
+            signals = stack.enter_context(SignalWatch(self.config.fault_tolerance.exit_within_seconds))
             self.survival = Survival(
-                self.config.survival, self.folder, signals, self.groups.intra_dist_opt, self.runtime.is_main
+                self.config.fault_tolerance, self.folder, signals, self.groups.intra_dist_opt, self.runtime.is_main
             )
-            self.hang_watch = stack.enter_context(HangWatch(60.0 * self.config.survival.hang_minutes))
+            self.hang_watch = stack.enter_context(HangWatch(60.0 * self.config.fault_tolerance.hang_minutes))
             stack.callback(self.writer.abandon)
             stack.callback(lambda: self.tracker.close())
             self.tracker = self._open_tracker(progress)

@@ -93,7 +93,7 @@ class SignalWatch:
                 except TimeoutError:
                     continue
         logger.info(
-            f"{self._limit:g} s after the signal (survival.exit_within_seconds) the run has not ended: it ends "
+            f"{self._limit:g} s after the signal (fault_tolerance.exit_within_seconds) the run has not ended: it ends "
             "now, the newest whole checkpoint counts",
             extra=EVERY_RANK,
         )
@@ -143,7 +143,8 @@ class HangWatch:
         }
         if store.add(f"{_PREFIX}reported", 1) == 1:
             logger.info(
-                f"{self._doing} has not ended after {self._limit:g} s (survival.hang_minutes): {describe(states)}",
+                f"{self._doing} has not ended after {self._limit:g} s (fault_tolerance.hang_minutes): "
+                f"{describe(states)}",
                 extra=EVERY_RANK,
             )
         os._exit(1)

@@ -14,7 +14,7 @@ from tests.end_to_end.workshop import Workshop, commands
 
 METHODS = {"seqkd": "none", "gkd": "gkd", "minillm": "minillm", "distillm": "distillm"}
 SHORT = ("data.path={data} data.eval_path={data} training.train_iters=4 training.eval_interval=2 "
-         "training.global_batch_size=4 training.micro_batch_size=4 distillation.text.prompt_length=24")  # fmt: skip
+         "training.global_batch_size=4 training.micro_batch_size=4 distillation.rollout.prompt_length=24")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -30,7 +30,7 @@ def test_configurations(name):
         assert config.data.path == text.output and text.model.path == "runs/quickstart/runs/teacher"
     else:
         assert config.teacher.path == "runs/quickstart/runs/teacher"
-        assert dataclasses.replace(config.distillation.text, prompt_length=192) == config.distillation.text
+        assert dataclasses.replace(config.distillation.rollout, prompt_length=192) == config.distillation.rollout
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,9 @@ def test_a_process_that_does_not_get_there_ends_all_the_same(dataset, tmp_path):
     """A step that never ends."""
     program = tmp_path / "program.py"
     program.write_text(STUCK)
-    process = start("train", *settings(dataset, tmp_path / "run", "survival.exit_within_seconds=1"), program=program)
+    process = start(
+        "train", *settings(dataset, tmp_path / "run", "fault_tolerance.exit_within_seconds=1"), program=program
+    )
     assert process.stderr.readline()
     wait_for_rows(process, tmp_path / "run", 2)
     time.sleep(1.0)
@@ -66,7 +68,7 @@ def test_a_process_that_does_not_get_there_ends_all_the_same(dataset, tmp_path):
     told = time.monotonic()
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 75 and 0.9 < time.monotonic() - told < 10, stderr
-    assert "1 s after the signal (survival.exit_within_seconds)" in stderr
+    assert "1 s after the signal (fault_tolerance.exit_within_seconds)" in stderr
 
 
 STUCK = """

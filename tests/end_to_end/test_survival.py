@@ -67,7 +67,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_chunks(poisoned_run):
 
 
 def test_skipped_batches_are_not_learnt_from_and_the_next_ones_are(poisoned_run):
-    ended, folder = poisoned_run({5, 6}, "inf", "survival.non_finite=skip", ranks=2)
+    ended, folder = poisoned_run({5, 6}, "inf", "fault_tolerance.non_finite=skip", ranks=2)
     assert ended.status == 0, ended.stderr
     assert [row["step"] for row in read_metrics(folder)] == list(range(1, STEPS + 1))
     events = [json.loads(line) for line in (folder / EVENTS_NAME).read_text().splitlines()]
@@ -80,8 +80,8 @@ def test_skipped_batches_are_not_learnt_from_and_the_next_ones_are(poisoned_run)
 @pytest.mark.slow
 def test_a_rollback_goes_on_from_the_checkpoint_with_the_batches_after_the_spike(poisoned_run, dataset, tmp_path):
     """The end must be that of a run from the same checkpoint which never saw the batches between."""
-    keys = ["training.save_interval=4", "survival.spike_warmup_steps=3", "training.keep_checkpoints=9"]
-    ended, folder = poisoned_run({6}, "50", *keys, "survival.spike_action=rollback")
+    keys = ["training.save_interval=4", "fault_tolerance.spike_warmup_steps=3", "training.keep_checkpoints=9"]
+    ended, folder = poisoned_run({6}, "50", *keys, "fault_tolerance.spike_action=rollback")
     assert ended.status == 0, ended.stderr
     assert "step 7: loss spike" in ended.stderr and "going on from step 4 with global batch 7" in ended.stderr
     rows = read_metrics(folder)
@@ -120,7 +120,7 @@ if __name__ == "__main__":
 
 def test_a_rank_that_hangs_is_named(dataset, tmp_path):
     folder = tmp_path / "run"
-    keys = ["training.train_iters=100000", "survival.hang_minutes=0.1"]
+    keys = ["training.train_iters=100000", "fault_tolerance.hang_minutes=0.1"]
     process, children = start("train", *settings(dataset, folder, *keys), ranks=2), []
     try:
         while not (folder / "metrics.jsonl").exists() or len(read_metrics(folder)) < 3:
@@ -135,7 +135,7 @@ def test_a_rank_that_hangs_is_named(dataset, tmp_path):
         for child in children:  # in sessions of their own, and one of them stopped
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
-    assert "rank 1 does not answer" in line and "rank 0 wait" in line and "survival.hang_minutes" in line
+    assert "rank 1 does not answer" in line and "rank 0 wait" in line and "fault_tolerance.hang_minutes" in line
 
 
 def rank_of(pid):

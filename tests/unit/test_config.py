@@ -1,7 +1,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import yaml
@@ -170,3 +170,24 @@ def test_of_two_sections_with_the_same_key_the_first_is_named() -> None:
     ):
         with pytest.raises(ConfigError, match=rf"unknown key '{wrong[:-2]}' \(did you mean '{right}'\?\)"):
             load_config(TrainConfig, None, [*keys, wrong])
+
+
+@dataclass(frozen=True)
+class WithNewNames:
+    RENAMED: ClassVar[dict[str, str]] = {"old": "inner", "text": "rollout"}
+    inner: Inner = field(default_factory=lambda: Inner("default"))
+    rollout: int = 3
+
+
+def test_an_old_name_of_a_key_works_and_is_named(tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text("old: {path: p, rate: 0.5}\n")
+    config = load_config(WithNewNames, path, ["text=7"])
+    assert (config.inner.rate, config.rollout) == (0.5, 7)
+    said = capsys.readouterr().err
+    assert "'old' is called 'inner' now" in said and "'text' is called 'rollout' now" in said
+
+
+def test_both_names_of_a_key_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="'text' is the old name of 'rollout': give one of them"):
+        load_config(WithNewNames, None, ["text=7", "rollout=8"])

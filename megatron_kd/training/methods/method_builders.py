@@ -61,7 +61,7 @@ def build_source(
     if settings.method not in METHODS_WITH_TEXT:
         return DatasetSource()
     writer = TextWriter(
-        settings.text,
+        settings.rollout,
         data,
         groups,
         seq_length=config.data.seq_length or data.seq_length,

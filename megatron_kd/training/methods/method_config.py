@@ -7,8 +7,8 @@ from megatron_kd.generation.sampling import SamplingConfig
 
 
 @dataclass(frozen=True)
-class TextConfig:
-    """``distillation.text``: what is generated during training."""
+class RolloutConfig:
+    """``distillation.rollout``: what is generated during training."""
 
     prompt_length: int = 768
     """First ids of a chunk; a shorter chunk is its own prompt. A dataset with prompts of its own gives those."""
@@ -24,7 +24,7 @@ class TextConfig:
         for name in ("prompt_length", "response_length", "rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                yield f"'distillation.text.{name}' must be at least 1, not {value}"
+                yield f"'distillation.rollout.{name}' must be at least 1, not {value}"
 
 
 @dataclass(frozen=True)

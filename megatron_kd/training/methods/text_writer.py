@@ -18,7 +18,7 @@ from megatron_kd.errors import ConfigError
 from megatron_kd.generation.generate import Generated, Policy, generate
 from megatron_kd.generation.prompted_texts import prompts_of
 from megatron_kd.training.methods.batches import GeneratedBatch, Texts, generated_batch
-from megatron_kd.training.methods.method_config import TextConfig
+from megatron_kd.training.methods.method_config import RolloutConfig
 
 PolicyMaker = Callable[[int, int], Policy]
 """(sequences, most tokens of each) → a policy with empty caches."""
@@ -37,7 +37,7 @@ class TextWriter:
 
     def __init__(
         self,
-        config: TextConfig,
+        config: RolloutConfig,
         dataset: ChunkDataset,
         groups: ProcessGroupCollection,
         *,
@@ -47,7 +47,7 @@ class TextWriter:
     ) -> None:
         if dataset.prompt_lengths is None and config.prompt_length > seq_length:
             raise ConfigError(
-                f"distillation.text.prompt_length {config.prompt_length} leaves no room for a response in the "
+                f"distillation.rollout.prompt_length {config.prompt_length} leaves no room for a response in the "
                 f"{seq_length + 1} ids of a chunk: lower it"
             )
         self._config, self._dataset, self._groups = config, dataset, groups

@@ -63,7 +63,7 @@ def test_counted_operations_are_near_the_formula(method, paths, tmp_path):
 
     student_factor, teacher_factor, keys = METHODS[method]
     settings = [*paths, *keys, "model.name=qwen_toy_student", "teacher.placement=colocated",
-                f"distillation.method={method.split(',')[0]}", "distillation.text.prompt_length=8",
+                f"distillation.method={method.split(',')[0]}", "distillation.rollout.prompt_length=8",
                 f"output={tmp_path / 'run'}"]  # fmt: skip
     (operations,) = shared_ranks(1).run(counted, settings, timeout=300)
     student = open_checkpoint(tmp_path / "run").architecture.parameters

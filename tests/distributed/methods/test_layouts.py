@@ -19,7 +19,7 @@ COMMON = [
     "optimizer.lr_warmup_iters=1",
     "optimizer.lr=2e-3",
     "teacher.placement=colocated",
-    "distillation.text.prompt_length=12",
+    "distillation.rollout.prompt_length=12",
 ]
 METHODS = {
     "gkd": ["distillation.method=gkd", "distillation.gkd.student_fraction=0.5", "distillation.gkd.seq_kd=true"],
@@ -176,8 +176,8 @@ def test_the_methods_do_what_they_are_named_for(one_rank):
         (["distillation.method=distillm"], "data.eval_path"),
         (["distillation.method=gkd", "distillation.gkd.seq_kd=true", "teacher.placement=remote"], "token by token"),
         (["distillation.method=gkd", "teacher.placement=cached"], "cache knows nothing"),
-        (["distillation.method=gkd", "distillation.text.prompt_length=33"], "leaves no room"),
-        (["distillation.method=minillm", "distillation.text.sampling.top_k=5"], "must be plain"),
+        (["distillation.method=gkd", "distillation.rollout.prompt_length=33"], "leaves no room"),
+        (["distillation.method=minillm", "distillation.rollout.sampling.top_k=5"], "must be plain"),
         (["distillation.method=minillm", "distillation.temperature=2"], "those of minillm's pre-training loss"),
         (
             [

@@ -50,7 +50,7 @@ def test_on_policy_training_lowers_the_divergence_on_the_students_own_text(tmp_p
             "distillation.method=gkd",
             "distillation.divergence=forward_kl",
             f"distillation.gkd.student_fraction={fraction}",
-            "distillation.text.prompt_length=1",
+            "distillation.rollout.prompt_length=1",
             "training.train_iters=120",
             "training.seed=3",
         ]

@@ -17,7 +17,7 @@ STEPS = 12
 COMMON = [
     "model.name=qwen_toy_student", f"training.train_iters={STEPS}", "training.global_batch_size=8",
     "training.micro_batch_size=4", "training.save_interval=2", "distillation.method=vanilla_kd",
-    "survival.non_finite=skip", "survival.spike_warmup_steps=3", "survival.spike_action=rollback",
+    "fault_tolerance.non_finite=skip", "fault_tolerance.spike_warmup_steps=3", "fault_tolerance.spike_action=rollback",
 ]  # fmt: skip
 REMOTE = ["teacher.placement=remote", "teacher.num_ranks=1", "teacher.prefetch_depth=3"]
 

@@ -10,14 +10,14 @@ from megatron_kd.config import load_config
 from megatron_kd.errors import ConfigError
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.training.checkpoint import Progress
-from megatron_kd.training.fault_tolerance import EVENTS_NAME, Incidents, LossStatistics, Survival, SurvivalConfig
+from megatron_kd.training.fault_tolerance import EVENTS_NAME, FaultToleranceConfig, Incidents, LossStatistics, Survival
 from megatron_kd.training.train_config import TrainConfig
 from megatron_kd.training.watches import SignalWatch
 from tests.reference.one_rank import one_rank_groups
 
 
 def survival(folder, **keys):
-    return Survival(SurvivalConfig(**keys), folder, SignalWatch(1.0), group=None, is_main=True)
+    return Survival(FaultToleranceConfig(**keys), folder, SignalWatch(1.0), group=None, is_main=True)
 
 
 def noisy_losses(count, level=3.0):
@@ -74,7 +74,7 @@ def test_rollbacks_are_limited(tmp_path, capsys):
         incidents = dataclasses.replace(incidents, losses=before)  # as a rollback does
         answers.append(rolls_back)
     assert answers == [True, True, False] and incidents.rollbacks == 2
-    assert "survival.max_rollbacks 2 is reached" in capsys.readouterr().err
+    assert "fault_tolerance.max_rollbacks 2 is reached" in capsys.readouterr().err
 
 
 def test_without_a_checkpoint_a_spike_leaves_the_rollbacks_alone(tmp_path, capsys):
@@ -120,5 +120,5 @@ def test_stop_is_asked_of_the_signals(tmp_path):
     "key", ["exit_within_seconds=0", "spike_warmup_steps=1", "max_rollbacks=-1", "hang_minutes=-1", "non_finite=ignore"]
 )
 def test_refuses_values_that_make_no_sense(key):
-    with pytest.raises(ConfigError, match=f"survival.{key.split('=')[0]}"):
-        load_config(TrainConfig, None, ["data.path=a", "output=b", f"survival.{key}"])
+    with pytest.raises(ConfigError, match=f"fault_tolerance.{key.split('=')[0]}"):
+        load_config(TrainConfig, None, ["data.path=a", "output=b", f"fault_tolerance.{key}"])

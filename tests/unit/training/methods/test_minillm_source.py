@@ -7,7 +7,7 @@ import torch
 from megatron_kd.generation import Decoder, MixedPolicy
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.training.methods.batches import Texts, generated_batch
-from megatron_kd.training.methods.method_config import MiniLLMConfig, TextConfig
+from megatron_kd.training.methods.method_config import MiniLLMConfig, RolloutConfig
 from megatron_kd.training.methods.minillm import MiniLLMSource
 from megatron_kd.training.methods.source import Place
 from megatron_kd.training.methods.text_writer import TextWriter
@@ -50,7 +50,7 @@ def make_source():
         def make(**keys):
             config = MiniLLMConfig(**keys)
             writer = TextWriter(
-                TextConfig(prompt_length=6), Prompts(), groups, seq_length=LENGTH, seed=5, device=runtime.device
+                RolloutConfig(prompt_length=6), Prompts(), groups, seq_length=LENGTH, seed=5, device=runtime.device
             )
 
             def policy(rows, length):

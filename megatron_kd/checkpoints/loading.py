@@ -18,8 +18,8 @@ from torch import Tensor
 from megatron_kd.checkpoints.weights import CheckpointInfo, load_weights, open_checkpoint
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import CheckpointError
-from megatron_kd.models.gpt import HiddenStateGPTModel, Precision, build_model
-from megatron_kd.models.layer_specs import LayerSpecName
+from megatron_kd.models.architecture import ScoredModelConfig
+from megatron_kd.models.gpt import HiddenStateGPTModel, build_model
 from megatron_kd.models.parameters import VOCABULARY_NAMES, global_indices, global_parameter_name, global_shape
 from megatron_kd.parallel.groups import create_process_groups
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
@@ -34,17 +34,6 @@ class LoadedModel:
     groups: ProcessGroupCollection
     layout: ParallelLayout
     info: CheckpointInfo
-
-
-@dataclass(frozen=True)
-class ScoredModelConfig:
-    """The ``model.*`` keys of scoring and evaluation."""
-
-    path: str
-    """A checkpoint folder or a run folder."""
-    layer_spec: LayerSpecName = "auto"
-    precision: Precision | None = None
-    """None means as trained."""
 
 
 def load_for_inference(

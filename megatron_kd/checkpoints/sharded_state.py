@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.planner import ReadItem, WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_kd.errors import CheckpointError
-from megatron_kd.models.architecture import ModelArchitecture
-from megatron_kd.models.gpt import Precision, build_model
+from megatron_kd.models.architecture import ModelArchitecture, Precision
+from megatron_kd.models.gpt import build_model
 from megatron_kd.parallel.groups import create_process_groups
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
 

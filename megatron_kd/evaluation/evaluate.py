@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Iterator
 
 from megatron_kd.artefacts.artefact_folder import write_file
-from megatron_kd.checkpoints.loading import LoadedModel, ScoredModelConfig, load_for_inference
+from megatron_kd.checkpoints.loading import LoadedModel, load_for_inference
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import LayoutError
 from megatron_kd.evaluation.calibration import calibration
 from megatron_kd.evaluation.exposure_bias import ExposureConfig, exposure_bias
 from megatron_kd.evaluation.harness import HarnessConfig, run_harness
+from megatron_kd.models.architecture import ScoredModelConfig
 from megatron_kd.models.gpt import padded_vocab_size
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.parallel.runtime import Runtime, distributed_runtime

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 
 from megatron_kd.artefacts.artefact_folder import write_file
-from megatron_kd.checkpoints.loading import ScoredModelConfig, load_for_inference
+from megatron_kd.checkpoints.loading import load_for_inference
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import DataError
+from megatron_kd.models.architecture import ScoredModelConfig
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.parallel.runtime import Runtime, distributed_runtime
 from megatron_kd.selection.proxy import read_batch

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from megatron_kd.artefacts.artefact_folder import building
 from megatron_kd.artefacts.manifest import already_made, recipe_of
-from megatron_kd.checkpoints.loading import LoadedModel, ScoredModelConfig, load_for_inference, weights_fingerprint
+from megatron_kd.checkpoints.loading import LoadedModel, load_for_inference, weights_fingerprint
 from megatron_kd.config import to_mapping
 from megatron_kd.costs.flops import forward_flops
 from megatron_kd.data.chunk_dataset import KIND, PROMPT_LENGTHS_NAME, ChunkDataset
@@ -30,6 +30,7 @@ from megatron_kd.errors import ConfigError, DataError
 from megatron_kd.generation.parts import Part, PartFolder
 from megatron_kd.generation.prompted_texts import PromptSource, generate_part
 from megatron_kd.generation.sampling import SamplingConfig
+from megatron_kd.models.architecture import ScoredModelConfig
 from megatron_kd.parallel.coordination import on_main_rank
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.parallel.runtime import Runtime, distributed_runtime

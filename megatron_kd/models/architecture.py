@@ -1,4 +1,4 @@
-"""What a decoder is, apart from how it is sharded: sizes, head, norms, and the parameter count.
+"""Model architectures, apart from how they are sharded, and the ``model.*`` keys that choose one. Imports no torch.
 
 ``ARCHITECTURES`` lists the sizes by name: the MiniPLM paper's (``qwen_104m`` … ``qwen_1.8b``) and toy sizes for a
 CPU. All but two toy sizes are Qwen2-type decoders (Hugging Face ``Qwen2ForCausalLM``): RoPE, RMSNorm, SwiGLU, bias on
@@ -8,10 +8,14 @@ Evidence for the sizes: MiniPLM (arXiv 2410.17215), table of model configuration
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Iterator, Literal
 
 from megatron_kd.errors import ConfigError
 
 QWEN_VOCAB_SIZE = 151_936
+AS_INIT_FROM = "as_init_from"
+LayerSpecName = Literal["auto", "te", "local"]
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -144,3 +148,32 @@ def architecture_by_name(name: str) -> ModelArchitecture:
     if name not in ARCHITECTURES:
         raise ConfigError(f"model.name '{name}' is unknown; choose one of {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The ``model.*`` keys of training."""
+
+    name: str
+    """One of ``ARCHITECTURES``, or ``as_init_from``: the architecture of ``init_from``."""
+    init_from: str | None = None
+    layer_spec: LayerSpecName = "auto"
+
+    def validate(self) -> Iterator[str]:
+        """Yield one message for each fault in the values."""
+        if self.name == AS_INIT_FROM:
+            if self.init_from is None:
+                yield f"'model.name' is {AS_INIT_FROM}, so 'model.init_from' (a checkpoint or folder) is required"
+        elif self.name not in ARCHITECTURES:
+            yield f"'model.name' is '{self.name}', not one of {', '.join(ARCHITECTURES)}, {AS_INIT_FROM}"
+
+
+@dataclass(frozen=True)
+class ScoredModelConfig:
+    """The ``model.*`` keys of scoring and evaluation."""
+
+    path: str
+    """A checkpoint, a run folder or a Hugging Face folder."""
+    layer_spec: LayerSpecName = "auto"
+    precision: Precision | None = None
+    """None means the precision that the model was trained in."""

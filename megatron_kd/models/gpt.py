@@ -5,8 +5,7 @@ returns what that loss needs: the hidden states after the final norm, and a desc
 """
 
 import math
-from dataclasses import dataclass
-from typing import Iterator, Literal, Sequence
+from typing import Sequence
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -24,35 +23,13 @@ from torch import Tensor
 
 from megatron_kd.errors import ConfigError
 from megatron_kd.losses import OutputHead, run_forward_pre_hooks
-from megatron_kd.models.architecture import ModelArchitecture
-from megatron_kd.models.layer_specs import LayerSpecName, choose_layer_spec, decoder_layer_spec
+from megatron_kd.models.architecture import LayerSpecName, ModelArchitecture, Precision
+from megatron_kd.models.layer_specs import choose_layer_spec, decoder_layer_spec
 from megatron_kd.models.local_modules import provide_fused_rotary
 from megatron_kd.parallel.groups import is_first_stage, is_last_stage, own_part
 from megatron_kd.parallel.layout import ParallelLayout
 
 VOCABULARY_MULTIPLE = 128
-AS_INIT_FROM = "as_init_from"
-Precision = Literal["fp32", "bf16"]
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The ``model.*`` keys."""
-
-    name: str = "qwen_toy_student"
-    """One of models/architecture.py, or ``as_init_from``: whatever ``init_from`` is."""
-    init_from: str | None = None
-    layer_spec: LayerSpecName = "auto"
-
-    def validate(self) -> Iterator[str]:
-        """Faults in the values, one message each."""
-        from megatron_kd.models.architecture import ARCHITECTURES
-
-        if self.name == AS_INIT_FROM:
-            if self.init_from is None:
-                yield f"'model.name' is {AS_INIT_FROM}, so 'model.init_from' (a checkpoint or folder) is required"
-        elif self.name not in ARCHITECTURES:
-            yield f"'model.name' is '{self.name}', not one of {', '.join(ARCHITECTURES)}, {AS_INIT_FROM}"
 
 
 class HiddenStateGPTModel(GPTModel):

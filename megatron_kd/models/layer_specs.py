@@ -18,10 +18,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_kd.errors import ConfigError
+from megatron_kd.models.architecture import LayerSpecName
 from megatron_kd.models.attention import CachingSelfAttention, SDPACoreAttention
 from megatron_kd.models.local_modules import RMSNorm, SwiGLU
-
-LayerSpecName = Literal["auto", "te", "local"]
 
 
 def has_transformer_engine() -> bool:

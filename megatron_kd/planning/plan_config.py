@@ -16,7 +16,7 @@ class PlannedModel:
     """``model.*`` of the run."""
 
     READS_A_PART: ClassVar[bool] = True
-    name: str = "qwen_toy_student"
+    name: str
 
     def validate(self) -> Iterator[str]:
         """Faults in the values, one message each."""
@@ -101,7 +101,7 @@ class PlanRunConfig:
     """A training configuration as ``plan_run`` sees it; keys that only training reads are passed over."""
 
     READS_A_PART: ClassVar[bool] = True
-    model: PlannedModel = field(default_factory=PlannedModel)
+    model: PlannedModel
     data: PlannedData = field(default_factory=PlannedData)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: PlannedTraining = field(default_factory=PlannedTraining)

@@ -14,10 +14,11 @@ from typing import Iterator
 import numpy
 
 from megatron_kd.artefacts.manifest import already_made, recipe_of
-from megatron_kd.checkpoints.loading import LoadedModel, ScoredModelConfig, load_for_inference, weights_fingerprint
+from megatron_kd.checkpoints.loading import LoadedModel, load_for_inference, weights_fingerprint
 from megatron_kd.config import to_mapping
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import DataError
+from megatron_kd.models.architecture import ScoredModelConfig
 from megatron_kd.parallel.coordination import on_main_rank
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.parallel.runtime import Runtime, distributed_runtime

@@ -7,9 +7,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_kd.checkpoints.weights import CheckpointInfo, load_weights
 from megatron_kd.errors import LayoutError
 from megatron_kd.losses import OutputHead
-from megatron_kd.models.architecture import ModelArchitecture
-from megatron_kd.models.gpt import HiddenStateGPTModel, Precision, build_model, padded_vocab_size
-from megatron_kd.models.layer_specs import LayerSpecName
+from megatron_kd.models.architecture import LayerSpecName, ModelArchitecture, Precision
+from megatron_kd.models.gpt import HiddenStateGPTModel, build_model, padded_vocab_size
 from megatron_kd.parallel.groups import create_process_groups, is_last_stage
 from megatron_kd.parallel.layout import ParallelLayout
 from megatron_kd.parallel.runtime import SplitWorld, seed_everything

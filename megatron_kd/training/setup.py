@@ -11,8 +11,8 @@ from megatron_kd.checkpoints.weights import check_same_architecture, load_weight
 from megatron_kd.data.blend import open_data
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import ConfigError, DataError
-from megatron_kd.models.architecture import ModelArchitecture, architecture_by_name
-from megatron_kd.models.gpt import AS_INIT_FROM, HiddenStateGPTModel, build_model
+from megatron_kd.models.architecture import AS_INIT_FROM, ModelArchitecture, architecture_by_name
+from megatron_kd.models.gpt import HiddenStateGPTModel, build_model
 from megatron_kd.models.parameters import initialize_weights
 from megatron_kd.parallel.groups import is_last_stage
 from megatron_kd.parallel.layout import ParallelLayout, sequence_multiple

@@ -5,7 +5,7 @@ from typing import ClassVar, Iterator, Mapping
 
 from megatron_kd.costs.gpus import PlanConfig
 from megatron_kd.metrics.sinks import MetricsConfig
-from megatron_kd.models.gpt import ModelConfig, Precision
+from megatron_kd.models.architecture import ModelConfig, Precision
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.teachers.interface import TeacherConfig
 from megatron_kd.training.fault_tolerance import FaultToleranceConfig
@@ -81,7 +81,7 @@ class TrainConfig:
     data: TrainingDataConfig
     output: str
     """The run folder."""
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -162,7 +162,7 @@ def test_an_override_of_a_list_in_a_file_that_is_given_keys(tmp_path: Path) -> N
 
 
 def test_of_two_sections_with_the_same_key_the_first_is_named() -> None:
-    keys = ["data.path=d", "output=o"]
+    keys = ["data.path=d", "output=o", "model.name=qwen_toy_student"]
     for wrong, right in (
         ("tensor_model_parallel_size=2", "parallel.tensor_model_parallel_size"),
         ("pipline_model_parallel_size=2", "parallel.pipeline_model_parallel_size"),

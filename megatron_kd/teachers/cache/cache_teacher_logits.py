@@ -18,12 +18,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_kd.artefacts.manifest import already_made, recipe_of
-from megatron_kd.checkpoints.loading import LoadedModel, ScoredModelConfig, load_for_inference, weights_fingerprint
+from megatron_kd.checkpoints.loading import LoadedModel, load_for_inference, weights_fingerprint
 from megatron_kd.config import to_mapping
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import CheckpointError
-from megatron_kd.models.gpt import Precision
-from megatron_kd.models.layer_specs import LayerSpecName
+from megatron_kd.models.architecture import LayerSpecName, Precision, ScoredModelConfig
 from megatron_kd.parallel.coordination import WorkQueue, on_main_rank
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.parallel.runtime import Runtime, distributed_runtime

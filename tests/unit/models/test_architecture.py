@@ -1,10 +1,14 @@
-"""Parameter counts of the paper's sizes (MiniPLM, arXiv 2410.17215, and the released checkpoints)."""
+"""Parameter counts of the paper's sizes (MiniPLM, arXiv 2410.17215, and the released checkpoints); ``model.*`` keys."""
+
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from megatron_kd.config import load_config
 from megatron_kd.errors import ConfigError
-from megatron_kd.models.architecture import ARCHITECTURES, ModelArchitecture, architecture_by_name
+from megatron_kd.models.architecture import ARCHITECTURES, ModelArchitecture, ModelConfig, architecture_by_name
 from megatron_kd.parallel.runtime import distributed_runtime
 from tests.reference.one_rank import TINY, tiny_model
 
@@ -61,3 +65,23 @@ def test_the_vocabulary_is_the_tokenizers_only_where_it_was_left_open():
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(ConfigError, match="'qwen_7b' is unknown; choose one of qwen_104m"):
         architecture_by_name("qwen_7b")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ([], "'name' is required"),
+        (["name=qwen_7b"], "'model.name' is 'qwen_7b', not one of qwen_104m, .*, as_init_from"),
+        (["name=as_init_from"], "so 'model.init_from' .* is required"),
+    ],
+)
+def test_the_keys_name_an_architecture(keys, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(ModelConfig, None, keys)
+    load_config(ModelConfig, None, ["name=as_init_from", "init_from=folder"])
+
+
+def test_keys_are_read_without_torch():
+    modules = "megatron_kd.models.architecture, megatron_kd.parallel.layout"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -146,7 +146,14 @@ def test_ends_that_leave_nothing_are_refused():
     [
         (
             TrainConfig,
-            ["data.path=a", "output=b", "distillation.method=gkd", "teacher.placement=colocated", "teacher.path=c"],
+            [
+                "data.path=a",
+                "output=b",
+                "model.name=qwen_toy_student",
+                "distillation.method=gkd",
+                "teacher.placement=colocated",
+                "teacher.path=c",
+            ],
         ),
         (EvaluateConfig, ["data.path=a", "model.path=b", "teacher=c"]),
         (GenerateCorpusConfig, ["prompt=begin", "num_texts=1", "data.path=a", "model.path=b", "output=c"]),

@@ -227,7 +227,9 @@ def test_the_loss_is_one_that_the_codec_gives(codec, asked, found):
 
 
 def config_faults(**parts):
-    config = from_mapping(TrainConfig, {"data": {"path": "x"}, "output": "y"}, "test")
+    config = from_mapping(
+        TrainConfig, {"data": {"path": "x"}, "output": "y", "model": {"name": "qwen_toy_student"}}, "test"
+    )
     return list(dataclasses.replace(config, **parts).validate())
 
 

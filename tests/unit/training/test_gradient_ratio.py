@@ -109,7 +109,8 @@ def test_a_step_that_measures_it_is_the_same_to_the_bit(dataset, precision):
 )
 def test_where_there_are_not_two_terms_it_is_refused(keys, message):
     tree = {
-        "data": {"path": "d"}, "output": "o", "metrics": {"kd_lm_gradient_ratio_interval": 10},
+        "data": {"path": "d"}, "output": "o", "model": {"name": "qwen_toy_student"},
+        "metrics": {"kd_lm_gradient_ratio_interval": 10},
         "distillation": {"method": "vanilla_kd"}, "teacher": {"placement": "colocated", "path": "t"}, **keys,
     }  # fmt: skip
     with pytest.raises(ConfigError, match=message):

@@ -19,7 +19,8 @@ def config(**teacher):
     return from_mapping(
         TrainConfig,
         {
-            "data": {"path": "x"}, "output": "y", "distillation": {"method": "vanilla_kd"},
+            "data": {"path": "x"}, "output": "y", "model": {"name": "qwen_500m"},
+            "distillation": {"method": "vanilla_kd"},
             "training": {"global_batch_size": 64, "micro_batch_size": 8, "precision": "bf16"},
             "teacher": {"path": "z", **teacher},
         },
@@ -70,7 +71,7 @@ def test_a_remote_teachers_own_ranks(monkeypatch):
 
 def test_a_cached_teacher_covers_one_dataset():
     tree = {
-        "output": "y", "distillation": {"method": "vanilla_kd"},
+        "output": "y", "model": {"name": "qwen_toy_student"}, "distillation": {"method": "vanilla_kd"},
         "teacher": {"placement": "cached", "cache_path": "z"},
     }  # fmt: skip
     for data in ({"path": ["a", "b"]}, {"path": "a", "weights": [1.0]}):

@@ -1,9 +1,9 @@
-"""The shell's way in: ``python tools/<verb>.py`` and ``megatron-kd <verb>`` are the same program.
+"""Command line: ``python tools/<verb>.py`` and ``megatron-kd <verb>`` are the same program.
 
     python tools/train.py --config FILE [key=value …] [--dry-run]
 
 Exit status: 0 on success; 2, with one line on stderr, for a bad configuration or bad input; 75 for a run that was told
-to stop and goes on when started again; 1 for anything else.
+to stop and resumes when the same command is started again; 1 for anything else.
 """
 
 import argparse
@@ -21,79 +21,66 @@ from megatron_kd.logs import is_reporting_rank, silence_known_noise, start_loggi
 
 @dataclass(frozen=True)
 class Verb:
-    """Where a verb's configuration type and its ``run(config)`` function live, and what it does in one line."""
+    """One verb of the command line; its function is ``run(config)`` of the module that is named after it.
 
-    module: str
+    Attributes:
+        config: its configuration class as ``package.module.Class`` below ``megatron_kd``. The verb's own module stands
+            in the same package.
+        summary: what it does, in one line.
+        positional: the key that arguments without ``=`` are values of; None refuses them.
+    """
+
     config: str
     summary: str
-    run: str = "run"
     positional: str | None = None
-    """The key of arguments without ``=``; without one they are refused."""
+
+    def load_config_class(self) -> type[Any]:
+        """Import the configuration class, and nothing that only ``run`` needs where the two are in separate modules."""
+        module, _, name = self.config.rpartition(".")
+        return getattr(importlib.import_module(f"megatron_kd.{module}"), name)
+
+    def load_function(self, verb: str) -> Callable[[Any], Any]:
+        """Import the function that does the work of the verb called ``verb``."""
+        package = self.config.rsplit(".", 2)[0]
+        return importlib.import_module(f"megatron_kd.{package}.{verb}").run
 
 
 VERBS: dict[str, Verb] = {
-    "tokenize_corpus": Verb("megatron_kd.data.tokenize_corpus", "TokenizeCorpusConfig", "documents to a chunk dataset"),
-    "adopt_dataset": Verb(
-        "megatron_kd.data.adopt_dataset", "AdoptDatasetConfig", "existing .bin/.idx files as a chunk dataset, no copy"
-    ),
-    "train": Verb("megatron_kd.training.train", "TrainConfig", "pre-train or distil a model"),
-    "score_corpus": Verb(
-        "megatron_kd.scoring.score_corpus", "ScoreCorpusConfig", "mean NLL of every chunk under a model"
-    ),
+    "tokenize_corpus": Verb("data.tokenize_corpus.TokenizeCorpusConfig", "documents to a chunk dataset"),
+    "adopt_dataset": Verb("data.adopt_dataset.AdoptDatasetConfig", "existing .bin/.idx files as a chunk dataset"),
+    "train": Verb("training.train_config.TrainConfig", "pre-train or distil a model"),
+    "score_corpus": Verb("scoring.score_corpus.ScoreCorpusConfig", "mean NLL of every chunk under a model"),
     "sample_by_difference": Verb(
-        "megatron_kd.selection.sample_by_difference",
-        "SampleByDifferenceConfig",
-        "keep the chunks that the teacher finds easier",
+        "selection.sample_by_difference.SampleByDifferenceConfig", "the chunks that the teacher finds easier"
     ),
-    "generate_corpus": Verb(
-        "megatron_kd.generation.generate_corpus",
-        "GenerateCorpusConfig",
-        "a model's own text as a chunk dataset (SeqKD)",
-    ),
+    "generate_corpus": Verb("generation.generate_corpus.GenerateCorpusConfig", "generated text as a chunk dataset"),
     "cache_teacher_logits": Verb(
-        "megatron_kd.teachers.cache.cache_teacher_logits",
-        "CacheTeacherLogitsConfig",
-        "what a teacher says about every chunk, on disk",
+        "teachers.cache.cache_teacher_logits.CacheTeacherLogitsConfig", "the teacher's targets for every chunk, on disk"
     ),
-    "convert_from_hf": Verb(
-        "megatron_kd.conversion.convert_from_hf", "ConvertFromHFConfig", "Hugging Face folder to checkpoint"
-    ),
-    "convert_to_hf": Verb(
-        "megatron_kd.conversion.convert_to_hf", "ConvertToHFConfig", "checkpoint to Hugging Face folder"
-    ),
-    "evaluate": Verb("megatron_kd.evaluation.evaluate", "EvaluateConfig", "held-out loss and bits per byte"),
-    "plan_run": Verb(
-        "megatron_kd.planning.plan_run", "PlanRunConfig", "memory, time and storage of a run, before it starts"
-    ),
+    "convert_from_hf": Verb("conversion.convert_from_hf.ConvertFromHFConfig", "Hugging Face folder to checkpoint"),
+    "convert_to_hf": Verb("conversion.convert_to_hf.ConvertToHFConfig", "checkpoint to Hugging Face folder"),
+    "evaluate": Verb("evaluation.evaluate.EvaluateConfig", "held-out loss, bits per byte, zero-shot tasks"),
+    "plan_run": Verb("planning.plan_config.PlanRunConfig", "memory, time and storage of a run, before it starts"),
     "fit_scaling_law": Verb(
-        "megatron_kd.evaluation.fit_scaling_law",
-        "FitScalingLawConfig",
-        "loss over FLOPs, extrapolated",
-        positional="runs",
+        "evaluation.fit_scaling_law.FitScalingLawConfig", "loss over FLOPs, extrapolated", positional="runs"
     ),
-    "plot": Verb("megatron_kd.metrics.plot", "PlotConfig", "charts of one or several runs", positional="runs"),
-    "split_dataset": Verb(
-        "megatron_kd.selection.split_dataset", "SplitDatasetConfig", "a random part of a chunk dataset"
-    ),
+    "plot": Verb("metrics.plot.PlotConfig", "charts of one or several runs", positional="runs"),
+    "split_dataset": Verb("selection.split_dataset.SplitDatasetConfig", "a random part of a chunk dataset"),
     "predict_difference": Verb(
-        "megatron_kd.selection.predict_difference", "PredictDifferenceConfig", "a proxy's r, learnt from scored chunks"
+        "selection.predict_difference.PredictDifferenceConfig", "differences predicted by a proxy trained on a part"
     ),
     "convert_tokenization": Verb(
-        "megatron_kd.data.convert_tokenization", "ConvertTokenizationConfig", "a chunk dataset to another tokenizer"
+        "data.convert_tokenization.ConvertTokenizationConfig", "a chunk dataset in another tokenizer's ids"
     ),
     "measure_diversity": Verb(
-        "megatron_kd.evaluation.measure_diversity",
-        "MeasureDiversityConfig",
-        "n-gram diversity and Vendi score of corpora",
+        "evaluation.measure_diversity.MeasureDiversityConfig", "n-gram diversity and Vendi score of corpora"
     ),
-    "inspect_dataset": Verb(
-        "megatron_kd.evaluation.inspect_dataset", "InspectDatasetConfig", "what an artefact on disk is"
-    ),
+    "inspect_dataset": Verb("evaluation.inspect_dataset.InspectDatasetConfig", "what an artefact on disk is"),
 }
 
 
 def main(verb: str | None = None, argv: Sequence[str] | None = None) -> NoReturn:
-    """Run one verb and exit; without ``verb`` the first argument names it."""
+    """Run one verb and exit; without ``verb``, the first argument names it."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if verb is None:
         verb = _choose_verb(arguments)
@@ -113,7 +100,7 @@ def _choose_verb(arguments: list[str]) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command line on one line, like every other refusal."""
+    """Reports a bad command line on one line, like every other bad input."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"the command line: {message} (--help shows the usage)")
@@ -123,26 +110,25 @@ def _run_verb(name: str, arguments: Sequence[str]) -> int:
     verb = VERBS[name]
     parser = _Parser(prog=name, description=verb.summary)
     parser.add_argument("--config", metavar="FILE", help="YAML file with the verb's keys")
-    parser.add_argument("--dry-run", action="store_true", help="check and print the resolved configuration, do nothing")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the file, dotted keys")
+    parser.add_argument("--dry-run", action="store_true", help="check and print the resolved configuration, then exit")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the file, with dotted keys")
     start_logging(name)
     silence_known_noise()
 
     def load_and_run() -> None:
-        module = importlib.import_module(verb.module)
-        options = parser.parse_intermixed_args(_spell_out_flags(arguments, getattr(module, verb.config)))
-        config = load_config(getattr(module, verb.config), options.config, _with_positional(verb, options.overrides))
+        schema = verb.load_config_class()
+        options = parser.parse_intermixed_args(_spell_out_flags(arguments, schema))
+        config = load_config(schema, options.config, _with_positional(verb, options.overrides))
         if options.dry_run:
             sys.stdout.write(dump_yaml(config))
-            return
-        run: Callable[[Any], Any] = getattr(module, verb.run)
-        run(config)
+        else:
+            verb.load_function(name)(config)
 
     return status_of(name, load_and_run)
 
 
 def status_of(name: str, action: Callable[[], Any]) -> int:
-    """Do it; the exit status, with one line on stderr, headed by ``name``, for what the user can mend."""
+    """Run ``action`` and return the exit status; an error that the user can fix is one line, prefixed with ``name``."""
     try:
         action()
     except UserError as error:
@@ -162,16 +148,17 @@ def _with_positional(verb: Verb, arguments: Sequence[str]) -> list[str]:
     return [argument for argument in arguments if "=" in argument] + [f"{verb.positional}={json.dumps(plain)}"]
 
 
-def _spell_out_flags(arguments: Sequence[str], schema: type) -> list[str]:
-    """``--verify`` for ``verify=true``, where the verb has such a key."""
+def _spell_out_flags(arguments: Sequence[str], schema: type[Any]) -> list[str]:
+    """Replace ``--verify`` by ``verify=true``, and so on for every boolean key of the verb."""
     names = [field.name for field in fields(schema) if field.type in (bool, "bool")]
     flags = {f"--{name.replace('_', '-')}": name for name in names}
     return [f"{flags[argument]}=true" if argument in flags else argument for argument in arguments]
 
 
 def _refuse(name: str, message: str, is_reported: bool | None = None, status: int = EXIT_BAD_INPUT) -> int:
-    """One line on stderr, from one rank only under torchrun: rank 0 where the ranks have not agreed on one."""
-    if not is_reported if is_reported is not None else is_reporting_rank():
+    """Print one line, on one rank only: rank 0 where the ranks have not agreed on another; return ``status``."""
+    prints = is_reporting_rank() if is_reported is None else not is_reported
+    if prints:
         sys.stderr.write(f"{name}: {' '.join(message.split())}\n")
         sys.stderr.flush()
     return status

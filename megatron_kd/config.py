@@ -1,15 +1,16 @@
-"""Configuration: YAML files and ``key=value`` overrides to trees of frozen dataclasses.
+"""Configuration: YAML files and ``key=value`` overrides become trees of frozen dataclasses.
 
-Every part of the program declares its settings as a frozen dataclass next to the code it configures; a
-verb's configuration is a dataclass of those. ``load_config`` reads a file, applies the overrides, checks every
-key and type and raises one :class:`~megatron_kd.errors.ConfigError` that lists all that is wrong. A file may start
-from another one: ``base: other.yaml`` (relative to the file) is loaded first and the file's keys are laid over it.
+Every part of the program declares its settings as a frozen dataclass next to the code they configure; a verb's
+configuration is a dataclass of those. :func:`load_config` reads a file, applies the overrides, checks every key and
+type, and raises one :class:`~megatron_kd.errors.ConfigError` that lists every fault. A file may build on another:
+``base: other.yaml`` (relative to the file) is loaded first, and the file's own keys override it.
 
-A dataclass may define ``validate(self) -> Iterable[str]``: it yields one message per fault in its values. One that sets
-``READS_A_PART = True`` reads some keys of a file that belongs to another verb: it skips the others, unless they look
-like one of its own misspelt.
-One that renamed keys lists them, ``RENAMED = {"old": "new"}``: the old name still works, and a line says what the key
-is called now.
+A dataclass may define
+
+- ``validate(self) -> Iterable[str]``, which yields one message for each fault in its values;
+- ``RENAMED = {"old": "new"}``: an old key still works, with a warning that gives its new name;
+- ``READS_A_PART = True``, to read some keys of a file that belongs to another verb: the others are skipped, unless they
+  look like a misspelt key of its own.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -31,10 +32,11 @@ logger = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT")
 MAX_BASE_DEPTH = 8
 MISSPELT = 0.88
+"""Similarity of two keys from which one is taken for a misspelling of the other."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without dates: ``name: 2026-11-21`` is a string here."""
+    """Loads YAML without its date type: ``name: 2026-11-21`` is a string."""
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
@@ -46,21 +48,25 @@ def load_config(schema: type[ConfigT], path: str | Path | None, overrides: Seque
     """Read a configuration of type ``schema``.
 
     Args:
-        schema: a dataclass type; nested dataclasses become nested mappings.
+        schema: a dataclass type; its nested dataclasses correspond to nested mappings in the file.
         path: a YAML file, or None to start from the defaults.
         overrides: ``key=value`` strings with dotted keys; values are YAML (``a.b=3``, ``a.c=[1,2]``, ``a.d=null``).
 
     Raises:
-        ConfigError: the file is missing or not YAML, a key is unknown (names the nearest), a required key is
-            missing, a value has the wrong type, or a ``validate`` method objects. One line lists all of them.
+        ConfigError: the file is missing or not YAML, a key is unknown (the message suggests the nearest), a required
+            key is missing, a value has the wrong type, or a ``validate`` method reports a fault.
     """
     where = str(path) if path is not None else "the command line"
     tree = _read_yaml(Path(path)) if path is not None else {}
-    return from_mapping(schema, _lay_over(tree, _parse_overrides(overrides), where, resolve=True), where)
+    return from_mapping(schema, _merge(tree, _parse_overrides(overrides), where, resolve=True), where)
 
 
 def from_mapping(schema: type[ConfigT], tree: Mapping[str, Any], where: str) -> ConfigT:
-    """Build ``schema`` from nested mappings, with the checks of :func:`load_config`."""
+    """Build ``schema`` from nested mappings, with the checks of :func:`load_config`.
+
+    Args:
+        where: where the mapping comes from; error messages begin with it.
+    """
     faults: list[str] = []
     config = _build(schema, tree, "", faults)
     if not faults:
@@ -71,18 +77,18 @@ def from_mapping(schema: type[ConfigT], tree: Mapping[str, Any], where: str) -> 
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
-    """The nested plain mapping of a configuration dataclass."""
+    """Return a configuration as nested plain mappings."""
     return dataclasses.asdict(config)
 
 
 def dump_yaml(config: Any) -> str:
-    """The resolved configuration as YAML text, keys in declaration order."""
+    """Return the resolved configuration as YAML, keys in declaration order."""
     return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
 
 
 def _read_yaml(path: Path, depth: int = 0) -> dict[str, Any]:
     if depth > MAX_BASE_DEPTH:
-        raise ConfigError(f"{path}: more than {MAX_BASE_DEPTH} levels of 'base:'; does a file name itself?")
+        raise ConfigError(f"{path}: more than {MAX_BASE_DEPTH} levels of 'base:'; does a file name itself as its base?")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -98,14 +104,14 @@ def _read_yaml(path: Path, depth: int = 0) -> dict[str, Any]:
     base = tree.pop("base", None)
     if base is None:
         return tree
-    return _lay_over(_read_yaml(path.parent / str(base), depth + 1), tree, str(path), resolve=False)
+    return _merge(_read_yaml(path.parent / str(base), depth + 1), tree, str(path), resolve=False)
 
 
-def _lay_over(below: dict[str, Any], above: dict[str, Any], where: str, resolve: bool) -> dict[str, Any]:
-    """Merge two trees, the second on top; ``resolve`` replaces ``${…}`` by the values that they name."""
+def _merge(base: dict[str, Any], overrides: dict[str, Any], where: str, resolve: bool) -> dict[str, Any]:
+    """Merge two trees, ``overrides`` winning; with ``resolve``, replace each ``${…}`` by the value it refers to."""
     try:
-        merged = OmegaConf.merge(OmegaConf.create(below), OmegaConf.create(above))
-        return OmegaConf.to_container(merged, resolve=resolve)
+        merged = OmegaConf.merge(OmegaConf.create(base), OmegaConf.create(overrides))
+        return cast(dict[str, Any], OmegaConf.to_container(merged, resolve=resolve))
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {_first_line(error)}") from None
 
@@ -121,7 +127,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise ConfigError(f"the command line: '{override}' goes below a key that was given a plain value")
+                raise ConfigError(f"the command line: '{override}' sets a key below one that has a plain value")
         try:
             node[leaf] = yaml.load(value, _Loader) if value else ""
         except yaml.YAMLError:
@@ -129,11 +135,11 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-def _build(schema: type, tree: Any, prefix: str, faults: list[str]) -> Any:
+def _build(schema: type[Any], tree: Any, prefix: str, faults: list[str]) -> Any:
     if not isinstance(tree, Mapping):
         faults.append(f"'{prefix.rstrip('.')}' must be a mapping of keys, not {tree!r}")
         return None
-    tree = _with_new_names(schema, tree, prefix, faults)
+    tree = _rename_old_keys(schema, tree, prefix, faults)
     hints = typing.get_type_hints(schema)
     fields = {field.name: field for field in dataclasses.fields(schema)}
     for key in tree:
@@ -153,23 +159,23 @@ def _build(schema: type, tree: Any, prefix: str, faults: list[str]) -> Any:
     return schema(**values)
 
 
-def _with_new_names(schema: type, tree: Mapping[str, Any], prefix: str, faults: list[str]) -> dict[str, Any]:
+def _rename_old_keys(schema: type, tree: Mapping[str, Any], prefix: str, faults: list[str]) -> dict[str, Any]:
     renamed: Mapping[str, str] = getattr(schema, "RENAMED", {})
     found = dict(tree)
     for old, new in renamed.items():
         if old not in found:
             continue
         if new in found:
-            faults.append(f"'{prefix}{old}' is the old name of '{prefix}{new}': give one of them")
+            faults.append(f"'{prefix}{old}' is the old name of '{prefix}{new}': give only one of them")
             continue
         found[new] = found.pop(old)
-        logger.warning(f"'{prefix}{old}' is called '{prefix}{new}' now; the old name still works")
+        logger.warning(f"'{prefix}{old}' is now called '{prefix}{new}'; the old name still works")
     return found
 
 
 def _convert(hint: Any, value: Any, key: str, faults: list[str]) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _build(hint, {} if value is None else value, f"{key}.", faults)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -207,7 +213,7 @@ def _convert_scalar(hint: type, value: Any, key: str, faults: list[str]) -> Any:
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     if hint in (int, float) and isinstance(value, str):
-        try:  # YAML 1.1 reads 6e-4 as a string
+        try:  # YAML 1.1 reads 6e-4 as a string.
             number = float(value)
             if hint is float:
                 return number
@@ -250,7 +256,7 @@ def _nearest(key: str, schema: type, prefix: str) -> str:
     for full in _all_keys(schema, prefix):
         leaf = full.rsplit(".", 1)[-1]
         if leaf not in candidates or full.count(".") < candidates[leaf].count("."):
-            candidates[leaf] = full  # of several sections' keys of one name the shallowest, then the first
+            candidates[leaf] = full  # where several sections have the key: the shallowest, then the first
     match = difflib.get_close_matches(key, candidates, n=1, cutoff=0.5)
     return f" (did you mean '{candidates[match[0]]}'?)" if match else ""
 

@@ -1,19 +1,21 @@
-"""The errors that a user can cause, each carried to the shell as one line and exit status 2.
+"""Errors that a user can cause; the command line reports each as one line and exit status 2.
 
-Anything else that is raised is a fault of this project and shows its traceback.
+Any other exception is a bug of this project and shows its traceback.
 """
 
 import errno
 
 EXIT_BAD_INPUT = 2
 EXIT_REQUEUE = 75
-"""EX_TEMPFAIL of sysexits.h: the same command, started again, goes on."""
+"""EX_TEMPFAIL of sysexits.h: the run stopped early, and the same command resumes it."""
 
 
 class UserError(Exception):
-    """Bad input: the message says what is wrong, where, and what to do about it, on one line.
+    """An error that the user can fix: one line that says what is wrong, where, and what to do.
 
-    ``is_reported`` is True where another rank of the same world prints it.
+    Attributes:
+        exit_status: the process's exit status.
+        is_reported: whether another rank of the same world prints the message; None where the ranks have not agreed.
     """
 
     exit_status = EXIT_BAD_INPUT
@@ -21,15 +23,15 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A configuration that cannot be used: unknown keys, wrong types, values that exclude each other."""
+    """An unusable configuration: unknown keys, wrong types, values that exclude each other."""
 
 
 class DataError(UserError):
-    """A corpus, dataset, score file or cache that is missing, malformed or does not match its user."""
+    """A corpus, dataset, score file or cache that is missing, malformed, or does not match what reads it."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint or Hugging Face folder that is missing, damaged or of another model."""
+    """A checkpoint or Hugging Face folder that is missing, damaged, or holds another model."""
 
 
 class LayoutError(ConfigError):
@@ -37,21 +39,21 @@ class LayoutError(ConfigError):
 
 
 class NonFiniteLossError(UserError):
-    """A loss or gradient norm that is not finite: training stopped before the optimizer step."""
+    """A loss or gradient norm that is not finite; training stopped before the optimizer step."""
 
 
 class DiskFullError(UserError):
-    """A file could not be written because the disk is full, or because it may not grow."""
-
-
-def disk_full(error: OSError) -> DiskFullError | None:
-    """What to tell the user where ``error`` says that the disk is full; None where it is another fault."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return None
-    return DiskFullError(f"the disk is full while writing {error.filename or 'the output'}: free space and run again")
+    """A write that failed because the disk is full, or a quota or file-size limit was reached."""
 
 
 class Preempted(UserError):
-    """The run was told to stop, and did so with a checkpoint: the same command goes on from it."""
+    """A run that was told to stop and left a checkpoint; the same command resumes it."""
 
     exit_status = EXIT_REQUEUE
+
+
+def disk_full(error: OSError) -> DiskFullError | None:
+    """Return the error to report if ``error`` means that the disk is full; None for any other fault."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return None
+    return DiskFullError(f"the disk is full while writing {error.filename or 'the output'}: free space and run again")

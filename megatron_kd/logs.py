@@ -1,13 +1,13 @@
-"""What the program says while it works: one logger, one line a message, from one rank.
+"""Log messages: one logger, one line per message, printed by one rank.
 
 Modules use Python's own logging:
 
     logger = logging.getLogger(__name__)
-    logger.info("3 of 8 units were finished before")        # said by rank 0 alone
-    logger.warning("rank 3 is gone", extra=EVERY_RANK)      # said by whichever rank gets here
+    logger.info("3 of 8 units were finished before")        # printed by rank 0 only
+    logger.warning("rank 3 is gone", extra=EVERY_RANK)      # printed by every rank that logs it
 
-``start_logging(verb)`` sends these to standard error as ``<verb>: <message>``, one line each, above any progress bar.
-What a command is asked for (a table, a plan, a resolved configuration) goes to standard output, not through here.
+``start_logging(verb)`` sends them to standard error as ``<verb>: <message>``, above any progress bar. The result of a
+command (a table, a plan, a resolved configuration) goes to standard output, not through the logger.
 """
 
 import logging
@@ -16,7 +16,7 @@ import sys
 import warnings
 
 EVERY_RANK = {"every_rank": True}
-"""Passed as ``extra``: this message is not rank 0's alone."""
+"""Pass as ``extra`` to print a message on every rank that logs it."""
 
 _PACKAGE = logging.getLogger("megatron_kd")
 _KNOWN_NOISE = (
@@ -39,7 +39,7 @@ _KNOWN_NOISE = (
 
 
 def start_logging(verb: str) -> None:
-    """Send the package's messages to standard error, headed by ``verb``; a second call changes the heading."""
+    """Send the package's messages to standard error, prefixed with ``verb``; a second call changes the prefix."""
     for handler in list(_PACKAGE.handlers):
         if isinstance(handler, _StandardError):
             _PACKAGE.removeHandler(handler)
@@ -48,26 +48,26 @@ def start_logging(verb: str) -> None:
 
 
 def is_reporting_rank() -> bool:
-    """Whether this process speaks for the job: rank 0, or the only one."""
+    """Return whether this process prints for the job: rank 0, or the only process."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def silence_known_noise() -> None:
-    """Silence what libraries say about accelerators that a user may well not have; faults are never silenced.
+    """Silence library warnings about accelerators that need not be present; errors are never silenced.
 
-    To be called before Megatron-Core is imported: most of these warnings come at import.
+    Call it before Megatron-Core is imported: most of these warnings are raised at import.
     """
     for message in _KNOWN_NOISE:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    # A failed write is reported by the one line of training/checkpoint.py.
+    # training/checkpoint.py reports a failed write, in one line.
     logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)
 
 
 class _StandardError(logging.Handler):
-    """Writes to whatever ``sys.stderr`` is at the time, above the progress bars that tqdm shows there."""
+    """Writes to the current ``sys.stderr``, above the progress bars that tqdm shows there."""
 
     def __init__(self, verb: str) -> None:
         super().__init__()
@@ -84,5 +84,5 @@ class _StandardError(logging.Handler):
             else:
                 sys.stderr.write(line + "\n")
             sys.stderr.flush()
-        except Exception:  # a broken pipe must not end the work; logging.raiseExceptions decides whether it is shown
+        except Exception:  # A broken pipe must not end the work.
             self.handleError(record)

@@ -19,8 +19,6 @@ from megatron_kd.costs.memory import RankMemory
 from megatron_kd.planning.plan import Plan, make_plan
 from megatron_kd.planning.plan_config import PlanRunConfig
 
-__all__ = ["PlanRunConfig", "run"]
-
 
 def run(config: PlanRunConfig) -> Plan:
     """Plan, print, and write the JSON file if one is asked for."""

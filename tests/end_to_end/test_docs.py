@@ -1,7 +1,6 @@
 """Every command of docs/, in order, in a shell; every configuration of the examples; names, links and line lengths."""
 
 import dataclasses
-import importlib
 import re
 import typing
 
@@ -140,8 +139,7 @@ def keys_of(schema, prefix=""):
 
 @pytest.fixture(scope="module")
 def every_key():
-    schemas = (getattr(importlib.import_module(verb.module), verb.config) for verb in VERBS.values())
-    return {key for schema in schemas for key in keys_of(schema)}
+    return {key for verb in VERBS.values() for key in keys_of(verb.load_config_class())}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))

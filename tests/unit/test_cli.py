@@ -1,9 +1,11 @@
+import ast
 import errno
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,21 +22,19 @@ class ToyConfig:
     steps: int = 3
 
 
+TOY = SimpleNamespace(ToyConfig=ToyConfig)
+"""The module of the verb ``toy``."""
+
+
 def behaviour(run: Callable[[ToyConfig], Any]) -> None:
-    """Make this module's ``run`` do as asked; ``cli`` looks it up when the verb is called."""
-    globals()["run"] = run
+    """Set what the verb does."""
+    TOY.run = run
 
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules[__name__] if __name__ in sys.modules else None
-    monkeypatch.setattr(cli.importlib, "import_module", lambda name: module or _Namespace())
-    monkeypatch.setitem(cli.VERBS, "toy", cli.Verb("toy", "ToyConfig", "a verb for tests"))
-
-
-class _Namespace:
-    def __getattr__(self, name: str) -> Any:
-        return globals()[name]
+    monkeypatch.setitem(sys.modules, "megatron_kd.toys.toy", TOY)
+    monkeypatch.setitem(cli.VERBS, "toy", cli.Verb("toys.toy.ToyConfig", "a verb for tests"))
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str, verb: str | None = "toy") -> tuple[int, str, str]:
@@ -75,7 +75,7 @@ def test_a_dry_run_prints_the_resolved_configuration_and_does_nothing(
         (OSError(errno.EFBIG, "big", "out"), "toy: the disk is full while writing out: free space and run again\n"),
     ],
 )
-def test_what_the_user_can_mend_is_status_2_and_one_line(
+def test_an_error_that_the_user_can_fix_is_status_2_and_one_line(
     toy: None, capsys: pytest.CaptureFixture[str], error: Exception, line: str
 ) -> None:
     def fail(config: ToyConfig) -> None:
@@ -85,7 +85,7 @@ def test_what_the_user_can_mend_is_status_2_and_one_line(
     assert call(capsys, "path=p") == (2, "", line)
 
 
-def test_other_errors_show_where_they_come_from(toy: None) -> None:
+def test_other_errors_show_their_traceback(toy: None) -> None:
     def fail(config: ToyConfig) -> None:
         raise OSError(errno.EIO, "broken disk")
 
@@ -94,7 +94,7 @@ def test_other_errors_show_where_they_come_from(toy: None) -> None:
         cli.main("toy", ["path=p"])
 
 
-def test_one_rank_speaks_for_all(
+def test_one_rank_reports_for_all(
     toy: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for rank, lines in (("0", 1), ("3", 0)):
@@ -122,7 +122,10 @@ def test_verbs_are_listed_and_unknown_ones_refused(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("verb", list(cli.VERBS))
-def test_every_verb_has_its_tool(verb: str) -> None:
+def test_every_verb_has_its_tool_and_its_function(verb: str) -> None:
+    package = cli.VERBS[verb].config.rsplit(".", 2)[0].replace(".", "/")
+    functions = ast.parse((ROOT / "megatron_kd" / package / f"{verb}.py").read_text()).body
+    assert "run" in [node.name for node in functions if isinstance(node, ast.FunctionDef)]
     assert f'main("{verb}")' in (ROOT / "tools" / f"{verb}.py").read_text()
 
 

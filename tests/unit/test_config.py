@@ -45,7 +45,7 @@ def write(path: Path, tree: object) -> Path:
     return path
 
 
-def test_a_file_with_overrides_laid_over_it(tmp_path: Path) -> None:
+def test_overrides_of_a_file(tmp_path: Path) -> None:
     path = write(tmp_path / "c.yaml", {**GOOD, "names": ["x", "y"], "limit": 7})
     config = load_config(
         Outer, path, ["inner.rate=6e-4", "kind=b", "flag=true", "limit=null", "names=[z]", "extra={k: 1}"]
@@ -68,7 +68,7 @@ def test_a_date_is_a_string(tmp_path: Path) -> None:
     assert load_config(Inner, write(tmp_path / "c.yaml", "path: 2026-11-21")).path == "2026-11-21"
 
 
-def test_files_build_on_one_another(tmp_path: Path) -> None:
+def test_a_file_builds_on_its_base(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     write(tmp_path / "base.yaml", {**GOOD, "names": ["x"], "kind": "b"})
     write(tmp_path / "sub" / "middle.yaml", {"base": "../base.yaml", "inner": {"rate": 0.5}, "names": ["m"]})
@@ -107,11 +107,11 @@ def test_a_round_trip_through_yaml(tmp_path: Path) -> None:
         (["steps=0"], "steps must be at least 1, not 0"),
         (["steps"], "'steps' is not of the form key=value"),
         (["a..b=1"], "'a..b=1' is not of the form key=value"),
-        (["steps=1", "steps.more=2"], "goes below a key that was given a plain value"),
+        (["steps=1", "steps.more=2"], "sets a key below one that has a plain value"),
         (["inner.path=${nowhere}"], "nowhere"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path: Path, overrides: list[str], message: str) -> None:
+def test_every_fault_is_named(tmp_path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(Outer, write(tmp_path / "c.yaml", GOOD), overrides)
     assert message in str(caught.value)
@@ -134,7 +134,7 @@ def test_all_faults_are_listed_at_once() -> None:
         ("a: [", "not valid YAML"),
         ("- 1", "the top level must be a mapping of keys, not list"),
         ("base: none.yaml", "none.yaml: cannot read the configuration file"),
-        ("base: c.yaml", "does a file name itself?"),
+        ("base: c.yaml", "does a file name itself as its base?"),
         ("base: 5\nsteps: 1", "cannot read the configuration file"),
         ("", "'steps' is required"),
         ("\xff", ""),
@@ -161,7 +161,7 @@ def test_an_override_of_a_list_in_a_file_that_is_given_keys(tmp_path: Path) -> N
         load_config(Outer, write(tmp_path / "top.yaml", {"base": "base.yaml", "names": {"first": 1}}))
 
 
-def test_of_two_sections_with_the_same_key_the_first_is_named() -> None:
+def test_where_two_sections_have_the_same_key_the_first_is_suggested() -> None:
     keys = ["data.path=d", "output=o", "model.name=qwen_toy_student"]
     for wrong, right in (
         ("tensor_model_parallel_size=2", "parallel.tensor_model_parallel_size"),
@@ -179,15 +179,15 @@ class WithNewNames:
     rollout: int = 3
 
 
-def test_an_old_name_of_a_key_works_and_is_named(tmp_path, capsys):
+def test_a_renamed_key_still_works_with_a_warning(tmp_path, capsys):
     path = tmp_path / "config.yaml"
     path.write_text("old: {path: p, rate: 0.5}\n")
     config = load_config(WithNewNames, path, ["text=7"])
     assert (config.inner.rate, config.rollout) == (0.5, 7)
     said = capsys.readouterr().err
-    assert "'old' is called 'inner' now" in said and "'text' is called 'rollout' now" in said
+    assert "'old' is now called 'inner'" in said and "'text' is now called 'rollout'" in said
 
 
 def test_both_names_of_a_key_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="'text' is the old name of 'rollout': give one of them"):
+    with pytest.raises(ConfigError, match="'text' is the old name of 'rollout': give only one of them"):
         load_config(WithNewNames, None, ["text=7", "rollout=8"])

@@ -41,7 +41,7 @@ from benchmarks.loss_calls import (  # noqa: E402
     torchtune,
 )
 from benchmarks.provenance import provenance  # noqa: E402
-from megatron_kd.losses import DEFAULT_CHUNK_BYTES, Workspace  # noqa: E402
+from megatron_kd.losses import DEFAULT_TILE_BYTES, Workspace  # noqa: E402
 from tests.reference.peak_memory import measure  # noqa: E402
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
@@ -129,7 +129,7 @@ def time_table(shape: Shape, repeats: int, device: str, all_divergences: bool) -
                 call = fused(inputs, name.rpartition(" + ")[2], backend=backend)
             row["memory_mib"] = None if name in floors else round(memory_beyond_gradients(call, inputs), 1)
             if name.startswith("ours") and shape in (CPU_SHAPE, CUDA_SHAPE):
-                limit = DEFAULT_CHUNK_BYTES["cpu"] / MIB if device == "cpu" else CUDA_MEMORY_LIMIT_MIB
+                limit = DEFAULT_TILE_BYTES["cpu"] / MIB if device == "cpu" else CUDA_MEMORY_LIMIT_MIB
                 row["holds"] = row["times_floor"] <= TIMES_FLOOR_LIMIT[device] and row["memory_mib"] <= limit
         rows.append(row)
     return rows
@@ -144,7 +144,7 @@ def memory_table(shapes: list[Shape], device: str) -> list[dict[str, Any]]:
             used = memory_beyond_gradients(fused(inputs, divergence), inputs)
             rows.append({
                 "loss": f"ours, LM + {divergence}", "shape": shape.describe(), "memory_mib": round(used, 1),
-                "budget_mib": DEFAULT_CHUNK_BYTES[device] / MIB,
+                "budget_mib": DEFAULT_TILE_BYTES[device] / MIB,
                 "two_logit_tensors_mib": round(2 * shape.tokens * shape.vocabulary * shape.dtype.itemsize / MIB, 1),
             })  # fmt: skip
     return rows

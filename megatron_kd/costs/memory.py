@@ -26,7 +26,7 @@ GRADIENT_BYTES = 4
 ADAM_BYTES = 8
 MASTER_BYTES = {"fp32": 0, "bf16": 4}
 VOCABULARY_MULTIPLE = 128
-LOSS_CHUNK_BYTES = {"cuda": 896 << 20, "cpu": 1280 << 20}
+LOSS_TILE_BYTES = {"cuda": 896 << 20, "cpu": 1280 << 20}
 """As losses/fused_linear.py; a test compares them."""
 LOGIT_BYTES = 4
 LOSS_TEMPORARY_BYTES = 32 << 20
@@ -118,7 +118,7 @@ def in_flight_layers(
     return own // layout.virtual_pipeline * min(chunks, micro_batches * layout.virtual_pipeline)
 
 
-def loss_chunk_bytes(
+def loss_tile_bytes(
     architecture: ModelArchitecture,
     layout: ParallelLayout,
     tokens: float,
@@ -127,8 +127,8 @@ def loss_chunk_bytes(
     device: str = "cuda",
     budget: int | None = None,
 ) -> float:
-    """Buffers of the fused loss's logits (``losses/chunk_plan.py``): fp32; under bf16 the narrow product beside it."""
-    budget = budget or LOSS_CHUNK_BYTES[device]
+    """Buffers of the fused loss's logits (``losses/tile_buffers.py``): fp32; under bf16 the 16-bit product beside it."""
+    budget = budget or LOSS_TILE_BYTES[device]
     per_logit = LOGIT_BYTES * models + (ELEMENT_BYTES["bf16"] if precision == "bf16" else 0)
     whole = tokens * padded_rows(architecture.vocab_size, layout.tensor) / layout.tensor * per_logit
     return min(whole, budget - min(budget // 4, LOSS_TEMPORARY_BYTES))
@@ -147,7 +147,7 @@ def student_memory(
     models_in_loss: int = 1,
     fused: bool = True,
     device: str = "cuda",
-    loss_chunk_budget: int | None = None,
+    loss_tile_budget: int | None = None,
 ) -> RankMemory:
     """Memory of the student on one rank of ``stage``."""
     a, width = architecture, ELEMENT_BYTES[precision]
@@ -161,7 +161,7 @@ def student_memory(
         tokens = positions / layout.context
         hidden = tokens * a.hidden_size * width
         activations += hidden  # input of the final norm
-        loss = 2 * hidden + loss_chunk_bytes(a, layout, tokens, precision, models_in_loss, device, loss_chunk_budget)
+        loss = 2 * hidden + loss_tile_bytes(a, layout, tokens, precision, models_in_loss, device, loss_tile_budget)
     return RankMemory(
         weights=parameters * width,
         gradients=parameters * GRADIENT_BYTES,
@@ -330,7 +330,7 @@ def stage_memory(
     layout: ParallelLayout,
     stage: int,
     teacher: PlacedTeacher | None,
-    loss_chunk_budget: int | None = None,
+    loss_tile_budget: int | None = None,
     **sizes: Any,
 ) -> RankMemory:
     """The fullest rank of the student's ``stage``, with what the teacher holds there; ``sizes`` as student_memory's."""
@@ -341,7 +341,7 @@ def stage_memory(
         stage,
         layers=layout.stage_layers(student.num_layers),
         models_in_loss=models,
-        loss_chunk_budget=loss_chunk_budget,
+        loss_tile_budget=loss_tile_budget,
         **sizes,
     )
     if teacher is None:

@@ -15,7 +15,7 @@ from megatron_kd.losses.divergences import (
     TotalVariation,
     divergence_from_config,
 )
-from megatron_kd.losses.fused_linear import DEFAULT_CHUNK_BYTES, linear_distillation_loss
+from megatron_kd.losses.fused_linear import DEFAULT_TILE_BYTES, linear_distillation_loss
 from megatron_kd.losses.tile_buffers import Workspace
 from megatron_kd.losses.types import (
     LM_ONLY,
@@ -31,7 +31,7 @@ from megatron_kd.losses.types import (
 from megatron_kd.losses.weight_gradient import run_forward_pre_hooks
 
 __all__ = [
-    "DEFAULT_CHUNK_BYTES",
+    "DEFAULT_TILE_BYTES",
     "DenseKnowledge",
     "DistillationObjective",
     "Divergence",

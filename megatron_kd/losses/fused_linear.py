@@ -1,19 +1,19 @@
 """The fused linear-distillation loss: both output layers and their divergence, without [tokens x vocabulary] tensors.
 
-    hidden [s, b, h] -> (all-gather under sequence parallelism) -> chunks of C tokens:
+    hidden [s, b, h] -> (all-gather under sequence parallelism) -> tiles of C tokens:
         student logits [C, R], teacher logits [C, R]  ->  statistics  ->  2 or 3 small all-reduces
         -> gradient of the logits, in place  ->  gradients of hidden [C, h] and weight [R, h]
 
-Gradients are formed in the forward pass, so nothing is computed twice. Collectives over ``tp_group``: per chunk one
+Gradients are formed in the forward pass, so nothing is computed twice. Collectives over ``tp_group``: per tile one
 MAX all-reduce and one SUM (two for JSD, skew KLs and TVD); in the backward pass one all-reduce of the hidden states'
 gradient, or under sequence parallelism one reduce-scatter beside the forward all-gather. C is the byte budget divided
 by the bytes of a token's logits on this rank, so memory is flat in tokens and vocabulary.
 
-One call of the fused loss: buffers, the walk over the chunks, and what it leaves for the backward pass.
+One call of the fused loss: buffers, the walk over the tiles, and what it leaves for the backward pass.
 
-The chunk's logits of both models are formed, its token losses evaluated along one of three paths (Triton's kernels, a
+The tile's logits of both models are formed, its token losses evaluated along one of three paths (Triton's kernels, a
 shared softmax, separate ones), which turn the student's logits into their gradient in place, and two more products give
-the gradients of the hidden states and of the weight. Collectives: those of the path, a chunk; one all-gather before and
+the gradients of the hidden states and of the weight. Collectives: those of the path, a tile; one all-gather before and
 one reduce-scatter in backward under sequence parallelism, else one all-reduce in backward.
 """
 
@@ -27,8 +27,8 @@ from torch.autograd.function import once_differentiable
 
 from megatron_kd.errors import ConfigError, LayoutError
 from megatron_kd.losses import separate_softmaxes, shared_softmax, triton_path
-from megatron_kd.losses.tile_buffers import ChunkDtypes, ChunkPlan, HeadLogits, Workspace, bytes_per_logit, work_dtype
-from megatron_kd.losses.tile_terms import Chunk, Problem, TensorParallel, TokenLosses, row_tiles
+from megatron_kd.losses.tile_buffers import HeadLogits, TileDtypes, TilePlan, Workspace, bytes_per_logit, work_dtype
+from megatron_kd.losses.tile_terms import Problem, TensorParallel, Tile, TokenLosses, row_blocks
 from megatron_kd.losses.types import (
     LM_ONLY,
     DenseKnowledge,
@@ -41,10 +41,10 @@ from megatron_kd.losses.weight_gradient import WeightGradient
 
 
 @dataclass
-class ChunkWalk:
+class TileWalk:
     """One call: its inputs, its buffers, its results.
 
-    ``labels`` and ``weights`` [n] of all tokens; ``chunk_bytes`` the budget; ``triton``: where the kernels can express
+    ``labels`` and ``weights`` [n] of all tokens; ``tile_bytes`` the budget; ``triton``: where the kernels can express
     the call, they serve it.
     """
 
@@ -55,7 +55,7 @@ class ChunkWalk:
     problem: Problem
     tensor_parallel: TensorParallel
     sequence_parallel: bool
-    chunk_bytes: int
+    tile_bytes: int
     with_gradient: bool
     triton: bool
     workspace: Workspace | None
@@ -66,7 +66,7 @@ class ChunkWalk:
     weight_gradient: WeightGradient | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Walk the chunks; the loss sum. Leaves ``output`` and, with gradients, what ``backward`` delivers."""
+        """Walk the tiles; the loss sum. Leaves ``output`` and, with gradients, what ``backward`` delivers."""
         self.shape = hidden.shape
         full = self.tensor_parallel.gather_sequence(hidden) if self.sequence_parallel else hidden
         tokens = full.reshape(-1, full.shape[-1]).to(self.head.weight.dtype)
@@ -77,7 +77,7 @@ class ChunkWalk:
         self._prepare_gradients(hidden, tokens)
         losses = []
         for start in range(0, tokens.shape[0], self.plan.tokens):
-            losses.append(self._chunk(tokens, slice(start, min(start + self.plan.tokens, tokens.shape[0]))))
+            losses.append(self._tile(tokens, slice(start, min(start + self.plan.tokens, tokens.shape[0]))))
         self._buffers = None
         return self._sum_up(losses)
 
@@ -148,19 +148,19 @@ class ChunkWalk:
         return HeadLogits(head, max(first, 0), rows)
 
     def _plan(self, n: int) -> None:
-        """How chunks are kept and evaluated; their buffers."""
+        """How tiles are kept and evaluated; their buffers."""
         weight = self.head.weight
         heads = [logits for logits in (self.student, self.teacher) if logits is not None]
         dtypes = [logits.weight.dtype for logits in heads]
         by_kernels = self.triton and torch.float64 not in dtypes
         by_kernels = by_kernels and triton_path.has_kernels(self.problem, self.knowledge)
         self.path = self._path(by_kernels)
-        self.dtypes = ChunkDtypes.of(
+        self.dtypes = TileDtypes.of(
             dtypes, kernels_read_narrow=by_kernels and all(triton_path.reads_narrow(logits) for logits in heads),
-            widens_by_tile=self.tensor_parallel.size == 1 and weight.device.type == "cpu",
+            widens_by_block=self.tensor_parallel.size == 1 and weight.device.type == "cpu",
         )  # fmt: skip
-        self.plan = ChunkPlan.of(
-            self.chunk_bytes, n, weight.shape[0], self.dtypes.evaluated.itemsize,
+        self.plan = TilePlan.of(
+            self.tile_bytes, n, weight.shape[0], self.dtypes.evaluated.itemsize,
             bytes_per_logit(dtypes, self.dtypes.stored),
         )  # fmt: skip
         workspace = self.workspace or Workspace()
@@ -189,37 +189,37 @@ class ChunkWalk:
         if head.bias is not None and head.bias.requires_grad:
             self.grad_bias = torch.zeros(head.bias.shape, dtype=work_dtype(head.bias.dtype), device=head.bias.device)
 
-    def _chunk(self, tokens: Tensor, rows: slice) -> TokenLosses:
+    def _tile(self, tokens: Tensor, rows: slice) -> TokenLosses:
         n = rows.stop - rows.start
         student, teacher = (None if buffer is None else buffer[:n] for buffer in self._buffers)
         self.student.product(tokens[rows], student)
         if teacher is not None:
             self.teacher.product(self.teacher_tokens[rows], teacher)
         parts = [slice(0, n)]
-        if self.dtypes.by_tile:
-            parts = list(row_tiles(n, student.shape[1], self.plan.tile_elements))
+        if self.dtypes.by_block:
+            parts = list(row_blocks(n, student.shape[1], self.plan.block_elements))
         losses = [self._evaluate(student, teacher, rows.start, part) for part in parts]
         if self.with_gradient:
             self._linear_gradients(student, tokens, rows)
         return _concatenate(losses)
 
     def _evaluate(self, student: Tensor, teacher: Tensor | None, offset: int, part: slice) -> TokenLosses:
-        """Losses of the rows ``part`` of a chunk, whose logits become their gradient."""
+        """Losses of the rows ``part`` of a tile, whose logits become their gradient."""
         at = slice(offset + part.start, offset + part.stop)
         student_rows = student[part].to(self.dtypes.evaluated)
         self.student.finish(student_rows)
-        chunk = Chunk(student_rows, self.labels[at], self.weights[at].to(work_dtype(self.dtypes.evaluated)))
+        tile = Tile(student_rows, self.labels[at], self.weights[at].to(work_dtype(self.dtypes.evaluated)))
         if teacher is not None:
-            chunk.teacher = teacher[part].to(self.dtypes.evaluated)
-            self.teacher.finish(chunk.teacher)
+            tile.teacher = teacher[part].to(self.dtypes.evaluated)
+            self.teacher.finish(tile.teacher)
         if isinstance(self.knowledge, SparseKnowledge):
             known = self.knowledge
-            chunk.sparse = replace(known, ids=known.ids[at], weights=known.weights[at], tail_mass=known.tail_mass[at])
+            tile.sparse = replace(known, ids=known.ids[at], weights=known.weights[at], tail_mass=known.tail_mass[at])
         losses = self.path.evaluate(
-            chunk, self.problem, self.tensor_parallel, self.with_gradient, self.plan.tile_elements
+            tile, self.problem, self.tensor_parallel, self.with_gradient, self.plan.block_elements
         )
-        if self.with_gradient and self.dtypes.by_tile:
-            student[part].copy_(chunk.student)
+        if self.with_gradient and self.dtypes.by_block:
+            student[part].copy_(tile.student)
         return losses
 
     def _linear_gradients(self, gradient: Tensor, tokens: Tensor, rows: slice) -> None:
@@ -264,7 +264,7 @@ def _concatenate(parts: list[TokenLosses]) -> TokenLosses:
     return TokenLosses(joined("lm"), joined("kd"), joined("entropy"))
 
 
-DEFAULT_CHUNK_BYTES = {"cuda": 896 << 20, "cpu": 1280 << 20}  # few chunks: each reads all weights and main_grad
+DEFAULT_TILE_BYTES = {"cuda": 896 << 20, "cpu": 1280 << 20}  # few tiles: each reads all weights and main_grad
 BACKENDS = ("auto", "torch", "triton")
 
 
@@ -278,7 +278,7 @@ def linear_distillation_loss(
     *,
     tp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
-    chunk_bytes: int | None = None,
+    tile_bytes: int | None = None,
     backend: str = "auto",
     gradient_scale: float = 1.0,
     workspace: Workspace | None = None,
@@ -294,12 +294,12 @@ def linear_distillation_loss(
         knowledge: what the teacher says; None for the LM loss alone.
         tp_group: the tensor-parallel group over which the head's rows are sharded; None for one rank.
         sequence_parallel: ``hidden`` is this rank's part of the sequence.
-        chunk_bytes: memory of the logit chunks of both models and their temporaries
-            (:mod:`~megatron_kd.losses.tile_buffers` says what is counted); None for ``DEFAULT_CHUNK_BYTES``.
+        tile_bytes: memory of the logit tiles of both models and their temporaries
+            (:mod:`~megatron_kd.losses.tile_buffers` says what is counted); None for ``DEFAULT_TILE_BYTES``.
         backend: ``torch``, ``triton`` or ``auto``.
         gradient_scale: the gradient that will arrive at ``loss_sum``. It must be right if the weight has
             ``main_grad``, which is added to before backward; backward checks it.
-        workspace: keeps the chunk buffers for the next call on the CPU; None frees them.
+        workspace: keeps the tile buffers for the next call on the CPU; None frees them.
 
     Returns:
         Sums over the n tokens, the same on every rank of ``tp_group``.
@@ -312,10 +312,10 @@ def linear_distillation_loss(
     with_gradient = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (hidden, head.weight, head.bias)
     )
-    walk = ChunkWalk(
+    walk = TileWalk(
         head, labels.reshape(-1), token_weights.reshape(-1), knowledge,
         _problem(head, knowledge, objective, gradient_scale), TensorParallel(tp_group), sequence_parallel,
-        chunk_bytes or DEFAULT_CHUNK_BYTES["cuda" if head.weight.is_cuda else "cpu"], with_gradient,
+        tile_bytes or DEFAULT_TILE_BYTES["cuda" if head.weight.is_cuda else "cpu"], with_gradient,
         triton_path.use_triton(backend, head.weight.device), workspace,
     )  # fmt: skip
     if with_gradient:
@@ -330,7 +330,7 @@ class _FormGradients(torch.autograd.Function):
     """Connects a walk, which has its gradients already, to autograd."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, walk: ChunkWalk) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, walk: TileWalk) -> Tensor:
         ctx.walk = walk
         ctx.save_for_backward(hidden)
         return walk.forward(hidden)

@@ -1,9 +1,9 @@
-"""A chunk in general: any divergence, any temperature, different vocabularies, a softcap.
+"""A tile in general: any divergence, any temperature, different vocabularies, a softcap.
 
 The student's logits stay until the gradient is formed, so that LM and KD may take different softmaxes of them (the KD
 term is over the ids that both models have, of logits / T). The teacher's logits are replaced by the divergence's slope
 (:mod:`megatron_kd.losses.divergences`). Collectives: MAX of a few rows, SUM of a few rows, and for divergences that
-need normalised log-probabilities one more SUM of two rows. Temporaries hold about ``tile_elements`` numbers each.
+need normalised log-probabilities one more SUM of two rows. Temporaries hold about ``block_elements`` numbers each.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_kd.losses.divergences import kl_weights
 from megatron_kd.losses.sparse_targets import SparseTerm
-from megatron_kd.losses.tile_terms import Chunk, LabelLogits, Problem, TensorParallel, TokenLosses, row_max, row_tiles
+from megatron_kd.losses.tile_terms import LabelLogits, Problem, TensorParallel, Tile, TokenLosses, row_blocks, row_max
 
 
 @dataclass
@@ -33,26 +33,26 @@ class _DenseResult:
 
 
 def evaluate(
-    chunk: Chunk, problem: Problem, tensor_parallel: TensorParallel, with_gradient: bool, tile_elements: int
+    tile: Tile, problem: Problem, tensor_parallel: TensorParallel, with_gradient: bool, block_elements: int
 ) -> TokenLosses:
-    """Token losses; ``chunk.student`` becomes the gradient of the weighted loss with respect to the raw logits."""
-    label = LabelLogits.of(chunk, problem)
+    """Token losses; ``tile.student`` becomes the gradient of the weighted loss with respect to the raw logits."""
+    label = LabelLogits.of(tile, problem)
     sparse = None
-    if chunk.sparse is not None:
-        sparse = SparseTerm(chunk.sparse, chunk.student, problem, problem.objective.temperature)
-    maxima = _maxima(chunk, problem)
+    if tile.sparse is not None:
+        sparse = SparseTerm(tile.sparse, tile.student, problem, problem.objective.temperature)
+    maxima = _maxima(tile, problem)
     tensor_parallel.max_(maxima)
-    rows = _first_sums(chunk, problem, maxima, sparse, tile_elements)
+    rows = _first_sums(tile, problem, maxima, sparse, block_elements)
     rows.append(label.relative_to(maxima[0]))
     if sparse is not None:
         rows.extend(sparse.rows_to_sum(maxima[1], torch.ones_like(maxima[1])))
     sums = tensor_parallel.sum_(torch.stack(rows))
     logs = _Normalisers(maxima[0] + sums[0].log(), maxima[1] + sums[1].log())
     dense = None
-    if chunk.teacher is not None:
+    if tile.teacher is not None:
         label_row = 6
         logs.teacher = maxima[2] + sums[2].log()
-        dense = _dense_value(chunk, problem, logs, sums, tensor_parallel, with_gradient, tile_elements)
+        dense = _dense_value(tile, problem, logs, sums, tensor_parallel, with_gradient, block_elements)
     else:
         label_row = 2
     losses = TokenLosses(label.loss(sums[label_row], sums[0].log()))
@@ -61,40 +61,40 @@ def evaluate(
     if sparse is not None:
         losses.kd, losses.entropy = sparse.loss(sums[1].log(), sums[3:])
     if with_gradient:
-        _gradient(chunk, problem, label, sparse, dense, logs, tile_elements)
+        _gradient(tile, problem, label, sparse, dense, logs, block_elements)
     return losses
 
 
-def _maxima(chunk: Chunk, problem: Problem) -> Tensor:
+def _maxima(tile: Tile, problem: Problem) -> Tensor:
     """[2 or 3, n]: of the student's logits, of its common logits / T, of the teacher's / T."""
     temperature = problem.objective.temperature
-    student = row_max(chunk.student)
-    common = student if problem.common_vocab_size == problem.student_vocab_size else row_max(_common(chunk, problem))
+    student = row_max(tile.student)
+    common = student if problem.common_vocab_size == problem.student_vocab_size else row_max(_common(tile, problem))
     rows = [student, common / temperature]
-    if chunk.teacher is not None:
-        rows.append(row_max(chunk.teacher) / temperature)
+    if tile.teacher is not None:
+        rows.append(row_max(tile.teacher) / temperature)
     return torch.stack(rows)
 
 
 def _first_sums(
-    chunk: Chunk, problem: Problem, maxima: Tensor, sparse: SparseTerm | None, tile_elements: int
+    tile: Tile, problem: Problem, maxima: Tensor, sparse: SparseTerm | None, block_elements: int
 ) -> list[Tensor]:
     """Local rows: Z of LM, Z of the student; with a teacher also Z_t, sum of e_t y, of e_t (y - x), of e_s (x - y)."""
     temperature = problem.objective.temperature
-    n, columns = chunk.student.shape
-    sums = chunk.student.new_zeros((2 if chunk.teacher is None else 6, n))
-    has_kd = chunk.teacher is not None or sparse is not None
-    common = _common(chunk, problem)
-    for rows in row_tiles(n, columns, tile_elements):
+    n, columns = tile.student.shape
+    sums = tile.student.new_zeros((2 if tile.teacher is None else 6, n))
+    has_kd = tile.teacher is not None or sparse is not None
+    common = _common(tile, problem)
+    for rows in row_blocks(n, columns, block_elements):
         if problem.separate_lm or not has_kd:
-            sums[0, rows] = (chunk.student[rows] - maxima[0, rows].unsqueeze(1)).exp_().sum(-1)
+            sums[0, rows] = (tile.student[rows] - maxima[0, rows].unsqueeze(1)).exp_().sum(-1)
         if not has_kd:
             continue
         x = _scaled(common[rows], temperature, maxima[1, rows])
         e_s = x.exp()
         sums[1, rows] = e_s.sum(-1)
-        if chunk.teacher is not None:
-            y = _scaled(chunk.teacher[rows], temperature, maxima[2, rows])
+        if tile.teacher is not None:
+            y = _scaled(tile.teacher[rows], temperature, maxima[2, rows])
             e_t = y.exp()
             sums[2, rows] = e_t.sum(-1)
             sums[3, rows] = torch.linalg.vecdot(e_t, y)
@@ -112,15 +112,15 @@ def _first_sums(
 
 
 def _dense_value(
-    chunk: Chunk,
+    tile: Tile,
     problem: Problem,
     logs: _Normalisers,
     sums: Tensor,
     tensor_parallel: TensorParallel,
     with_gradient: bool,
-    tile_elements: int,
+    block_elements: int,
 ) -> _DenseResult:
-    """The divergence of each token; with gradients ``chunk.teacher`` becomes its slope."""
+    """The divergence of each token; with gradients ``tile.teacher`` becomes its slope."""
     log_z_s, log_z_t = sums[1].log(), sums[2].log()
     entropy = log_z_t - sums[3] / sums[2]
     divergence = problem.objective.divergence
@@ -129,57 +129,57 @@ def _dense_value(
         forward_kl = sums[4] / sums[2] - log_z_t + log_z_s
         reverse_kl = sums[5] / sums[1] - log_z_s + log_z_t
         if with_gradient:
-            _replace_by_slope(chunk, problem, logs, tile_elements)
+            _replace_by_slope(tile, problem, logs, block_elements)
         return _DenseResult(forward * forward_kl + reverse * reverse_kl, entropy, reverse * reverse_kl - forward)
-    second = torch.stack(_replace_by_slope(chunk, problem, logs, tile_elements))
+    second = torch.stack(_replace_by_slope(tile, problem, logs, block_elements))
     tensor_parallel.sum_(second)
     return _DenseResult(second[0], entropy, second[1])
 
 
-def _replace_by_slope(chunk: Chunk, problem: Problem, logs: _Normalisers, tile_elements: int) -> list[Tensor]:
+def _replace_by_slope(tile: Tile, problem: Problem, logs: _Normalisers, block_elements: int) -> list[Tensor]:
     """Teacher logits to slopes, in place; local [values, slope sums]."""
     objective = problem.objective
-    common = _common(chunk, problem)
+    common = _common(tile, problem)
     values, slope_sums = torch.zeros_like(logs.lm), torch.zeros_like(logs.lm)
-    for rows in row_tiles(*chunk.student.shape, tile_elements):
+    for rows in row_blocks(*tile.student.shape, block_elements):
         log_q = _scaled(common[rows], objective.temperature, logs.student[rows])
-        log_p = _scaled(chunk.teacher[rows], objective.temperature, logs.teacher[rows])
+        log_p = _scaled(tile.teacher[rows], objective.temperature, logs.teacher[rows])
         values[rows], slope = objective.divergence.value_and_slope(log_p, log_q)
         slope_sums[rows] = slope.sum(-1)
-        chunk.teacher[rows] = slope
+        tile.teacher[rows] = slope
     return [values, slope_sums]
 
 
 def _gradient(
-    chunk: Chunk,
+    tile: Tile,
     problem: Problem,
     label: LabelLogits,
     sparse: SparseTerm | None,
     dense: _DenseResult | None,
     logs: _Normalisers,
-    tile_elements: int,
+    block_elements: int,
 ) -> None:
     objective = problem.objective
-    scaled = chunk.weights * (problem.head_scale * problem.gradient_scale)
+    scaled = tile.weights * (problem.head_scale * problem.gradient_scale)
     lm, kd = scaled * objective.lm_weight, scaled * (objective.kd_factor / objective.temperature)
-    for rows in row_tiles(*chunk.student.shape, tile_elements):
-        logits = chunk.student[rows]
+    for rows in row_blocks(*tile.student.shape, block_elements):
+        logits = tile.student[rows]
         gradient = (logits - logs.lm[rows].unsqueeze(1)).exp_().mul_(lm[rows].unsqueeze(1))
         label.subtract_one_hot(gradient, lm[rows], rows)
         if dense is not None or sparse is not None:
-            q = _scaled(_common(chunk, problem)[rows], objective.temperature, logs.student[rows]).exp_()
+            q = _scaled(_common(tile, problem)[rows], objective.temperature, logs.student[rows]).exp_()
             if dense is not None:
-                kd_gradient = q.mul_(-dense.slope_sum[rows].unsqueeze(1)).add_(chunk.teacher[rows])
+                kd_gradient = q.mul_(-dense.slope_sum[rows].unsqueeze(1)).add_(tile.teacher[rows])
             else:
-                kd_gradient = sparse.tile_gradient(q, rows)
+                kd_gradient = sparse.block_gradient(q, rows)
             gradient[:, : problem.common_columns].addcmul_(kd_gradient, kd[rows].unsqueeze(1))
         if problem.final_softcap is not None:
             gradient.mul_((logits / problem.final_softcap).square_().neg_().add_(1.0))
         logits.copy_(gradient)
 
 
-def _common(chunk: Chunk, problem: Problem) -> Tensor:
-    return chunk.student[:, : problem.common_columns]
+def _common(tile: Tile, problem: Problem) -> Tensor:
+    return tile.student[:, : problem.common_columns]
 
 
 def _scaled(logits: Tensor, temperature: float, subtracted: Tensor) -> Tensor:

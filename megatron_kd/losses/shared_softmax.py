@@ -1,9 +1,9 @@
-"""A chunk at temperature 1 where LM and KD share one softmax of the student: the fast path.
+"""A tile at temperature 1 where LM and KD share one softmax of the student: the fast path.
 
 Covers the LM loss alone, with forward KL to a dense teacher, and with every sparse target. Logits become this rank's
 softmax in place, which becomes the gradient in place: each exponential is taken once. A softmax over this rank's ids
 with maximum m has 1 / (its largest entry) as the sum Z of exp(z - m), so that no pass is spent on the sum.
-Collectives: one MAX and one SUM all-reduce of a few rows, none after. Temporaries hold ``tile_elements`` numbers.
+Collectives: one MAX and one SUM all-reduce of a few rows, none after. Temporaries hold ``block_elements`` numbers.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_kd.losses.divergences import ForwardKL
 from megatron_kd.losses.sparse_targets import SparseTerm
-from megatron_kd.losses.tile_terms import Chunk, LabelLogits, Problem, TensorParallel, TokenLosses, row_max, row_tiles
+from megatron_kd.losses.tile_terms import LabelLogits, Problem, TensorParallel, Tile, TokenLosses, row_blocks, row_max
 
 
 def applies(problem: Problem, has_dense_teacher: bool) -> bool:
@@ -24,19 +24,19 @@ def applies(problem: Problem, has_dense_teacher: bool) -> bool:
 
 
 def evaluate(
-    chunk: Chunk, problem: Problem, tensor_parallel: TensorParallel, with_gradient: bool, tile_elements: int
+    tile: Tile, problem: Problem, tensor_parallel: TensorParallel, with_gradient: bool, block_elements: int
 ) -> TokenLosses:
-    """Token losses; ``chunk.student`` becomes the gradient of the weighted loss with respect to the raw logits."""
-    label = LabelLogits.of(chunk, problem)
-    sparse = None if chunk.sparse is None else SparseTerm(chunk.sparse, chunk.student, problem, 1.0)
-    coefficients = _coefficients(chunk, problem) if with_gradient else None
+    """Token losses; ``tile.student`` becomes the gradient of the weighted loss with respect to the raw logits."""
+    label = LabelLogits.of(tile, problem)
+    sparse = None if tile.sparse is None else SparseTerm(tile.sparse, tile.student, problem, 1.0)
+    coefficients = _coefficients(tile, problem) if with_gradient else None
     at_once = coefficients if tensor_parallel.size == 1 and sparse is None else None
-    local_maxima, local = _first_pass(chunk, sparse, at_once, tile_elements)
+    local_maxima, local = _first_pass(tile, sparse, at_once, block_elements)
     maxima = tensor_parallel.max_(local_maxima.clone())
     shift = local_maxima - maxima
     rescaled_z = shift.exp() * local[: len(maxima)]
     rows = [rescaled_z[0], label.relative_to(maxima[0])]
-    if chunk.teacher is not None:
+    if tile.teacher is not None:
         teacher_dot, student_dot = local[2] + shift[1], local[3] + shift[0]  # relative to the maxima over all ranks
         rows += [rescaled_z[1], teacher_dot * rescaled_z[1], (teacher_dot - student_dot) * rescaled_z[1]]
     if sparse is not None:
@@ -44,7 +44,7 @@ def evaluate(
     sums = tensor_parallel.sum_(torch.stack(rows))
     log_z = sums[0].log()
     losses = TokenLosses(label.loss(sums[1], log_z))
-    if chunk.teacher is not None:
+    if tile.teacher is not None:
         log_z_t = sums[2].log()
         losses.entropy = log_z_t - sums[3] / sums[2]
         losses.kd = sums[4] / sums[2] - log_z_t + log_z
@@ -53,8 +53,8 @@ def evaluate(
     if coefficients is not None:
         if at_once is None:
             factors = rescaled_z / sums[: 2 * len(maxima) : 2]
-            _gradient(chunk, coefficients, sparse, factors, tile_elements)
-        label.subtract_one_hot(chunk.student, coefficients.lm)
+            _gradient(tile, coefficients, sparse, factors, block_elements)
+        label.subtract_one_hot(tile.student, coefficients.lm)
     return losses
 
 
@@ -66,24 +66,24 @@ class _Coefficients:
     kd: Tensor
 
 
-def _coefficients(chunk: Chunk, problem: Problem) -> _Coefficients:
-    scaled = chunk.weights * (problem.head_scale * problem.gradient_scale)
+def _coefficients(tile: Tile, problem: Problem) -> _Coefficients:
+    scaled = tile.weights * (problem.head_scale * problem.gradient_scale)
     return _Coefficients(scaled * problem.objective.lm_weight, scaled * problem.objective.kd_factor)
 
 
 def _first_pass(
-    chunk: Chunk, sparse: SparseTerm | None, at_once: _Coefficients | None, tile_elements: int
+    tile: Tile, sparse: SparseTerm | None, at_once: _Coefficients | None, block_elements: int
 ) -> tuple[Tensor, Tensor]:
     """Replace logits by softmaxes over this rank's ids; with ``at_once``, where these are all ids, by the gradient.
 
     Returns maxima [1 or 2, n], and rows [1 or 4, n]: Z of each model relative to its maximum, then with a teacher the
     means of its and the student's logits relative to their maxima, under the teacher's softmax.
     """
-    student, teacher = chunk.student, chunk.teacher
+    student, teacher = tile.student, tile.teacher
     n = student.shape[0]
     if teacher is None:
         maxima, local = student.new_empty((1, n)), student.new_empty((1, n))
-        for rows in row_tiles(*student.shape, tile_elements):  # a tile stays in the cache from one pass to the next
+        for rows in row_blocks(*student.shape, block_elements):  # a block stays in the cache from one pass to the next
             s = student[rows]
             maxima[0, rows] = row_max(s)
             torch.softmax(s, -1, out=s)
@@ -92,7 +92,7 @@ def _first_pass(
                 s.mul_(at_once.lm[rows].unsqueeze(1))
     else:
         maxima, local = student.new_empty((2, n)), student.new_empty((4, n))
-        for rows in row_tiles(*student.shape, tile_elements):
+        for rows in row_blocks(*student.shape, block_elements):
             s, t = student[rows], teacher[rows]
             maxima[0, rows], maxima[1, rows] = row_max(s), row_max(t)
             s.sub_(maxima[0, rows].unsqueeze(1))
@@ -121,18 +121,18 @@ def _z_of_softmax(probabilities: Tensor) -> Tensor:
 
 
 def _gradient(
-    chunk: Chunk, coefficients: _Coefficients, sparse: SparseTerm | None, factors: Tensor, tile_elements: int
+    tile: Tile, coefficients: _Coefficients, sparse: SparseTerm | None, factors: Tensor, block_elements: int
 ) -> None:
     """``factors`` [1 or 2, n] make probabilities over all ranks' ids of this rank's softmaxes."""
     lm, kd = coefficients.lm, coefficients.kd
-    if chunk.teacher is not None:
+    if tile.teacher is not None:
         student_factor, teacher_factor = factors[0] * (lm + kd), factors[1] * kd
-        for rows in row_tiles(*chunk.student.shape, tile_elements):
-            s, t = chunk.student[rows], chunk.teacher[rows]
+        for rows in row_blocks(*tile.student.shape, block_elements):
+            s, t = tile.student[rows], tile.teacher[rows]
             s.mul_(student_factor[rows].unsqueeze(1))
             s.addcmul_(t, teacher_factor[rows].unsqueeze(1), value=-1)
     elif sparse is not None:
-        chunk.student.mul_((factors[0] * (lm + kd * sparse.dense_coefficient())).unsqueeze(1))
-        sparse.add_entries(chunk.student, factors[0], lm, kd)
+        tile.student.mul_((factors[0] * (lm + kd * sparse.dense_coefficient())).unsqueeze(1))
+        sparse.add_entries(tile.student, factors[0], lm, kd)
     else:
-        chunk.student.mul_((factors[0] * lm).unsqueeze(1))
+        tile.student.mul_((factors[0] * lm).unsqueeze(1))

@@ -13,7 +13,7 @@ entropy. ``ghost`` treats the tail as one more id. ``renormalised`` teaches the 
 the K ids. Entries with an id of -1 count as absent. q is over the ids that both models have; weights on ids that the
 student does not have are left out, so M is smaller by them (what of the tail lies there is not known and stays in tau).
 
-Each function is over the rows of a chunk; 1 - Q is summed over the other ids, not formed by subtraction.
+Each function is over the rows of a tile; 1 - Q is summed over the other ids, not formed by subtraction.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class _Entries:
 
 
 class SparseTerm:
-    """The sparse KD term of one chunk, through its passes: entries, sums, loss, gradient."""
+    """The sparse KD term of one tile, through its passes: entries, sums, loss, gradient."""
 
     def __init__(self, sparse: SparseKnowledge, student: Tensor, problem: Problem, temperature: float) -> None:
         """``student`` [n, R] holds logits still."""
@@ -110,7 +110,7 @@ class SparseTerm:
         if gradient.shape[1]:
             gradient.scatter_add_(1, self.entries.columns, torch.where(self.entries.owned, update, 0.0))
 
-    def tile_gradient(self, q: Tensor, rows: slice) -> Tensor:
+    def block_gradient(self, q: Tensor, rows: slice) -> Tensor:
         """The KD gradient of the tokens ``rows`` by logits / T, in place of their probabilities ``q``."""
         entries = self.entries
         owned, columns = entries.owned[rows], entries.columns[rows]

@@ -1,16 +1,16 @@
-"""How a byte budget is used: how many tokens make a chunk, in which dtype it is kept, how large temporaries may be.
+"""How a byte budget is used: how many tokens make a tile, in which dtype it is kept, how large temporaries may be.
 
 The byte budget of a call is everything that grows with C or R beside inputs, gradients and rows of n numbers. A quarter
 of it, at most 32 MiB, is for temporaries (of the divergence, and of the weight gradient of 16-bit weights); the rest is
-for chunks, whose bytes for each of the C * R logits :func:`bytes_per_logit` counts:
+for tiles, whose bytes for each of the C * R logits :func:`bytes_per_logit` counts:
 
     fp32                            4 (student) + 4 (teacher)
-    16-bit, one rank on CPU         2 + 2, widened tile by tile
+    16-bit, one rank on CPU         2 + 2, widened block by block
     16-bit, several ranks or CUDA   4 + 4, and 2 for the product or the gradient in 16 bits
     16-bit, Triton, plain heads     2 + 2, read and written by the kernels (scale, bias and softcap need 4 + 4 + 2)
     heads of different dtypes       4 + 4 (8 + 8 if one is fp64), and those of the wider product or gradient in its own
 
-One token a chunk is the least, whatever the budget. No collectives.
+One token a tile is the least, whatever the budget. No collectives.
 
 Large temporary buffers. On Linux CPUs they are asked to be backed by huge pages.
 
@@ -18,7 +18,7 @@ A fresh buffer's first touch otherwise faults once per 4 KiB. Smaller blocks are
 of up to 32 MiB for the next call, and advice on memory that is in use costs more than it brings. A :class:`Workspace`
 keeps a call's buffers for the next one, which saves the faults as well.
 
-A head applied to a chunk of hidden states, in buffers that are reused from chunk to chunk.
+A head applied to a tile of hidden states, in buffers that are reused from tile to tile.
 
 The matrix product runs in the head's dtype; all that follows is fp32 (fp64 for fp64 heads). For a 16-bit head on CPU
 the product is 16-bit too, as in the model itself, and is widened; on CUDA it is written in fp32. No collectives.
@@ -38,69 +38,69 @@ from torch import Tensor
 from megatron_kd.errors import ConfigError
 from megatron_kd.losses.types import OutputHead
 
-MOST_TEMPORARIES = 8  # tiles that are alive at a time in the divergence with the most of them, a mixture
-LARGEST_TILE = 1 << 20  # numbers; beyond, a tile leaves the processor's cache
+MOST_TEMPORARIES = 8  # blocks that are alive at a time in the divergence with the most of them, a mixture
+LARGEST_BLOCK = 1 << 20  # numbers; beyond, a block leaves the processor's cache
 
 
 @dataclass(frozen=True)
-class ChunkDtypes:
-    """``stored``: of the chunk's logits; ``evaluated``: of the rows that a divergence sees, a tile at a time if it is
+class TileDtypes:
+    """``stored``: of the tile's logits; ``evaluated``: of the rows that a divergence sees, a block at a time if it is
     wider."""
 
     stored: torch.dtype
     evaluated: torch.dtype
 
     @staticmethod
-    def of(weights: Sequence[torch.dtype], *, kernels_read_narrow: bool, widens_by_tile: bool) -> "ChunkDtypes":
+    def of(weights: Sequence[torch.dtype], *, kernels_read_narrow: bool, widens_by_block: bool) -> "TileDtypes":
         """For the heads' ``weights``.
 
         Args:
             kernels_read_narrow: kernels take 16-bit logits as they are.
-            widens_by_tile: 16-bit logits may be widened tile by tile (one rank on a CPU).
+            widens_by_block: 16-bit logits may be widened block by block (one rank on a CPU).
         """
         if len(set(weights)) == 1 and is_narrow(weights[0]):
             if kernels_read_narrow:
-                return ChunkDtypes(weights[0], weights[0])
-            if widens_by_tile:
-                return ChunkDtypes(weights[0], torch.float32)
+                return TileDtypes(weights[0], weights[0])
+            if widens_by_block:
+                return TileDtypes(weights[0], torch.float32)
         wide = torch.float64 if torch.float64 in weights else work_dtype(weights[0])
-        return ChunkDtypes(wide, wide)
+        return TileDtypes(wide, wide)
 
     @property
-    def by_tile(self) -> bool:
-        """Whether a chunk's logits are widened tile by tile."""
+    def by_block(self) -> bool:
+        """Whether a tile's logits are widened block by block."""
         return self.stored != self.evaluated
 
 
 def bytes_per_logit(weights: Sequence[torch.dtype], stored: torch.dtype) -> int:
-    """Bytes of chunk buffers for each (token, row of this rank), all models together, ``weights`` being their dtypes.
+    """Bytes of tile buffers for each (token, row of this rank), all models together, ``weights`` being their dtypes.
 
-    One product or gradient in a weight's own dtype is alive beside the chunk where that is another.
+    One product or gradient in a weight's own dtype is alive beside the tile where that is another.
     """
     own = max((weight.itemsize for weight in weights if weight != stored), default=0)
     return stored.itemsize * len(weights) + own
 
 
 @dataclass(frozen=True)
-class ChunkPlan:
-    """``tokens`` a chunk, temporaries of ``tile_elements`` numbers, ``temporary_bytes`` in all."""
+class TilePlan:
+    """``tokens`` a tile, temporaries of ``block_elements`` numbers, ``temporary_bytes`` in all."""
 
     tokens: int
-    tile_elements: int
+    block_elements: int
     temporary_bytes: int
 
     @staticmethod
-    def of(budget: int, tokens: int, rows: int, number_bytes: int, logit_bytes: int) -> "ChunkPlan":
+    def of(budget: int, tokens: int, rows: int, number_bytes: int, logit_bytes: int) -> "TilePlan":
         """``rows`` are the padded ones of the student's weight, so that all ranks plan alike.
 
         ``number_bytes`` of a number in temporaries, ``logit_bytes`` of :func:`bytes_per_logit`.
         """
-        temporary = min(budget // 4, MOST_TEMPORARIES * LARGEST_TILE * number_bytes)
+        temporary = min(budget // 4, MOST_TEMPORARIES * LARGEST_BLOCK * number_bytes)
         longest = max(1, (budget - temporary) // max(1, logit_bytes * rows))
-        chunks = max(1, -(-tokens // longest))
-        return ChunkPlan(
-            tokens=max(1, -(-tokens // chunks)),  # spread evenly
-            tile_elements=max(1, temporary // (MOST_TEMPORARIES * number_bytes)),
+        tiles = max(1, -(-tokens // longest))
+        return TilePlan(
+            tokens=max(1, -(-tokens // tiles)),  # spread evenly
+            block_elements=max(1, temporary // (MOST_TEMPORARIES * number_bytes)),
             temporary_bytes=temporary,
         )
 
@@ -150,7 +150,7 @@ def _madvise() -> Any | None:
 
 
 MATMUL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-CPU_COLUMN_TILE, CPU_ROWS_OF_WHOLE_PRODUCTS = 1536, 1536
+CPU_COLUMN_BLOCK, CPU_ROWS_OF_WHOLE_PRODUCTS = 1536, 1536
 LOGIT_FLOOR = -1.0e5  # what a bias of -inf makes of a logit: its probability is exactly 0, and 0 * LOGIT_FLOOR is 0
 
 
@@ -165,7 +165,7 @@ def is_narrow(dtype: torch.dtype) -> bool:
 
 
 class HeadLogits:
-    """The columns ``first_row .. first_row + rows - 1`` of a head, for chunk after chunk."""
+    """The columns ``first_row .. first_row + rows - 1`` of a head, for tile after tile."""
 
     def __init__(self, head: OutputHead, first_row: int, rows: int) -> None:
         if head.weight.dtype not in MATMUL_DTYPES:
@@ -179,19 +179,19 @@ class HeadLogits:
         """``out`` [n, R] = hidden [n, h] @ weight.T, in out's dtype."""
         own = self.weight.dtype
         if out.dtype == own:
-            for columns in self._column_tiles(out):
+            for columns in self._column_blocks(out):
                 torch.mm(hidden, self.weight[columns].t(), out=out[:, columns])
         elif out.device.type == "cuda" and is_narrow(own) and out.dtype == torch.float32:
             torch.mm(hidden, self.weight.t(), out_dtype=out.dtype, out=out)
         else:
             out.copy_(torch.mm(hidden, self.weight.t()))
 
-    def _column_tiles(self, out: Tensor) -> list[slice]:
+    def _column_blocks(self, out: Tensor) -> list[slice]:
         """Few rows: the parts of the weight that a CPU's product copies stay in its cache from one use to the next."""
         columns = self.weight.shape[0]
         if out.device.type != "cpu" or len(out) >= CPU_ROWS_OF_WHOLE_PRODUCTS:
             return [slice(0, columns)]
-        return [slice(start, min(columns, start + CPU_COLUMN_TILE)) for start in range(0, columns, CPU_COLUMN_TILE)]
+        return [slice(start, min(columns, start + CPU_COLUMN_BLOCK)) for start in range(0, columns, CPU_COLUMN_BLOCK)]
 
     def finish(self, logits: Tensor) -> None:
         """Scale, bias and softcap of ``logits`` [n, R], in place."""

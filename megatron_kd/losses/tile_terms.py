@@ -1,7 +1,7 @@
-"""What every way of evaluating a chunk shares: its tensors, the labels' logits, row statistics, results.
+"""What every way of evaluating a tile shares: its tensors, the labels' logits, row statistics, results.
 
-A chunk holds n tokens and this rank's R vocabulary ids. Statistics are rows [n] fp32; exponentials are taken relative
-to this rank's maximum first and rescaled when the maximum over the ranks is known, so that a chunk is read once
+A tile holds n tokens and this rank's R vocabulary ids. Statistics are rows [n] fp32; exponentials are taken relative
+to this rank's maximum first and rescaled when the maximum over the ranks is known, so that a tile is read once
 before its first collective.
 
 The collectives of a tensor-parallel loss over an explicit process group; no group means one rank.
@@ -23,7 +23,7 @@ EMPTY_MAXIMUM = -1.0e30  # the maximum of no ids: finite, so that its difference
 
 @dataclass(frozen=True)
 class Problem:
-    """What is the same for all chunks of a call.
+    """What is the same for all tiles of a call.
 
     Attributes:
         objective: weights, divergence, temperature.
@@ -51,7 +51,7 @@ class Problem:
 
 
 @dataclass
-class Chunk:
+class Tile:
     """n tokens: ``student`` [n, R] and ``teacher`` [n, common columns] fp32 logits, which are overwritten.
 
     ``labels`` [n] int64 global ids, ``weights`` [n] fp32, ``sparse`` the rows of the sparse knowledge.
@@ -66,7 +66,7 @@ class Chunk:
 
 @dataclass
 class TokenLosses:
-    """[n] fp32 values of a chunk's tokens, not yet weighted."""
+    """[n] fp32 values of a tile's tokens, not yet weighted."""
 
     lm: Tensor
     kd: Tensor | None = None
@@ -83,10 +83,10 @@ class LabelLogits:
     exists: Tensor  # [n] bool: the label is an id that the student has; otherwise its loss is +inf
 
     @staticmethod
-    def of(chunk: Chunk, problem: Problem) -> "LabelLogits":
-        column, owned = local_columns(chunk.labels, problem.vocab_start, chunk.student.shape[1])
-        logit = gather_columns(chunk.student, column.unsqueeze(1)).squeeze(1)
-        exists = (chunk.labels >= 0) & (chunk.labels < problem.student_vocab_size)
+    def of(tile: Tile, problem: Problem) -> "LabelLogits":
+        column, owned = local_columns(tile.labels, problem.vocab_start, tile.student.shape[1])
+        logit = gather_columns(tile.student, column.unsqueeze(1)).squeeze(1)
+        exists = (tile.labels >= 0) & (tile.labels < problem.student_vocab_size)
         return LabelLogits(column, owned, logit, exists)
 
     def relative_to(self, maximum: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class LabelLogits:
         return torch.where(self.exists, log_z - relative_logit, torch.inf)
 
     def subtract_one_hot(self, gradient: Tensor, coefficient: Tensor, rows: slice = slice(None)) -> None:
-        """``gradient[label] -= coefficient`` for the tokens ``rows`` of the chunk, in place."""
+        """``gradient[label] -= coefficient`` for the tokens ``rows`` of the tile, in place."""
         if gradient.shape[1]:
             update = torch.where(self.owned[rows], -coefficient, 0.0)
             gradient.scatter_add_(1, self.column[rows].unsqueeze(1), update.unsqueeze(1))
@@ -125,9 +125,9 @@ def row_max(values: Tensor) -> Tensor:
     return values.amax(-1)
 
 
-def row_tiles(rows: int, columns: int, tile_elements: int) -> Iterator[slice]:
-    """Slices of rows whose temporaries hold about ``tile_elements`` numbers (one row at least)."""
-    step = max(1, tile_elements // max(1, columns))
+def row_blocks(rows: int, columns: int, block_elements: int) -> Iterator[slice]:
+    """Slices of rows whose temporaries hold about ``block_elements`` numbers (one row at least)."""
+    step = max(1, block_elements // max(1, columns))
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))
 

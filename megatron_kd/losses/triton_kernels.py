@@ -1,4 +1,4 @@
-"""Triton kernels that read a chunk of logits once for its statistics and once for its gradient.
+"""Triton kernels that read a tile of logits once for its statistics and once for its gradient.
 
 One program a row. ``statistics_kernel`` keeps running maxima and rescales its sums as they grow, with the formulas that
 combine ranks; ``divergence_kernel`` sums value and slope of a divergence that needs normalised log-probabilities;

@@ -1,7 +1,7 @@
-"""A chunk through the Triton kernels: LM alone, and every divergence to a dense teacher except mixtures beyond KLs.
+"""A tile through the Triton kernels: LM alone, and every divergence to a dense teacher except mixtures beyond KLs.
 
 The same results, collectives and in-place gradient as :mod:`~megatron_kd.losses.separate_softmaxes`, which serves the
-rest (sparse targets, other mixtures): the passes over a chunk are two (three for JSD, skew KLs and TVD), without
+rest (sparse targets, other mixtures): the passes over a tile are two (three for JSD, skew KLs and TVD), without
 temporaries.
 """
 
@@ -23,7 +23,7 @@ from megatron_kd.losses.divergences import (
     kl_weights,
 )
 from megatron_kd.losses.tile_buffers import HeadLogits, is_narrow
-from megatron_kd.losses.tile_terms import Chunk, LabelLogits, Problem, TensorParallel, TokenLosses
+from megatron_kd.losses.tile_terms import LabelLogits, Problem, TensorParallel, Tile, TokenLosses
 from megatron_kd.losses.types import DenseKnowledge, SparseKnowledge
 
 BLOCK = 4096
@@ -68,15 +68,15 @@ def reads_narrow(head: HeadLogits) -> bool:
 
 
 def evaluate(
-    chunk: Chunk, problem: Problem, tensor_parallel: TensorParallel, with_gradient: bool, tile_elements: int
+    tile: Tile, problem: Problem, tensor_parallel: TensorParallel, with_gradient: bool, block_elements: int
 ) -> TokenLosses:
-    """Token losses; ``chunk.student`` becomes the gradient of the weighted loss with respect to the raw logits."""
-    del tile_elements  # no temporaries
+    """Token losses; ``tile.student`` becomes the gradient of the weighted loss with respect to the raw logits."""
+    del block_elements  # no temporaries
     from megatron_kd.losses import triton_kernels as kernels
 
-    label = LabelLogits.of(chunk, problem)
-    local = _statistics(chunk, problem)
-    dense = chunk.teacher is not None
+    label = LabelLogits.of(tile, problem)
+    local = _statistics(tile, problem)
+    dense = tile.teacher is not None
     maxima = tensor_parallel.max_(local[0:5:2].clone() if dense else local[0:3:2].clone())
     rows = _rescaled(local, maxima, dense) + [label.relative_to(maxima[0])]
     sums = tensor_parallel.sum_(torch.stack(rows))
@@ -96,21 +96,21 @@ def evaluate(
             second = torch.zeros_like(logs[:2])
             if problem.common_columns:
                 kernels.divergence_kernel[(len(second[0]),)](
-                    chunk.student, chunk.teacher, logs[1], logs[2], second, second.shape[1], chunk.student.stride(0),
-                    chunk.teacher.stride(0), problem.common_columns, 1 / problem.objective.temperature,
+                    tile.student, tile.teacher, logs[1], logs[2], second, second.shape[1], tile.student.stride(0),
+                    tile.teacher.stride(0), problem.common_columns, 1 / problem.objective.temperature,
                     parameters[1], parameters[2], KIND=parameters[0], BLOCK=BLOCK, num_warps=WARPS,
                 )  # fmt: skip
             losses.kd, slope_sum = tensor_parallel.sum_(second)
-    if with_gradient and chunk.student.shape[1]:
-        _gradient(chunk, problem, label, logs, slope_sum.contiguous(), parameters)
+    if with_gradient and tile.student.shape[1]:
+        _gradient(tile, problem, label, logs, slope_sum.contiguous(), parameters)
     return losses
 
 
-def _statistics(chunk: Chunk, problem: Problem) -> Tensor:
+def _statistics(tile: Tile, problem: Problem) -> Tensor:
     """[9, n] of this rank, in the order of ``triton_kernels.STATISTICS``."""
     from megatron_kd.losses import triton_kernels as kernels
 
-    student, teacher = chunk.student, chunk.teacher
+    student, teacher = tile.student, tile.teacher
     n, columns = student.shape
     out = student.new_zeros((kernels.STATISTICS, n), dtype=torch.float32)
     common = columns if teacher is None else problem.common_columns
@@ -139,12 +139,12 @@ def _rescaled(local: Tensor, maxima: Tensor, dense: bool) -> list[Tensor]:
 
 
 def _gradient(
-    chunk: Chunk, problem: Problem, label: LabelLogits, logs: Tensor, slope_sum: Tensor, parameters: tuple
+    tile: Tile, problem: Problem, label: LabelLogits, logs: Tensor, slope_sum: Tensor, parameters: tuple
 ) -> None:
     from megatron_kd.losses import triton_kernels as kernels
 
-    objective, student, teacher = problem.objective, chunk.student, chunk.teacher
-    scaled = chunk.weights * (problem.head_scale * problem.gradient_scale)
+    objective, student, teacher = problem.objective, tile.student, tile.teacher
+    scaled = tile.weights * (problem.head_scale * problem.gradient_scale)
     kernels.gradient_kernel[(student.shape[0],)](
         student, student if teacher is None else teacher, logs[0], logs[1], logs[-1], slope_sum,
         scaled * objective.lm_weight, scaled * (objective.kd_factor / objective.temperature),

@@ -62,7 +62,7 @@ class OutputHead:
 
 @dataclass(frozen=True)
 class DenseKnowledge:
-    """The teacher's final hidden states and output head: its whole distribution, computed chunk by chunk.
+    """The teacher's final hidden states and output head: its whole distribution, computed tile by tile.
 
     Attributes:
         hidden: [n, h_t] (or any leading shape that flattens to it), full length on every tensor-parallel rank.

@@ -1,6 +1,6 @@
-"""The gradient of an output weight, accumulated chunk by chunk where Megatron-Core's data parallelism expects it.
+"""The gradient of an output weight, accumulated tile by tile where Megatron-Core's data parallelism expects it.
 
-A parameter under Megatron-Core's DDP has ``main_grad``, a view of its gradient buffer. Chunks are added to it at once,
+A parameter under Megatron-Core's DDP has ``main_grad``, a view of its gradient buffer. Tiles are added to it at once,
 in its own dtype (fp32 as a rule), and ``backward`` then says so with ``grad_added_to_main_grad`` and hands autograd a
 dummy that makes DDP's hook fire. Other parameters get an ordinary gradient.
 
@@ -8,7 +8,7 @@ Tied embeddings on one pipeline stage (``zero_out_wgrad``): the embedding delive
 parameter and fires the hook; DDP adds what arrives to ``main_grad``, so a dummy would be added too and nothing is
 returned here. On the last of several stages the copy of the embedding is a parameter like any other.
 
-For 16-bit weights a product is formed in tiles of the vocabulary, so that no [R, h] temporary exists beside
+For 16-bit weights a product is formed in blocks of the vocabulary, so that no [R, h] temporary exists beside
 ``main_grad``, or by the kernel ``fused_weight_gradient_mlp_cuda`` where it is installed. No collectives.
 """
 
@@ -32,15 +32,15 @@ def fused_kernel() -> ModuleType | None:
 
 
 class WeightGradient:
-    """Accumulates ``gradient.T @ hidden`` over chunks for the first ``rows`` rows of ``weight``.
+    """Accumulates ``gradient.T @ hidden`` over tiles for the first ``rows`` rows of ``weight``.
 
-    Where a product cannot be added in one call it is formed in tiles of at most ``tile_bytes``.
+    Where a product cannot be added in one call it is formed in blocks of at most ``block_bytes``.
     """
 
-    def __init__(self, weight: Tensor, rows: int, tile_bytes: int) -> None:
+    def __init__(self, weight: Tensor, rows: int, block_bytes: int) -> None:
         self.weight = weight
         self.rows = rows
-        self.tile_bytes = tile_bytes
+        self.block_bytes = block_bytes
         self.into_main_grad = getattr(weight, "main_grad", None) is not None
         if self.into_main_grad:
             self._sum = weight.main_grad
@@ -48,14 +48,14 @@ class WeightGradient:
             self._sum = allocate(weight.shape, work_dtype(weight.dtype), weight.device, zero=True)
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
-        """Add a chunk: ``gradient`` [n, rows] with respect to the matrix product's result, ``hidden`` [n, h]."""
+        """Add a tile: ``gradient`` [n, rows] with respect to the matrix product's result, ``hidden`` [n, h]."""
         total = self._sum[: self.rows]
         if total.dtype == gradient.dtype:
             total.addmm_(gradient.t(), hidden)
         elif gradient.is_cuda and total.dtype == torch.float32 and fused_kernel() is not None:
             fused_kernel().wgrad_gemm_accum_fp32(hidden, gradient.contiguous(), total)
         else:
-            self._add_tiled(total, gradient, hidden)
+            self._add_in_blocks(total, gradient, hidden)
 
     def deliver(self, factor: Tensor) -> Tensor | None:
         """What ``backward`` returns for the weight: the gradient times ``factor``, a dummy, or nothing."""
@@ -67,11 +67,11 @@ class WeightGradient:
         self.weight.grad_added_to_main_grad = True
         return torch.empty_like(self.weight)  # never read; autograd keeps it without a copy and the hook drops it
 
-    def _add_tiled(self, total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    def _add_in_blocks(self, total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
         widened = gradient.is_cuda and is_narrow(gradient.dtype) and total.dtype == torch.float32
         # otherwise the addition makes a copy of the product in its own dtype
         number_bytes = total.itemsize + (0 if widened else gradient.itemsize)
-        step = max(1, self.tile_bytes // (number_bytes * hidden.shape[1]))
+        step = max(1, self.block_bytes // (number_bytes * hidden.shape[1]))
         for start in range(0, total.shape[0], step):
             columns = gradient[:, start : start + step].t()
             product = torch.mm(columns, hidden, out_dtype=torch.float32) if widened else torch.mm(columns, hidden)

@@ -115,7 +115,7 @@ def make_plan(config: PlanRunConfig) -> Plan:
         budgets=tuple(_budgets(config, setting)),
         layout=layout.describe(),
         stages=tuple(
-            stage_memory(student, layout, stage, setting.placed, setting.loss_chunk_budget, **sizes)
+            stage_memory(student, layout, stage, setting.placed, setting.loss_tile_budget, **sizes)
             for stage in range(layout.pipeline)
         ),
         teacher_stages=tuple(_remote_stages(setting)),

@@ -4,7 +4,7 @@ Nothing here imports torch: a plan is wanted before anything is installed, and a
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Iterator, Literal
+from typing import ClassVar, Iterator, Literal, Mapping
 
 from megatron_kd.costs.gpus import PlanConfig
 from megatron_kd.models.architecture import ARCHITECTURES
@@ -48,17 +48,18 @@ class PlannedLoss:
     """``distillation.loss.*`` of the run."""
 
     READS_A_PART: ClassVar[bool] = True
-    chunk_megabytes: int | None = None
+    RENAMED: ClassVar[Mapping[str, str]] = {"chunk_megabytes": "tile_megabytes"}
+    tile_megabytes: int | None = None
 
     @property
-    def chunk_bytes(self) -> int | None:
+    def tile_bytes(self) -> int | None:
         """The budget in bytes; None for the default of a GPU."""
-        return None if self.chunk_megabytes is None else self.chunk_megabytes << 20
+        return None if self.tile_megabytes is None else self.tile_megabytes << 20
 
     def validate(self) -> Iterator[str]:
         """Faults in the values, one message each."""
-        if self.chunk_megabytes is not None and self.chunk_megabytes < 1:
-            yield f"'distillation.loss.chunk_megabytes' must be at least 1, not {self.chunk_megabytes}"
+        if self.tile_megabytes is not None and self.tile_megabytes < 1:
+            yield f"'distillation.loss.tile_megabytes' must be at least 1, not {self.tile_megabytes}"
 
 
 @dataclass(frozen=True)

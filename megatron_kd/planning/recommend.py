@@ -147,7 +147,7 @@ def evaluate_layout(
     micro_batches = layout.micro_batches(config.training.global_batch_size, micro_batch_size)
     sizes = setting.sizes | {"micro_batch_size": micro_batch_size, "micro_batches": micro_batches}
     memories = (
-        stage_memory(student, layout, stage, placed, setting.loss_chunk_budget, **sizes)
+        stage_memory(student, layout, stage, placed, setting.loss_tile_budget, **sizes)
         for stage in range(layout.pipeline)
     )
     gpu = GPUS[config.plan.gpu]

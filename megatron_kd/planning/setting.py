@@ -24,7 +24,7 @@ class Setting:
         placed: a teacher that runs; None otherwise.
         layout: the student's.
         sizes: precision, micro_batch_size, seq_length, micro_batches.
-        loss_chunk_budget: bytes of the fused loss's chunks; None for the default.
+        loss_tile_budget: bytes of the fused loss's tiles; None for the default.
     """
 
     student: ModelArchitecture
@@ -34,7 +34,7 @@ class Setting:
     placed: PlacedTeacher | None
     layout: ParallelLayout
     sizes: dict[str, Any]
-    loss_chunk_budget: int | None = None
+    loss_tile_budget: int | None = None
 
     @property
     def dense_teacher(self) -> ModelArchitecture | None:
@@ -114,7 +114,7 @@ def setting_of(config: PlanRunConfig) -> Setting:
         placed,
         layout,
         sizes,
-        config.distillation.loss.chunk_bytes,
+        config.distillation.loss.tile_bytes,
     )
 
 

@@ -22,7 +22,7 @@ from megatron_kd.parallel.groups import is_last_stage, own_part, sum_over_group
 from megatron_kd.parallel.schedule import forward_only
 from megatron_kd.scoring.micro_batches import MicroBatch, MicroBatchPlan, width_multiple
 
-CPU_CHUNK_BYTES = 256 << 20
+CPU_TILE_BYTES = 256 << 20
 """Of logits at a time: without gradients a pass over the weights is cheap beside the product, so chunks stay small."""
 
 
@@ -62,7 +62,7 @@ class ChunkScorer:
         groups: of the model.
         dataset: what is scored.
         device: of the model.
-        chunk_bytes: budget of the fused loss; None is ``CPU_CHUNK_BYTES`` on a CPU, the loss's own default on CUDA.
+        tile_bytes: budget of the fused loss; None is ``CPU_TILE_BYTES`` on a CPU, the loss's own default on CUDA.
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class ChunkScorer:
         groups: ProcessGroupCollection,
         dataset: ChunkDataset,
         device: torch.device,
-        chunk_bytes: int | None = None,
+        tile_bytes: int | None = None,
     ) -> None:
         self._chunks, self._groups, self._dataset, self._device = chunks, groups, dataset, device
-        self._chunk_bytes = chunk_bytes or (CPU_CHUNK_BYTES if device.type == "cpu" else None)
+        self._tile_bytes = tile_bytes or (CPU_TILE_BYTES if device.type == "cpu" else None)
         self._workspace = Workspace()
         byte_lengths = numpy.asarray(dataset.token_byte_lengths, dtype=numpy.int64)
         self._byte_lengths = torch.from_numpy(byte_lengths).to(device)
@@ -122,7 +122,7 @@ class ChunkScorer:
             weights.transpose(0, 1).reshape(-1),
             tp_group=self._groups.tp,
             sequence_parallel=model.config.sequence_parallel,
-            chunk_bytes=self._chunk_bytes,
+            tile_bytes=self._tile_bytes,
             workspace=self._workspace,
         )
         rows, length = labels.shape
@@ -147,18 +147,18 @@ def chunk_losses(
     device: torch.device,
     micro_batch_size: int,
     on_chunks: Callable[[int], object] | None = None,
-    chunk_bytes: int | None = None,
+    tile_bytes: int | None = None,
 ) -> ChunkLosses:
     """Losses of every chunk, equal on all ranks. Collective over the ranks that hold the model.
 
     Args:
         chunks: the model on this rank (not DDP-wrapped).
         on_chunks: told how many chunks were done, for progress.
-        chunk_bytes: as :class:`ChunkScorer`'s.
+        tile_bytes: as :class:`ChunkScorer`'s.
     """
     multiple = width_multiple(groups.tp.size(), chunks[0].config.sequence_parallel, groups.cp.size())
     plan = MicroBatchPlan(dataset, micro_batch_size, multiple)
-    scorer = ChunkScorer(chunks, groups, dataset, device, chunk_bytes)
+    scorer = ChunkScorer(chunks, groups, dataset, device, tile_bytes)
     # fp64 columns: nats, tokens, bytes; every rank fills what it computed, one sum at the end merges them.
     table = torch.zeros(dataset.num_chunks, 3, dtype=torch.float64)
     was_training = chunks[0].training
@@ -185,10 +185,10 @@ def heldout_loss(
     *,
     device: torch.device,
     micro_batch_size: int,
-    chunk_bytes: int | None = None,
+    tile_bytes: int | None = None,
 ) -> HeldoutLoss:
     """Totals of :func:`chunk_losses`."""
     losses = chunk_losses(
-        chunks, groups, dataset, device=device, micro_batch_size=micro_batch_size, chunk_bytes=chunk_bytes
+        chunks, groups, dataset, device=device, micro_batch_size=micro_batch_size, tile_bytes=tile_bytes
     )
     return HeldoutLoss(float(losses.nats.sum()), int(losses.tokens.sum()), int(losses.text_bytes.sum()))

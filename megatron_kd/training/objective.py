@@ -38,21 +38,22 @@ class LossConfig:
     """``distillation.loss``: how the fused loss runs, in training and between its steps; changes memory and speed,
     never the value."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"chunk_megabytes": "tile_megabytes"}
     backend: Literal["auto", "torch", "triton"] = "auto"
     """auto is triton on CUDA once a recorded run has verified its kernels there (docs/losses.md), else torch."""
-    chunk_megabytes: int | None = None
-    """Budget for the logits of a chunk of tokens, of both models, and their temporaries; None is 896 on CUDA and 1280
-    on a CPU. Fewer megabytes, more chunks, each of which reads both output weights again."""
+    tile_megabytes: int | None = None
+    """Budget for the logits of a tile of tokens, of both models, and their temporaries; None is 896 on CUDA and 1280
+    on a CPU. Fewer megabytes, more tiles, each of which reads both output weights again."""
 
     def validate(self) -> Iterator[str]:
         """Faults in the values, one message each."""
-        if self.chunk_megabytes is not None and self.chunk_megabytes < 1:
-            yield f"'distillation.loss.chunk_megabytes' must be at least 1, not {self.chunk_megabytes}"
+        if self.tile_megabytes is not None and self.tile_megabytes < 1:
+            yield f"'distillation.loss.tile_megabytes' must be at least 1, not {self.tile_megabytes}"
 
     @property
-    def chunk_bytes(self) -> int | None:
+    def tile_bytes(self) -> int | None:
         """The budget in bytes; None for the default of the device."""
-        return None if self.chunk_megabytes is None else self.chunk_megabytes << 20
+        return None if self.tile_megabytes is None else self.tile_megabytes << 20
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ class MicroBatchLoss:
             knowledge,
             tp_group=self._groups.tp,
             sequence_parallel=model.config.sequence_parallel,
-            chunk_bytes=self._execution.chunk_bytes,
+            tile_bytes=self._execution.tile_bytes,
             backend=self._execution.backend,
             workspace=self._workspace,
         )

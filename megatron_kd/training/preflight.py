@@ -116,7 +116,7 @@ def rank_memory(
     student = student_memory(
         architecture, layout, stage, layers=layout.stage_layers(architecture.num_layers),
         models_in_loss=2 if dense else 1, fused=device == "cuda", device=device,
-        loss_chunk_budget=config.distillation.loss.chunk_bytes, **sizes
+        loss_tile_budget=config.distillation.loss.tile_bytes, **sizes
     )  # fmt: skip
     if teacher is None:
         return student

@@ -279,7 +279,7 @@ class Trainer:
             self.heldout,
             device=self.runtime.device,
             micro_batch_size=self.config.training.micro_batch_size,
-            chunk_bytes=self.config.distillation.loss.chunk_bytes,
+            tile_bytes=self.config.distillation.loss.tile_bytes,
         )
 
     def _gather_parameters_for_text(self) -> None:

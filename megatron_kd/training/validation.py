@@ -111,7 +111,7 @@ def _sums(
         teacher.knowledge(batch),
         tp_group=groups.tp,
         sequence_parallel=model.config.sequence_parallel,
-        chunk_bytes=execution.chunk_bytes,
+        tile_bytes=execution.tile_bytes,
         backend=execution.backend,
     )
     values = [result.kd_sum, result.teacher_entropy_sum, result.tail_mass_sum, result.token_count]

@@ -67,7 +67,7 @@ class LossCase:
     entries: int = 6
     dtype: torch.dtype = torch.float32
     teacher_dtype: torch.dtype | None = None
-    chunk_tokens: int = 7
+    tile_tokens: int = 7
     seed: int = 0
 
     @property

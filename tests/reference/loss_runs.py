@@ -74,7 +74,7 @@ def run_fused(
     knowledge = whole_knowledge(case, inputs)
     if case.knowledge_kind == "dense" and size > 1 and not case.whole_teacher:
         knowledge = replace(knowledge, head=_rows_of(knowledge.head, rows))
-    options.setdefault("chunk_bytes", -(-case.chunk_tokens * share * 8 * 4 // 3))  # fp32 with a dense teacher
+    options.setdefault("tile_bytes", -(-case.tile_tokens * share * 8 * 4 // 3))  # fp32 with a dense teacher
     output = linear_distillation_loss(
         hidden, head, inputs.labels, inputs.weights, case.objective, knowledge, tp_group=group,
         sequence_parallel=sequence_parallel, **options,

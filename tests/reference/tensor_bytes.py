@@ -115,7 +115,7 @@ def _one_step(
         step(batches, 1e-3)
         peak = {"peak": float(torch.cuda.max_memory_allocated())}
     kept = step.micro_batch_loss._workspace._kept.values()
-    return {"saved": float(ledger.peak), "loss_chunks": float(sum(buffer.nbytes for buffer in kept)), **peak}
+    return {"saved": float(ledger.peak), "loss_tiles": float(sum(buffer.nbytes for buffer in kept)), **peak}
 
 
 def _teacher_bytes(teacher: Any) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_kd.errors import DataError
 from megatron_kd.losses import OutputHead
 from megatron_kd.losses.tile_buffers import HeadLogits, Workspace
-from megatron_kd.losses.tile_terms import local_columns, row_tiles
+from megatron_kd.losses.tile_terms import local_columns, row_blocks
 from megatron_kd.parallel.groups import sum_over_group
 from megatron_kd.teachers.cache.codec import Codec, Entries
 from megatron_kd.teachers.cache.vocabulary_search import (
@@ -31,7 +31,7 @@ from megatron_kd.teachers.cache.vocabulary_search import (
     uniform_numbers,
 )
 
-DEFAULT_CHUNK_BYTES = 640 << 20  # few chunks: each product reads all of the head's weight
+DEFAULT_TILE_BYTES = 640 << 20  # few tiles: each product reads all of the head's weight
 CPU_ROWS_AT_ONCE = 64  # tokens whose blocks are searched together; on CUDA all of a chunk
 
 
@@ -43,7 +43,7 @@ class Selection:
         head: the teacher's output layer on this rank.
         group: the tensor-parallel group over which the head is split; None for one rank.
         temperature: of the softmax.
-        chunk_bytes: memory of a chunk of logits.
+        tile_bytes: memory of a tile of logits.
     """
 
     def __init__(
@@ -52,13 +52,13 @@ class Selection:
         head: OutputHead,
         group: dist.ProcessGroup | None,
         temperature: float = 1.0,
-        chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+        tile_bytes: int = DEFAULT_TILE_BYTES,
     ) -> None:
         self.codec, self._head, self._group, self._temperature = codec, head, group, temperature
         self._columns = head.rows_below(codec.vocab_size)
         self._logits = HeadLogits(head, 0, self._columns)
         widest = -(-codec.vocab_size // (1 if group is None else group.size()))  # alike on all ranks
-        self._chunk_tokens = max(1, chunk_bytes // (4 * BLOCK * blocks_of(widest)))
+        self._chunk_tokens = max(1, tile_bytes // (4 * BLOCK * blocks_of(widest)))
         self._workspace = Workspace()  # fresh memory costs as much as a pass over it
 
     @torch.no_grad()
@@ -98,7 +98,7 @@ class Selection:
 
     def _groups_of_rows(self, rows: int) -> list[slice]:
         if rows and not self._head.weight.is_cuda:
-            return list(row_tiles(rows, 1, CPU_ROWS_AT_ONCE))
+            return list(row_blocks(rows, 1, CPU_ROWS_AT_ONCE))
         return [slice(0, rows)]
 
     def _entries(self, chunk: LogitBlocks, chunk_ids: np.ndarray, positions: np.ndarray) -> Entries:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_kd.data.random_numbers import mix64, mix_int
 from megatron_kd.losses.tile_buffers import Workspace
-from megatron_kd.losses.tile_terms import row_tiles
+from megatron_kd.losses.tile_terms import row_blocks
 from megatron_kd.parallel.groups import sum_over_group
 
 BLOCK = 128
@@ -92,7 +92,7 @@ def measure_blocks(logits: Tensor, workspace: Workspace, proposal_exponent: floa
     proposal_mass = mass if proposal_exponent == 1.0 else torch.empty_like(mass)
     peak = logits.new_empty(rows, dtype=torch.float64)
     elements = CUDA_TILE_ELEMENTS if logits.is_cuda else CPU_TILE_ELEMENTS
-    for tile in row_tiles(rows, columns, elements):
+    for tile in row_blocks(rows, columns, elements):
         shape = logits[tile].shape
         room = workspace.take("probabilities", tuple(shape), logits.dtype, logits.device)
         probabilities = torch.softmax(logits[tile], -1, out=room).unflatten(1, (-1, BLOCK))

@@ -239,7 +239,7 @@ class MiniLLMLoss(MicroBatchLoss):
             knowledge,
             tp_group=self._groups.tp,
             sequence_parallel=model.config.sequence_parallel,
-            chunk_bytes=self._execution.chunk_bytes,
+            tile_bytes=self._execution.tile_bytes,
             backend=self._execution.backend,
             workspace=self._workspace,
         )
@@ -268,7 +268,7 @@ def teacher_log_probabilities(
         sequence_major(batch.labels),
         sequence_major(batch.loss_mask),
         tp_group=groups.tp,
-        chunk_bytes=execution.chunk_bytes,
+        tile_bytes=execution.tile_bytes,
         backend=execution.backend,
     )
     rows, length = batch.tokens.shape

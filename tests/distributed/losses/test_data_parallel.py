@@ -117,7 +117,7 @@ def main_grads(setting: Setting, scale: float = 1.0) -> tuple[dict[str, torch.Te
             run_forward_pre_hooks(model.output_layer)
             head = OutputHead(model.output_layer.weight, VOCAB)
             output = linear_distillation_loss(
-                hidden, head, labels, weights, chunk_bytes=5 * ROWS * 4, gradient_scale=scale
+                hidden, head, labels, weights, tile_bytes=5 * ROWS * 4, gradient_scale=scale
             )
             (output.loss_sum * scale).backward()
     wrapped.finish_grad_sync()

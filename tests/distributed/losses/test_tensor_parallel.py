@@ -106,12 +106,12 @@ def test_loss_and_every_gradient_match_the_reference(size, sequence_parallel):
      ("skew_reverse_kl", 2), ("tvd", 2), ("0.5*jsd+0.25*reverse_kl+0.25*tvd", 2)],
 )  # fmt: skip
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_collectives_per_chunk_and_per_micro_batch(target, sums, temperature):
-    case = LossCase(target, tokens=24, chunk_tokens=8, temperature=temperature)
-    chunks = 3
+def test_collectives_per_tile_and_per_micro_batch(target, sums, temperature):
+    case = LossCase(target, tokens=24, tile_tokens=8, temperature=temperature)
+    tiles = 3
     if target in ("lm", "ghost", "renormalised", "sampled", "weighted"):
-        chunks = 2  # no teacher logits: chunks hold twice the tokens
-    forward = Counter({"all_reduce MAX": chunks, "all_reduce SUM": sums * chunks})
+        tiles = 2  # no teacher logits: tiles hold twice the tokens
+    forward = Counter({"all_reduce MAX": tiles, "all_reduce SUM": sums * tiles})
     for got_forward, got_backward in shared_ranks(2).run(count_collectives, case, False):
         assert got_forward == forward
         assert got_backward == Counter({"all_reduce SUM": 1})

@@ -10,7 +10,7 @@ import torch
 
 from megatron_kd.costs.memory import (
     STASH_BYTES,
-    loss_chunk_bytes,
+    loss_tile_bytes,
     rank_parameters,
     student_memory,
     teacher_layout,
@@ -127,8 +127,8 @@ def test_every_part_is_within_ten_per_cent(case, precision, rows, big_teacher, t
         if precision == "bf16":  # fp32 attention is blocked on a CPU and keeps other tensors
             assert_within(planned.activations + (hidden if last else 0), found["saved"], f"{where}, activations")
         if last and precision == "fp32":
-            chunks = loss_chunk_bytes(student, layout, MICRO_BATCH * SEQ_LENGTH, precision, 1, "cpu")
-            assert_within(chunks, found["loss_chunks"], f"{where}, loss")
+            chunks = loss_tile_bytes(student, layout, MICRO_BATCH * SEQ_LENGTH, precision, 1, "cpu")
+            assert_within(chunks, found["loss_tiles"], f"{where}, loss")
         if with_teacher:
             frozen = teacher_memory(teacher, layout, own, rank, **sizes)
             assert_within(frozen.teacher_weights, found["teacher_weights"], f"{where}, teacher's weights")

@@ -5,8 +5,8 @@ import torch
 
 from megatron_kd.costs import memory
 from megatron_kd.costs import memory as teacher_memory
-from megatron_kd.losses.fused_linear import DEFAULT_CHUNK_BYTES
-from megatron_kd.losses.tile_buffers import LARGEST_TILE, MOST_TEMPORARIES, bytes_per_logit
+from megatron_kd.losses.fused_linear import DEFAULT_TILE_BYTES
+from megatron_kd.losses.tile_buffers import LARGEST_BLOCK, MOST_TEMPORARIES, bytes_per_logit
 from megatron_kd.models.architecture import architecture_by_name
 from megatron_kd.models.gpt import padded_vocab_size
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
@@ -14,8 +14,8 @@ from megatron_kd.teachers import colocated
 
 
 def test_constants_are_those_of_the_loss():
-    assert memory.LOSS_CHUNK_BYTES == DEFAULT_CHUNK_BYTES
-    assert memory.LOSS_TEMPORARY_BYTES == MOST_TEMPORARIES * LARGEST_TILE * 4
+    assert memory.LOSS_TILE_BYTES == DEFAULT_TILE_BYTES
+    assert memory.LOSS_TEMPORARY_BYTES == MOST_TEMPORARIES * LARGEST_BLOCK * 4
     for models in (1, 2):
         assert bytes_per_logit([torch.float32] * models, torch.float32) == memory.LOGIT_BYTES * models
         assert bytes_per_logit([torch.bfloat16] * models, torch.float32) == memory.LOGIT_BYTES * models + 2
@@ -57,6 +57,6 @@ def test_in_flight_micro_batches_fall_along_a_pipeline():
 def test_a_long_batch_fills_the_loss_budget_and_no_more():
     student = architecture_by_name("qwen_500m")
     layout = ParallelLayout.for_world(ParallelConfig(), 1)
-    sizes = [memory.loss_chunk_bytes(student, layout, tokens, "bf16", 2) for tokens in (8, 1 << 14, 1 << 20)]
+    sizes = [memory.loss_tile_bytes(student, layout, tokens, "bf16", 2) for tokens in (8, 1 << 14, 1 << 20)]
     assert sizes[0] == 8 * 151_936 * 10
     assert sizes[1] == sizes[2] == (896 - 32) << 20

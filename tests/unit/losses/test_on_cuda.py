@@ -86,6 +86,6 @@ def test_memory_stays_within_the_byte_budget(backend):
     before = torch.cuda.memory_allocated()
     linear_distillation_loss(
         hidden, OutputHead(weight, vocabulary), inputs.labels, inputs.weights, case.objective,
-        whole_knowledge(case, inputs), chunk_bytes=budget, backend=backend,
+        whole_knowledge(case, inputs), tile_bytes=budget, backend=backend,
     ).loss_sum.backward()  # fmt: skip
     assert torch.cuda.max_memory_allocated() - before <= budget + hidden.nbytes + 64 * tokens * 8

@@ -1,15 +1,18 @@
-"""The byte budget: what a chunk may hold, in which dtypes."""
+"""The byte budget of a tile, its dtypes, and the workspace that keeps its buffers for the next call."""
 
 import pytest
 import torch
 
-from megatron_kd.losses.tile_buffers import ChunkDtypes, ChunkPlan, bytes_per_logit
+from megatron_kd.losses import OutputHead, Workspace, linear_distillation_loss
+from megatron_kd.losses.tile_buffers import TileDtypes, TilePlan, bytes_per_logit
+from tests.reference.loss_cases import LossCase, build, whole_knowledge
 
+CPU = torch.device("cpu")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
 @pytest.mark.parametrize(
-    ("weights", "kernels", "by_tile", "stored", "evaluated", "size"),
+    ("weights", "kernels", "by_block", "stored", "evaluated", "size"),
     [
         ((FP32, FP32), False, True, FP32, FP32, 4 + 4),
         ((FP32,), True, True, FP32, FP32, 4),
@@ -22,19 +25,57 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
         ((FP32, FP64), False, True, FP64, FP64, 8 + 8 + 4),
     ],
 )
-def test_dtypes_of_a_chunk_and_its_bytes_for_a_logit(weights, kernels, by_tile, stored, evaluated, size):
-    dtypes = ChunkDtypes.of(weights, kernels_read_narrow=kernels, widens_by_tile=by_tile)
-    assert dtypes == ChunkDtypes(stored, evaluated)
+def test_dtypes_of_a_tile_and_its_bytes_for_a_logit(weights, kernels, by_block, stored, evaluated, size):
+    dtypes = TileDtypes.of(weights, kernels_read_narrow=kernels, widens_by_block=by_block)
+    assert dtypes == TileDtypes(stored, evaluated)
     assert bytes_per_logit(weights, stored) == size
 
 
-def test_a_budget_is_spread_evenly_over_the_chunks():
-    plan = ChunkPlan.of(budget=8 << 20, tokens=100, rows=1 << 14, number_bytes=4, logit_bytes=8)
+def test_a_budget_is_spread_evenly_over_the_tiles():
+    plan = TilePlan.of(budget=8 << 20, tokens=100, rows=1 << 14, number_bytes=4, logit_bytes=8)
     assert plan.temporary_bytes == 2 << 20
-    assert plan.tokens == 34  # 48 fit, so there are three chunks
-    assert plan.tile_elements * 8 * 4 == plan.temporary_bytes
+    assert plan.tokens == 34  # 48 fit, so there are three tiles
+    assert plan.block_elements * 8 * 4 == plan.temporary_bytes
 
 
 def test_one_token_is_the_least_and_temporaries_have_a_limit():
-    assert ChunkPlan.of(budget=1, tokens=5, rows=1 << 14, number_bytes=4, logit_bytes=8) == ChunkPlan(1, 1, 0)
-    assert ChunkPlan.of(budget=1 << 40, tokens=5, rows=1, number_bytes=4, logit_bytes=8).temporary_bytes == 32 << 20
+    assert TilePlan.of(budget=1, tokens=5, rows=1 << 14, number_bytes=4, logit_bytes=8) == TilePlan(1, 1, 0)
+    assert TilePlan.of(budget=1 << 40, tokens=5, rows=1, number_bytes=4, logit_bytes=8).temporary_bytes == 32 << 20
+
+
+def test_the_same_memory_is_handed_out_again_whatever_the_type():
+    workspace = Workspace()
+    first = workspace.take("student", (8, 16), torch.float32, CPU)
+    address = first.data_ptr()
+    assert first.shape == (8, 16)
+    again = workspace.take("student", (4, 8), torch.bfloat16, CPU)
+    assert again.data_ptr() == address and again.shape == (4, 8) and again.dtype == torch.bfloat16
+    assert workspace.take("teacher", (4, 8), torch.float32, CPU).data_ptr() != address
+
+
+def test_it_grows():
+    workspace = Workspace()
+    workspace.take("student", (2, 2), torch.float32, CPU)
+    larger = workspace.take("student", (64, 64), torch.float32, CPU)
+    larger.fill_(1.0)
+    assert larger.sum() == 64 * 64
+
+
+@pytest.mark.parametrize("target", ["lm", "forward_kl", "jsd"])
+def test_a_loss_is_the_same_with_buffers_that_were_used_before(target):
+    workspace = Workspace()
+    workspace.take("student", (100, 100), torch.float32, CPU).fill_(torch.nan)
+    workspace.take("teacher", (100, 100), torch.float32, CPU).fill_(torch.nan)
+    case = LossCase(target)
+    results = []
+    for kept in (None, workspace, workspace):
+        inputs = build(case)
+        weight, hidden = inputs.weight.clone().requires_grad_(), inputs.hidden.clone().requires_grad_()
+        output = linear_distillation_loss(
+            hidden, OutputHead(weight, case.vocab), inputs.labels, inputs.weights, case.objective,
+            whole_knowledge(case, inputs), workspace=kept,
+        )  # fmt: skip
+        output.loss_sum.backward()
+        results.append((output.loss_sum.detach(), hidden.grad, weight.grad))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))

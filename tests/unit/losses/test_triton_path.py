@@ -55,7 +55,7 @@ def evaluate(case: LossCase) -> tuple[dict, bool]:
 @pytest.mark.parametrize("target", ["lm", *DIVERGENCES, "0.7*forward_kl+0.3*reverse_kl"])
 @pytest.mark.parametrize("name", CASES)
 def test_matches_the_reference(interpreter, target, name):
-    case = LossCase(target, **{"tokens": 9, "chunk_tokens": 4, **CASES[name]})
+    case = LossCase(target, **{"tokens": 9, "tile_tokens": 4, **CASES[name]})
     [(got, kernels_ran)] = interpreter.run(evaluate, case)
     assert kernels_ran
     expected = reference(case, build(case))
@@ -85,7 +85,7 @@ def evaluate_sharded(cases: list[LossCase]) -> list[dict]:
 @needs_triton
 def test_two_tensor_parallel_ranks_match_the_reference():
     targets = ("lm", "forward_kl", "reverse_kl", "jsd", "tvd")
-    cases = [LossCase(target, tokens=6, chunk_tokens=4, temperature=1.5) for target in targets]
+    cases = [LossCase(target, tokens=6, tile_tokens=4, temperature=1.5) for target in targets]
     cases += [LossCase("jsd", tokens=6, dtype=torch.bfloat16), LossCase("skew_forward_kl", tokens=6, vocab=40)]
     with Ranks(2) as processes, mock.patch.dict("os.environ", TRITON_INTERPRET="1"):
         by_rank = processes.run(evaluate_sharded, cases)

@@ -11,7 +11,7 @@ from megatron_kd.losses.weight_gradient import WeightGradient, run_forward_pre_h
 ROWS, VALID, HIDDEN, TOKENS = 20, 17, 8, 11
 
 
-def chunk(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def tile(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     gradient = torch.randn(TOKENS, VALID, generator=generator).to(dtype)
     return gradient, torch.randn(TOKENS, HIDDEN, generator=generator).to(dtype)
@@ -24,16 +24,16 @@ def parameter(dtype: torch.dtype, main_grad: torch.dtype | None) -> torch.nn.Par
     return weight
 
 
-@pytest.mark.parametrize("tile_bytes", [1, 100, 1 << 20])
+@pytest.mark.parametrize("block_bytes", [1, 100, 1 << 20])
 @pytest.mark.parametrize(
     ("dtype", "main_grad", "tolerance"),
     [(torch.float32, torch.float32, 1e-6), (torch.bfloat16, torch.float32, 1e-2),
      (torch.bfloat16, torch.bfloat16, 3e-2), (torch.float64, torch.float64, 1e-12)],
 )  # fmt: skip
-def test_chunks_are_added_to_main_grad(dtype, main_grad, tolerance, tile_bytes):
+def test_tiles_are_added_to_main_grad(dtype, main_grad, tolerance, block_bytes):
     weight = parameter(dtype, main_grad)
-    gradient, hidden = chunk(dtype)
-    accumulated = WeightGradient(weight, VALID, tile_bytes)
+    gradient, hidden = tile(dtype)
+    accumulated = WeightGradient(weight, VALID, block_bytes)
     accumulated.add(gradient, hidden)
     accumulated.add(gradient, hidden)
     expected = 1 + 2 * gradient.double().t() @ hidden.double()
@@ -63,7 +63,7 @@ def test_a_tied_or_unwrapped_parameter_gets_neither(attribute):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_ordinary_parameter_gets_its_gradient_in_its_dtype(dtype):
     weight = parameter(dtype, None)
-    gradient, hidden = chunk(dtype)
+    gradient, hidden = tile(dtype)
     accumulated = WeightGradient(weight, VALID, 1 << 20)
     accumulated.add(gradient, hidden)
     delivered = accumulated.deliver(torch.tensor(3.0))
@@ -79,7 +79,7 @@ def test_the_fused_kernel_is_called_as_megatron_core_calls_it(monkeypatch):
     kernel = SimpleNamespace(wgrad_gemm_accum_fp32=lambda x, g, total: calls.append((x.shape, g.shape, total.shape)))
     monkeypatch.setattr(weight_gradient, "fused_kernel", lambda: kernel)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
-    gradient, hidden = chunk(torch.bfloat16)
+    gradient, hidden = tile(torch.bfloat16)
     WeightGradient(parameter(torch.bfloat16, torch.float32), VALID, 1 << 20).add(gradient, hidden)
     assert calls == [((TOKENS, HIDDEN), (TOKENS, VALID), (VALID, HIDDEN))]
 

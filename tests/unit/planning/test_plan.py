@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_split_or_refused():
 
 
 def test_the_budget_of_the_loss_is_that_of_the_run():
-    whole, small = plan(*KD), plan(*KD, "distillation.loss.chunk_megabytes=128")
+    whole, small = plan(*KD), plan(*KD, "distillation.loss.tile_megabytes=128")
     saved = (896 - 128) << 20
     assert whole.stages[-1].loss - small.stages[-1].loss == saved
     whole, small = whole.recommendation.candidate, small.recommendation.candidate
@@ -202,7 +202,8 @@ def test_the_command_answers_in_two_seconds_without_torch():
         (["parallel.tensor_model_parallel_sise=2"], ConfigError, "tensor_model_parallel_size"),
         (["training.global_batch_sise=2"], ConfigError, "global_batch_size"),
         (["distillation.method=telepathy"], ConfigError, "no cost formula"),
-        (["distillation.loss.chunk_megabytes=0"], ConfigError, "'distillation.loss.chunk_megabytes' must be at least"),
+        (["distillation.loss.tile_megabytes=0"], ConfigError, "'distillation.loss.tile_megabytes' must be at least"),
+        (["distillation.loss.chunk_megabytes=0"], ConfigError, "'distillation.loss.tile_megabytes' must be at least"),
         (["parallel.tensor_model_parallel_size=3", "plan.num_gpus=3"], LayoutError, "student under TP3"),
         ([*REMOTE[:2]], ConfigError, "'teacher.num_ranks' .* is required"),
         ([*REMOTE[:3], "plan.num_gpus=8"], LayoutError, "leaves no GPU"),

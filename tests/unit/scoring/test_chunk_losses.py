@@ -42,18 +42,18 @@ def test_equal_to_float64_whatever_the_micro_batch(dataset, micro_batch_size):
     numpy.testing.assert_allclose(mean_losses(ours), nats / tokens, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("given", "used"), [(None, scoring.CPU_CHUNK_BYTES), (5000, 5000)])
+@pytest.mark.parametrize(("given", "used"), [(None, scoring.CPU_TILE_BYTES), (5000, 5000)])
 def test_the_budget_reaches_the_loss(dataset, monkeypatch, given, used):
     budgets = set()
 
     def spy(*arguments, **keywords):
-        budgets.add(keywords["chunk_bytes"])
+        budgets.add(keywords["tile_bytes"])
         return linear_distillation_loss(*arguments, **keywords)
 
     monkeypatch.setattr(scoring, "linear_distillation_loss", spy)
     with distributed_runtime():
         model = tiny_model()
-        heldout_loss([model], model.pg_collection, dataset, device=CPU, micro_batch_size=8, chunk_bytes=given)
+        heldout_loss([model], model.pg_collection, dataset, device=CPU, micro_batch_size=8, tile_bytes=given)
     assert budgets == {used}
 
 

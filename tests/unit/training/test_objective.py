@@ -71,7 +71,8 @@ def test_objectives():
         ({"skew_alpha": 1.0}, r"in \[0, 1\)"),
         ({"divergence": "kl"}, "'distillation.divergence': unknown divergence 'kl': use one of forward_kl"),
         ({"divergence": "0.5*kl+0.5*tvd"}, "unknown divergence '0.5"),
-        ({"loss": {"chunk_megabytes": 0}}, "'distillation.loss.chunk_megabytes' must be at least 1"),
+        ({"loss": {"tile_megabytes": 0}}, "'distillation.loss.tile_megabytes' must be at least 1"),
+        ({"loss": {"chunk_megabytes": 0}}, "'distillation.loss.tile_megabytes' must be at least 1"),  # its old name
         ({"loss": {"backend": "cuda"}}, "must be one of auto, torch, triton"),
     ],
 )

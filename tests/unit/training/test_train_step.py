@@ -111,11 +111,11 @@ def test_the_keys_of_how_the_loss_runs_reach_it(dataset, monkeypatch):
     monkeypatch.setattr(objective, "linear_distillation_loss", spy)
     with distributed_runtime() as runtime:
         parts = TrainingParts(dataset, runtime)
-        loss = LossConfig(backend="torch", chunk_megabytes=3)
+        loss = LossConfig(backend="torch", tile_megabytes=3)
         config = replace(parts.config, distillation=replace(parts.config.distillation, loss=loss))
         batch = micro_batches(dataset)[0]
         build_loss(config, None, parts.groups)(iter([batch]), parts.model[0])[1](hidden_of(parts, batch))
-    assert [(call["chunk_bytes"], call["backend"]) for call in calls] == [(3 << 20, "torch")]
+    assert [(call["tile_bytes"], call["backend"]) for call in calls] == [(3 << 20, "torch")]
 
 
 def hidden_of(parts, batch):

@@ -32,11 +32,11 @@ def test_the_keys_of_how_the_loss_runs_reach_it(monkeypatch):
     head = OutputHead(inputs.weight, case.vocab)
     knowledge = DenseKnowledge(inputs.teacher_hidden, OutputHead(inputs.teacher_weight, case.vocab))
     batch = SimpleNamespace(labels=inputs.labels.view(2, 3), loss_mask=inputs.weights.view(2, 3))
-    execution = LossConfig(backend="torch", chunk_megabytes=3)
+    execution = LossConfig(backend="torch", tile_megabytes=3)
     with torch.no_grad():
         sums = validation._sums(
             Model(head=head), SimpleNamespace(tp=None, cp=None), SimpleNamespace(knowledge=lambda _: knowledge),
             DistillationObjective(0.0, 1.0), execution, batch, inputs.hidden,
         )  # fmt: skip
     assert sums[0] > 0 and sums[3] == (inputs.weights != 0).sum()
-    assert [(call["chunk_bytes"], call["backend"]) for call in calls] == [(3 << 20, "torch")]
+    assert [(call["tile_bytes"], call["backend"]) for call in calls] == [(3 << 20, "torch")]

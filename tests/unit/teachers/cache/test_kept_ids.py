@@ -33,11 +33,11 @@ def select(codec, head, hidden, **options):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("chunk_bytes", [1, 4 * VOCABULARY * 5, 1 << 20])
-def test_top_k(teacher, temperature, chunk_bytes):
+@pytest.mark.parametrize("tile_bytes", [1, 4 * VOCABULARY * 5, 1 << 20])
+def test_top_k(teacher, temperature, tile_bytes):
     head, hidden, probabilities = teacher
     p = probabilities(temperature)
-    entries = select(Codec("top_k", 12, VOCABULARY), head, hidden, temperature=temperature, chunk_bytes=chunk_bytes)
+    entries = select(Codec("top_k", 12, VOCABULARY), head, hidden, temperature=temperature, tile_bytes=tile_bytes)
     order = np.argsort(-p, axis=1)[:, :12]
     assert np.array_equal(entries.ids.reshape(TOKENS, 12), order)
     np.testing.assert_allclose(entries.probabilities.reshape(TOKENS, 12), np.take_along_axis(p, order, 1), rtol=2e-5)
@@ -52,7 +52,7 @@ def test_tiles_change_nothing(teacher, codec, monkeypatch):
     padded = blocks.BLOCK * blocks.blocks_of(VOCABULARY)
     monkeypatch.setattr(blocks, "CPU_TILE_ELEMENTS", 5 * padded)
     monkeypatch.setattr(selection, "CPU_ROWS_AT_ONCE", 4)
-    tiled = select(codec, head, hidden, chunk_bytes=4 * padded * 13)
+    tiled = select(codec, head, hidden, tile_bytes=4 * padded * 13)
     for name, values in vars(whole).items():
         if values is not None:
             np.testing.assert_allclose(getattr(tiled, name), values, rtol=1e-5, atol=1e-8, err_msg=name)

@@ -127,7 +127,7 @@ def loss_tile_bytes(
     device: str = "cuda",
     budget: int | None = None,
 ) -> float:
-    """Buffers of the fused loss's logits (``losses/tile_buffers.py``): fp32; under bf16 the 16-bit product beside it."""
+    """Buffers of the fused loss's logits (``losses/tile_buffers.py``): fp32, and under bf16 a 16-bit product too."""
     budget = budget or LOSS_TILE_BYTES[device]
     per_logit = LOGIT_BYTES * models + (ELEMENT_BYTES["bf16"] if precision == "bf16" else 0)
     whole = tokens * padded_rows(architecture.vocab_size, layout.tensor) / layout.tensor * per_logit

@@ -171,6 +171,7 @@ def measure_reading(quick: bool, folder: Path) -> list[dict[str, Any]]:
         for _ in range(3):
             started = time.perf_counter()
             for batch in batches:
+                teacher.begin_step([batch])
                 teacher.knowledge(batch)
             rates.append(dataset.num_chunks * 1024 / (time.perf_counter() - started))
         rows.append(

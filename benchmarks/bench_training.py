@@ -168,9 +168,9 @@ def our_step(case: Case, folder: Path, stack: ExitStack) -> Callable[[], float]:
     from megatron_kd.parallel.groups import create_process_groups
     from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
     from megatron_kd.parallel.runtime import distributed_runtime
-    from megatron_kd.training.objective import MicroBatchLoss, build_objective
+    from megatron_kd.training.methods.method_builders import build_loss
     from megatron_kd.training.optimizer import build_optimizer
-    from megatron_kd.training.setup import build_student, unwrap
+    from megatron_kd.training.setup import build_student
     from megatron_kd.training.train_config import TrainConfig
     from megatron_kd.training.train_step import TrainStep
 
@@ -189,7 +189,7 @@ def our_step(case: Case, folder: Path, stack: ExitStack) -> Callable[[], float]:
     step = TrainStep(
         model=model, optimizer=build_optimizer(config.optimizer, model, groups, bf16=case.precision == "bf16"),
         groups=groups, teacher=None, clip_grad=1.0,
-        micro_batch_loss=MicroBatchLoss(build_objective(config.distillation), None, groups, "token", unwrap),
+        micro_batch_loss=build_loss(config, None, groups),
     )  # fmt: skip
     return lambda: step([batch], 1e-4).loss
 

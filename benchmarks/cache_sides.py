@@ -23,9 +23,9 @@ from megatron_kd.parallel.schedule import forward_only
 from megatron_kd.teachers.cache.cache_writer import PROGRESS_FOLDER, ShardFiller
 from megatron_kd.teachers.cache.codec import Codec
 from megatron_kd.teachers.cached import CachedTeacher, choose_kind
-from megatron_kd.training.objective import MicroBatchLoss, build_objective
+from megatron_kd.training.methods.method_builders import build_loss
 from megatron_kd.training.optimizer import build_optimizer
-from megatron_kd.training.setup import build_student, unwrap
+from megatron_kd.training.setup import build_student
 from megatron_kd.training.train_config import TrainConfig
 from megatron_kd.training.train_step import TrainStep
 
@@ -92,14 +92,13 @@ def step_sides(folder: Path, codec_name: str) -> Iterator[tuple[Callable, Callab
         model = build_student(config, architecture, dataset, layout, groups, runtime)
         optimizer = build_optimizer(config.optimizer, model, groups, bf16=False)
         cached = CachedTeacher(cache, dataset, choose_kind(codec, "auto", "benchmark"))
-        settings = from_mapping(TrainConfig, distilling, "benchmark").distillation
+        settings = from_mapping(TrainConfig, distilling, "benchmark")
         order = itertools.cycle(np.random.default_rng(0).permutation(32).reshape(-1, STUDENT_ROWS))
 
         def side(teacher: CachedTeacher | None) -> Callable[[], None]:
-            objective = build_objective(settings if teacher else config.distillation)
             step = TrainStep(
                 model=model, optimizer=optimizer, groups=groups, teacher=teacher, clip_grad=1.0,
-                micro_batch_loss=MicroBatchLoss(objective, teacher, groups, "token", unwrap),
+                micro_batch_loss=build_loss(settings if teacher else config, teacher, groups),
             )  # fmt: skip
             return lambda: [step([make_batch(dataset, next(order), STUDENT_LENGTH)], 1e-4) for _ in range(2)]
 

@@ -19,6 +19,7 @@ from megatron_kd.losses import PADDING_ID, SparseKnowledge, SparseTargetKind
 from megatron_kd.parallel.groups import own_part
 from megatron_kd.teachers.cache.cache_reader import LogitCache, View, token_hash
 from megatron_kd.teachers.cache.codec import Codec, DecodedChunk
+from megatron_kd.teachers.interface import Announced
 
 
 class CachedTeacher:
@@ -44,7 +45,8 @@ class CachedTeacher:
         self._cache, self._dataset, self._kind, self._is_needed = cache, dataset, kind, is_needed
         self._context_group = context_group
         self._thread = ThreadPoolExecutor(1, "cache reader")
-        self._ahead: dict[int, Future] = {}
+        self._announced = Announced(())
+        self._ahead: list[Future] = []
 
     @classmethod
     def open(
@@ -73,9 +75,9 @@ class CachedTeacher:
 
     def begin_step(self, batches: Sequence[Batch], *, scheduled: bool = True) -> None:
         """Start to decode the knowledge of a step."""
-        self._ahead.clear()
         if self._is_needed:
-            self._ahead = {id(batch): self._thread.submit(self._read, batch) for batch in batches}
+            self._announced = Announced(batches)
+            self._ahead = [self._thread.submit(self._read, batch) for batch in batches]
 
     def knowledge(self, batch: Batch) -> SparseKnowledge | None:
         """[tokens, K] ids and weights of this rank's positions in sequence-major order, on the ranks that need them;
@@ -86,8 +88,7 @@ class CachedTeacher:
         """
         if not self._is_needed:
             return None
-        ahead = self._ahead.pop(id(batch), None)
-        ids, weights, tail = self._read(batch) if ahead is None else ahead.result()
+        ids, weights, tail = self._ahead[self._announced.take(batch)].result()
         device = batch.tokens.device
         return SparseKnowledge(
             ids=ids.to(device, non_blocking=True),

@@ -27,7 +27,7 @@ from megatron_kd.losses import DenseKnowledge, OutputHead
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import is_last_stage
 from megatron_kd.parallel.schedule import forward_only
-from megatron_kd.teachers.interface import Decision
+from megatron_kd.teachers.interface import Announced, Decision
 from megatron_kd.teachers.remote.routing import Item, Routing
 from megatron_kd.teachers.remote.transport import Carrier, Transfer, reshard_head
 
@@ -70,14 +70,14 @@ class ColocatedTeacher:
         """Micro-batches that went through this rank's layers."""
         self._position = 0
         self._inputs: dict[Item, tuple[Tensor, Tensor]] = {}
-        self._numbers: dict[int, int] = {}
+        self._announced: Announced = Announced(())
         self._next_round = 0
         self._head = self._student_head(student_rows)
 
     def begin_step(self, batches: Sequence[Batch], *, scheduled: bool = True) -> None:
         """Make the step's token ids known to all ranks; run all its passes ahead of a pipelined student."""
         self.stash.clear()
-        self._numbers = {id(batch): number for number, batch in enumerate(batches)}
+        self._announced = Announced(batches)
         self._inputs = self._gather(batches)
         self._next_round = 0
         while self._routing.student.pipeline > 1 and self._next_round < len(batches):
@@ -101,7 +101,7 @@ class ColocatedTeacher:
         None before the last stage."""
         if self._head is None:
             return None
-        number = self._numbers[id(batch)]
+        number = self._announced.take(batch)
         while number >= self._next_round:
             self._run_wave()
         return DenseKnowledge(hidden=self.stash.take(number).flatten(0, 1), head=self._head)
@@ -112,7 +112,7 @@ class ColocatedTeacher:
 
     def _run_wave(self) -> None:
         """The next rounds: teacher passes, then their hidden states to the student's last stage."""
-        stop = min(self._next_round + self._rounds_a_wave(), len(self._numbers))
+        stop = min(self._next_round + self._rounds_a_wave(), len(self._announced))
         items = self._routing.items(range(self._next_round, stop))
         self._next_round = stop
         own = [item for item in items if self._replica_of(item) == self._groups.dp.rank()]
@@ -128,7 +128,7 @@ class ColocatedTeacher:
         return max(1, -(-teacher.data * of_a_replica // student.data))
 
     def _replica_of(self, item: Item) -> int:
-        return self._routing.replica(self._position, item, len(self._numbers))
+        return self._routing.replica(self._position, item, len(self._announced))
 
     @torch.no_grad()
     def _forward(self, items: Sequence[Item]) -> list[Tensor]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Iterator, Literal, Protocol, Sequence
 
 from megatron_kd.data.batch import Batch
+from megatron_kd.errors import DataError
 from megatron_kd.losses import DenseKnowledge, SparseKnowledge
 
 
@@ -129,10 +130,44 @@ class Teacher(Protocol):
         """
 
     def knowledge(self, batch: Batch) -> DenseKnowledge | SparseKnowledge | None:
-        """The teacher's knowledge about one of the announced ``batch`` objects, on the student's last pipeline stage
-        (under context parallelism about this rank's positions); None elsewhere. Each is asked for once, in the
-        announced order, on all ranks of that stage."""
+        """Return the teacher's knowledge about ``batch``, the next of the announced ones (see :class:`Announced`).
+
+        Knowledge is given on the student's last pipeline stage, under context parallelism about this rank's positions;
+        None elsewhere. Each batch is asked for once, in the announced order, on all ranks of that stage.
+        """
 
     def follow(self, decision: Decision) -> None:
         """Learn what the training loop does next (see control.py): once before the first batch, then after each.
         Collective over the student's ranks. After STOP nothing is asked any more."""
+
+
+class Announced:
+    """The micro-batches of a step, which are asked for in the order in which they were announced."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self._keys = [batch.key for batch in batches]
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether all of them have been asked for."""
+        return self._next == len(self._keys)
+
+    def take(self, batch: Batch) -> int:
+        """Return the number of the micro-batch that is asked for next, which must be ``batch``.
+
+        Raises:
+            DataError: it is another one.
+        """
+        number = self._next
+        if self.is_exhausted or self._keys[number] != batch.key:
+            expected = "none is left" if self.is_exhausted else f"micro-batch {number} has key {self._keys[number]:#x}"
+            raise DataError(
+                f"the teacher is asked about a micro-batch with key {batch.key:#x}, where {expected} of the "
+                f"{len(self)} that were announced: ask for all of them once, in their order"
+            )
+        self._next += 1
+        return number

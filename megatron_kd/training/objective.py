@@ -6,7 +6,7 @@ Losses are sums with their counts; the one division happens in ``finalize_model_
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, ClassVar, Iterator, Literal, Mapping
+from typing import Any, Callable, ClassVar, Iterator, Literal, Mapping, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,10 @@ from torch import Tensor
 from megatron_kd.data.batch import Batch
 from megatron_kd.errors import ConfigError
 from megatron_kd.losses import (
-    LM_ONLY,
+    DenseKnowledge,
     DistillationObjective,
+    LossOutput,
+    SparseKnowledge,
     Workspace,
     divergence_from_config,
     linear_distillation_loss,
@@ -25,10 +27,10 @@ from megatron_kd.losses import (
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import own_part
 from megatron_kd.teachers.interface import Teacher
-from megatron_kd.training.methods.batches import AuxiliaryBatch
 from megatron_kd.training.methods.method_config import DistiLLMConfig, GKDConfig, MiniLLMConfig, RolloutConfig
 
 LossReduction = Literal["token", "sequence"]
+Knowledge = DenseKnowledge | SparseKnowledge
 REPORTED_SUMS = ("loss", "lm", "kd", "teacher_entropy", "tokens", "count")
 METHODS_WITH_TEXT = ("gkd", "distillm", "minillm")
 
@@ -150,97 +152,158 @@ def build_objective(config: DistillationConfig) -> DistillationObjective:
     )
 
 
-class MicroBatchLoss:
-    """Megatron-Core's ``forward_step_func``: a micro-batch through the student, its loss with a teacher's knowledge."""
+def pretraining_uses_teacher(config: DistillationConfig) -> bool:
+    """Whether the pre-training loss beside generated text has a distillation term: in MiniLLM, with a ``kd_ratio``."""
+    return config.method == "minillm" and config.pretraining_weight > 0 and build_objective(config).kd_weight > 0
 
-    extra: tuple[str, ...] = ()
-    """Names of sums that are reported beside the usual ones."""
+
+class FusedLoss:
+    """Calls the fused loss the same way for every objective of a run.
+
+    Args:
+        groups: the student's.
+        config: backend and memory budget.
+    """
+
+    def __init__(self, groups: ProcessGroupCollection, config: LossConfig | None = None) -> None:
+        self.groups = groups
+        self._config = config or LossConfig()
+        self._workspace = Workspace()
+
+    def __call__(
+        self,
+        batch: Batch,
+        model: HiddenStateGPTModel,
+        hidden: Tensor,
+        weights: Tensor,
+        objective: DistillationObjective,
+        knowledge: Knowledge | None = None,
+    ) -> LossOutput:
+        """Return the weighted loss sums of a micro-batch.
+
+        Args:
+            hidden: the student's final hidden states, [s, b, h].
+            weights: [s · b], of this rank's positions, see :func:`sequence_major`.
+        """
+        return linear_distillation_loss(
+            hidden,
+            model.output_head(),
+            sequence_major(batch.labels, self.groups.cp),
+            weights,
+            objective,
+            knowledge,
+            tp_group=self.groups.tp,
+            sequence_parallel=model.config.sequence_parallel,
+            tile_bytes=self._config.tile_bytes,
+            backend=self._config.backend,
+            workspace=self._workspace,
+        )
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """What one micro-batch adds to a step."""
+
+    loss: Tensor
+    """Differentiable sum over the micro-batch, 0-d, nats."""
+    count: Tensor
+    """What it adds to the number by which the step's loss is divided, 0-d."""
+    reported: dict[str, Tensor]
+    """Detached sums for the log, by name, 0-d."""
+
+
+class BatchLoss(Protocol):
+    """The loss of the micro-batches of one role."""
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the teacher is asked about them."""
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """Names of sums that are reported beside the usual ones."""
+
+    def __call__(
+        self, batch: Batch, model: HiddenStateGPTModel, hidden: Tensor, knowledge: Knowledge | None
+    ) -> LossSums:
+        """Compute a micro-batch's loss on the last pipeline stage."""
+
+
+class DistillationLoss:
+    """(1 - kd_ratio) · LM + kd_ratio · divergence: the loss of all methods but MiniLLM."""
 
     def __init__(
         self,
         objective: DistillationObjective,
-        teacher: Teacher | None,
-        groups: ProcessGroupCollection,
+        fused: FusedLoss,
         reduction: LossReduction,
-        unwrap: Callable[[torch.nn.Module], HiddenStateGPTModel],
-        pretraining: DistillationObjective | None = None,
-        execution: LossConfig | None = None,
+        *,
+        uses_teacher: bool = True,
         reports_tail_mass: bool = False,
-    ):
-        self._objective, self._pretraining = objective, pretraining or LM_ONLY
-        if reports_tail_mass:
-            self.extra = (*self.extra, "tail_mass")
-        if pretraining is not None:
-            self.extra = (*self.extra, "pretraining")
-        self._teacher = teacher
-        self._groups = groups
-        self._reduction = reduction
-        self._unwrap = unwrap
-        self._execution = execution or LossConfig()
-        self._workspace = Workspace()
+    ) -> None:
+        self._objective, self._fused, self._reduction = objective, fused, reduction
+        self.uses_teacher = uses_teacher
+        self.extra = ("tail_mass",) if reports_tail_mass else ()
 
-    def __call__(self, batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        """Forward one micro-batch through ``chunk``; the second value computes the loss on the last stage."""
-        batch = next(batches)
-        model = self._unwrap(chunk)
-        asks = self._teacher is not None and model.post_process and self.needs_knowledge(batch)
-        knowledge = self._teacher.knowledge(batch) if asks else None
-        hidden = chunk(batch.tokens, batch.position_ids, None)
-
-        def loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            loss_sum, count, sums = self.loss_of(batch, model, output, knowledge)
-            zero = loss_sum.detach().new_zeros(())
-            sums = {**sums, "count": count}
-            row = torch.stack([_or_zero(sums.get(name), zero) for name in self.reported])
-            return loss_sum, count.int(), {"sums": row}
-
-        return hidden, loss
-
-    @property
-    def reported(self) -> tuple[str, ...]:
-        """Names of all reported sums, in order."""
-        return (*REPORTED_SUMS, *self.extra)
-
-    @property
-    def pretraining_uses_teacher(self) -> bool:
-        """Whether the pre-training loss beside generated text has a distillation term."""
-        return self._pretraining.kd_weight > 0
-
-    def needs_knowledge(self, batch: Batch) -> bool:
-        """Whether the teacher is asked about a micro-batch: not where the pre-training loss beside is LM alone."""
-        return not isinstance(batch, AuxiliaryBatch) or self.pretraining_uses_teacher
-
-    def loss_of(
-        self, batch: Batch, model: HiddenStateGPTModel, hidden: Tensor, knowledge: Any
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """A micro-batch's differentiable loss sum, what it adds to the denominator, and the sums that are reported."""
-        weights, count = token_weights(batch, self._reduction, self._groups.cp)
-        is_auxiliary = isinstance(batch, AuxiliaryBatch)
-        result = linear_distillation_loss(
-            hidden,
-            model.output_head(),
-            sequence_major(batch.labels, self._groups.cp),
-            weights * batch.scale if is_auxiliary else weights,
-            self._pretraining if is_auxiliary else self._objective,
-            knowledge,
-            tp_group=self._groups.tp,
-            sequence_parallel=model.config.sequence_parallel,
-            tile_bytes=self._execution.tile_bytes,
-            backend=self._execution.backend,
-            workspace=self._workspace,
-        )
-        value = result.loss_sum.detach()
-        if is_auxiliary:
-            return result.loss_sum, torch.zeros_like(count), {"loss": value, "pretraining": value}
-        sums = {
-            "loss": value,
+    def __call__(
+        self, batch: Batch, model: HiddenStateGPTModel, hidden: Tensor, knowledge: Knowledge | None
+    ) -> LossSums:
+        """See :class:`BatchLoss`."""
+        weights, count = token_weights(batch, self._reduction, self._fused.groups.cp)
+        result = self._fused(batch, model, hidden, weights, self._objective, knowledge)
+        reported = {
+            "loss": result.loss_sum.detach(),
             "lm": result.lm_sum,
             "kd": result.kd_sum,
             "teacher_entropy": result.teacher_entropy_sum,
             "tail_mass": result.tail_mass_sum,
             "tokens": result.token_count,
         }
-        return result.loss_sum, count, sums
+        known = {name: value for name, value in reported.items() if value is not None}
+        return LossSums(result.loss_sum, count, known)
+
+
+class MicroBatchLoss:
+    """Megatron-Core's ``forward_step_func``: a micro-batch through the student, then the loss of its role.
+
+    Args:
+        losses: role of a micro-batch -> its loss; ``main`` is that of batches without a payload.
+        unwrap: gives the model inside DDP.
+    """
+
+    def __init__(
+        self,
+        losses: Mapping[str, BatchLoss],
+        teacher: Teacher | None,
+        unwrap: Callable[[torch.nn.Module], HiddenStateGPTModel],
+    ):
+        self._losses, self._teacher, self._unwrap = losses, teacher, unwrap
+        self.extra = tuple(name for loss in losses.values() for name in loss.extra)
+        """Names of sums that are reported beside the usual ones."""
+        self.reported = (*REPORTED_SUMS, *self.extra)
+        """Names of all reported sums, in order."""
+
+    def __call__(self, batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        """Forward one micro-batch through ``chunk``; the second value computes the loss on the last stage."""
+        batch = next(batches)
+        model = self._unwrap(chunk)
+        knowledge = None
+        if self._teacher is not None and model.post_process and self.needs_knowledge(batch):
+            knowledge = self._teacher.knowledge(batch)
+        hidden = chunk(batch.tokens, batch.position_ids, None)
+
+        def loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            sums = self._losses[batch.role](batch, model, output, knowledge)
+            zero = sums.loss.detach().new_zeros(())
+            known = {**sums.reported, "count": sums.count}
+            row = torch.stack([known[name].detach().to(zero) if name in known else zero for name in self.reported])
+            return sums.loss, sums.count.int(), {"sums": row}
+
+        return hidden, loss
+
+    def needs_knowledge(self, batch: Batch) -> bool:
+        """Whether the teacher is asked about a micro-batch."""
+        return self._losses[batch.role].uses_teacher
 
 
 def sequence_major(values: Tensor, context_group: dist.ProcessGroup | None = None) -> Tensor:
@@ -264,7 +327,3 @@ def token_weights(
 
 def _sequences(batch: Batch) -> Tensor:
     return (batch.loss_mask.sum(dim=1) > 0).sum()
-
-
-def _or_zero(value: Tensor | None, zero: Tensor) -> Tensor:
-    return zero if value is None else value.detach().to(zero)

@@ -34,7 +34,7 @@ from megatron_kd.training.checkpoint import (
 )
 from megatron_kd.training.fault_tolerance import Survival
 from megatron_kd.training.methods.source import BatchSource, Place, restore_source, source_files
-from megatron_kd.training.objective import METHODS_WITH_TEXT, build_objective
+from megatron_kd.training.objective import METHODS_WITH_TEXT, build_objective, pretraining_uses_teacher
 from megatron_kd.training.optimizer import learning_rate
 from megatron_kd.training.setup import heldout_teacher, unwrap
 from megatron_kd.training.teacher_process import build_schedule
@@ -80,7 +80,7 @@ class Trainer:
             positions=config.training.global_batch_size * self._seq_length,
             seq_length=self._seq_length,
             has_pretraining=config.distillation.pretraining_weight > 0,
-            pretraining_has_teacher=step.micro_batch_loss.pretraining_uses_teacher,
+            pretraining_has_teacher=pretraining_uses_teacher(config.distillation),
         )
 
     def run(self, progress: Progress) -> None:

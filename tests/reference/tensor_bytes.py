@@ -83,7 +83,7 @@ def _one_step(
     config: Any, data: Any, groups: Any, teacher: Any, model: Any, unwrap: Any, optimizer: Any, device: torch.device
 ) -> dict:
     from megatron_kd.teachers.interface import Action, Decision
-    from megatron_kd.training.objective import MicroBatchLoss, build_objective
+    from megatron_kd.training.methods.method_builders import build_loss
     from megatron_kd.training.train_step import TrainStep
 
     settings = config.training
@@ -97,9 +97,7 @@ def _one_step(
         groups=groups,
         teacher=teacher,
         clip_grad=1.0,
-        micro_batch_loss=MicroBatchLoss(
-            build_objective(config.distillation), teacher, groups, settings.loss_reduction, unwrap
-        ),
+        micro_batch_loss=build_loss(config, teacher, groups),
     )
     if teacher is not None:
         teacher.follow(Decision(Action.CONTINUE, 0, 0))
@@ -114,7 +112,7 @@ def _one_step(
         torch.cuda.reset_peak_memory_stats()
         step(batches, 1e-3)
         peak = {"peak": float(torch.cuda.max_memory_allocated())}
-    kept = step.micro_batch_loss._workspace._kept.values()
+    kept = step.micro_batch_loss._losses["main"]._fused._workspace._kept.values()
     return {"saved": float(ledger.peak), "loss_tiles": float(sum(buffer.nbytes for buffer in kept)), **peak}
 
 

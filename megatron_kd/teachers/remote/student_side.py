@@ -21,7 +21,7 @@ from megatron_kd.data.batch import Batch
 from megatron_kd.errors import DataError
 from megatron_kd.losses import DenseKnowledge, OutputHead, SparseKnowledge
 from megatron_kd.parallel.groups import is_last_stage
-from megatron_kd.teachers.interface import Action, Decision
+from megatron_kd.teachers.interface import Action, Announced, Decision
 from megatron_kd.teachers.remote.payloads import HEADER_NUMBERS, Header, Payload
 from megatron_kd.teachers.remote.routing import Destination, Item, Routing
 from megatron_kd.teachers.remote.transport import Bridge, Order, OrderLog
@@ -86,7 +86,8 @@ class RemoteTeacher:
         self._limit = train_iters
         self._due: deque[_Due] = deque()
         self._receives: deque[_Receive] = deque()
-        self._announced: dict[int, Header] = {}
+        self._announced = Announced(())
+        self._expected: list[Header] = []
         self.waited_seconds = 0.0
         """How long this rank has waited for hand-offs."""
 
@@ -116,7 +117,8 @@ class RemoteTeacher:
             order = self._with_inputs(batches)
             number = order.number
             self._order(order, batches)
-        self._announced = {id(batch): Header(number, m, batch.token_hash()) for m, batch in enumerate(batches)}
+        self._announced = Announced(batches)
+        self._expected = [Header(number, m, batch.key) for m, batch in enumerate(batches)]
         self._device = batches[0].tokens.device
         self._post()
 
@@ -128,7 +130,7 @@ class RemoteTeacher:
         """
         if not self._takes:
             return None
-        expected, receive = self._announced.pop(id(batch)), self._receives.popleft()
+        expected, receive = self._expected[self._announced.take(batch)], self._receives.popleft()
         started = time.perf_counter()
         found = receive.wait()
         self.waited_seconds += time.perf_counter() - started
@@ -174,7 +176,7 @@ class RemoteTeacher:
         """An order that carries the token ids of all data-parallel ranks. Collective over them."""
         own = torch.stack([torch.stack([batch.tokens, batch.position_ids]) for batch in batches])
         chunks = torch.stack([batch.chunk_indices for batch in batches])
-        hashes = torch.tensor([batch.token_hash() for batch in batches], device=own.device)
+        hashes = torch.tensor([batch.key for batch in batches], device=own.device)
         return Order(inputs=self._gather(own), chunks=self._gather(chunks), hashes=self._gather(hashes))
 
     def _gather(self, values: Tensor) -> Tensor:

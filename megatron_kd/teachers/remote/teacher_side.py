@@ -112,7 +112,7 @@ class TeacherRanks:
             return tokens, positions, order.chunks[place], int(order.hashes[place])
         batch = self._batches.read(order.position, item)
         moved = batch.to(self._device)
-        return moved.tokens, moved.position_ids, self._batches.identities(batch), batch.token_hash()
+        return moved.tokens, moved.position_ids, self._batches.identities(batch), batch.key
 
     def _start(self, order: Order, item: Item, inputs: tuple[Tensor, Tensor, Tensor, int]) -> tuple[Tensor, Tensor]:
         self.started.append((order.number, item, time.monotonic()))

@@ -22,7 +22,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_kd.data.batch import Batch
 from megatron_kd.data.random_numbers import sequence_seeds, uniform, uniforms
-from megatron_kd.training.methods.batches import Texts
+from megatron_kd.training.methods.generated_text import Texts, text_of
 from megatron_kd.training.methods.method_config import DistiLLMConfig
 from megatron_kd.training.methods.source import Place, StepBatches, TextCounts
 from megatron_kd.training.methods.text_writer import PolicyMaker, TextWriter, gather_rows, own_rows
@@ -75,7 +75,7 @@ class DistiLLMSource:
             return StepBatches(list(self._writer.cut(own, dataset)), facts)
         self.counts.student += self._global_batch_size
         made = self._writer.write(self._student, dataset, place.position, "student text")
-        texts = Texts.joined([batch.texts for batch in made])
+        texts = Texts.joined([text_of(batch).texts for batch in made])
         self.buffer.push(gather_rows(texts, len(made), self._groups))
         return StepBatches(list(made), facts)
 

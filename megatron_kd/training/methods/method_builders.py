@@ -9,30 +9,42 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import LayoutError
 from megatron_kd.generation import Decoder, MixedPolicy, ModelPolicy
+from megatron_kd.losses import LM_ONLY
 from megatron_kd.teachers.colocated import ColocatedTeacher
 from megatron_kd.teachers.interface import Teacher
 from megatron_kd.training.methods.distillm import DistiLLMSource
 from megatron_kd.training.methods.gkd import GKDSource
 from megatron_kd.training.methods.minillm import MiniLLMLoss, MiniLLMSource, main_count
-from megatron_kd.training.methods.source import BatchSource, DatasetSource, PretrainingBeside
+from megatron_kd.training.methods.pretraining import PretrainingBeside, PretrainingLoss
+from megatron_kd.training.methods.source import BatchSource, DatasetSource
 from megatron_kd.training.methods.text_writer import PolicyMaker, TextWriter
-from megatron_kd.training.objective import METHODS_WITH_TEXT, MicroBatchLoss, build_objective, token_weights
+from megatron_kd.training.objective import (
+    METHODS_WITH_TEXT,
+    BatchLoss,
+    DistillationLoss,
+    FusedLoss,
+    MicroBatchLoss,
+    build_objective,
+    token_weights,
+)
 from megatron_kd.training.setup import unwrap
 from megatron_kd.training.train_config import TrainConfig
 
 
 def build_loss(config: TrainConfig, teacher: Teacher | None, groups: ProcessGroupCollection) -> MicroBatchLoss:
-    """The loss of a micro-batch under ``distillation.method``."""
+    """Build the loss of a micro-batch under ``distillation.method``."""
     settings, reduction = config.distillation, config.training.loss_reduction
-    objective = build_objective(settings)
+    objective, fused = build_objective(settings), FusedLoss(groups, settings.loss)
+    losses: dict[str, BatchLoss] = {}
     if settings.method == "minillm":
-        pretraining = objective if settings.pretraining_weight > 0 else None
-        return MiniLLMLoss(settings.minillm, objective, teacher, groups, reduction, unwrap, pretraining, settings.loss)
-    pretraining = build_objective(type(settings)()) if settings.pretraining_weight > 0 else None
-    sparse = config.teacher.gives_sparse_knowledge
-    return MicroBatchLoss(
-        objective, teacher, groups, reduction, unwrap, pretraining, settings.loss, reports_tail_mass=sparse
-    )
+        losses["main"] = MiniLLMLoss(settings.minillm, fused)
+    else:
+        sparse = config.teacher.gives_sparse_knowledge
+        losses["main"] = DistillationLoss(objective, fused, reduction, reports_tail_mass=sparse)
+    if settings.pretraining_weight > 0:
+        pretraining = objective if settings.method == "minillm" else LM_ONLY
+        losses["pretraining"] = PretrainingLoss(pretraining, fused, reduction)
+    return MicroBatchLoss(losses, teacher, unwrap)
 
 
 def build_lm_term(config: TrainConfig, groups: ProcessGroupCollection) -> MicroBatchLoss | None:
@@ -40,8 +52,8 @@ def build_lm_term(config: TrainConfig, groups: ProcessGroupCollection) -> MicroB
     if config.metrics.kd_lm_gradient_ratio_interval is None:
         return None
     objective = dataclasses.replace(build_objective(config.distillation), kd_weight=0.0)
-    reduction = config.training.loss_reduction
-    return MicroBatchLoss(objective, None, groups, reduction, unwrap, execution=config.distillation.loss)
+    fused = FusedLoss(groups, config.distillation.loss)
+    return MicroBatchLoss({"main": DistillationLoss(objective, fused, config.training.loss_reduction)}, None, unwrap)
 
 
 def build_source(

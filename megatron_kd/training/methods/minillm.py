@@ -11,29 +11,28 @@ A token costs two student forward passes (drawing, training) and two of the teac
 Rollouts that several steps train on, as a checkpoint keeps them: whole, in the order of the global batch.
 """
 
-import dataclasses
-from dataclasses import dataclass
-from typing import Any, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Mapping, Sequence, cast
 
 import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_kd.data.batch import Batch
+from megatron_kd.data.batch import Batch, moved
 from megatron_kd.errors import ConfigError
 from megatron_kd.losses import (
     DenseKnowledge,
     DistillationObjective,
+    LossOutput,
     ReverseKL,
-    SparseKnowledge,
     linear_distillation_loss,
 )
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import is_last_stage, sum_over_group
 from megatron_kd.teachers.interface import Teacher
 from megatron_kd.training.methods import policy_gradient as pg
-from megatron_kd.training.methods.batches import GeneratedBatch, Texts
+from megatron_kd.training.methods.generated_text import GeneratedText, Texts, text_of
 from megatron_kd.training.methods.method_config import MiniLLMConfig
 from megatron_kd.training.methods.source import Place, StepBatches, TextCounts
 from megatron_kd.training.methods.text_writer import (
@@ -43,23 +42,27 @@ from megatron_kd.training.methods.text_writer import (
     gather_values,
     own_row_numbers,
 )
-from megatron_kd.training.objective import LossConfig, MicroBatchLoss, sequence_major
+from megatron_kd.training.objective import FusedLoss, Knowledge, LossConfig, LossSums, sequence_major
 
 
 @dataclass(frozen=True)
-class RolloutBatch(GeneratedBatch):
-    """A generated micro-batch with what its policy gradient is made of (last pipeline stage only).
+class Rollout:
+    """Payload of a micro-batch on the last pipeline stage: generated text, and what its policy gradient is made of.
 
-    ``rewards`` [b, s] are log p - log q of the drawn tokens, by the policy that drew them.
+    Attributes:
+        text: the sequences, with log q, log p and log p̃ of every drawn id.
+        terms: what the loss is made of.
+        rewards: [b, s], log p - log q of the drawn ids, by the policy that drew them.
     """
 
-    terms: pg.PolicyTerms | None = None
-    rewards: Tensor | None = None
+    role: ClassVar[str] = "main"
+    text: GeneratedText
+    terms: pg.PolicyTerms
+    rewards: Tensor
 
-
-def _as_rollout(batch: GeneratedBatch, terms: pg.PolicyTerms, rewards: Tensor) -> RolloutBatch:
-    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(GeneratedBatch)}
-    return RolloutBatch(**fields, terms=terms, rewards=rewards)
+    def to(self, device: torch.device | str) -> "Rollout":
+        """Return the payload with its tensors on another device."""
+        return Rollout(self.text.to(device), self.terms.to(device), moved(self.rewards, device))
 
 
 class MiniLLMSource:
@@ -83,7 +86,7 @@ class MiniLLMSource:
         self._execution = execution or LossConfig()
         self._global_batch_size = global_batch_size
         self.counts = TextCounts()
-        self._rollouts: list[GeneratedBatch] | None = None
+        self._rollouts: list[Batch] | None = None
         self._kept: dict[str, np.ndarray] | None = None
         self._block: int | None = None
 
@@ -99,47 +102,49 @@ class MiniLLMSource:
         made = self._with_terms(self._rollouts) if is_last_stage(self._groups) else self._rollouts
         return StepBatches(list(made), {"origin": "mixed" if self._config.teacher_mix else "student"})
 
-    def _roll_out(self, place: Place, dataset: Sequence[Batch]) -> list[GeneratedBatch]:
+    def _roll_out(self, place: Place, dataset: Sequence[Batch]) -> list[Batch]:
         self.counts.student += self._global_batch_size
         self.counts.teacher += self._global_batch_size
         made = self._writer.write(self._policy, dataset, place.position, "rollout")
         return self._scored(made) if self._config.teacher_mix == 0 else made
 
-    def _scored(self, made: Sequence[GeneratedBatch]) -> list[GeneratedBatch]:
+    def _scored(self, made: Sequence[Batch]) -> list[Batch]:
         """With the teacher's log-probabilities, by a forward pass over the whole sequences."""
         self._teacher.begin_step(made, scheduled=False)
         scored = []
         for batch in made:
             knowledge = self._teacher.knowledge(batch)
-            known = dict(batch.log_probabilities)
+            text = text_of(batch)
+            known = dict(text.log_probabilities)
             if is_last_stage(self._groups):
                 known |= {"log_p": teacher_log_probabilities(batch, knowledge, self._groups, self._execution)}
                 known |= {"log_mixed": known["log_q"]}
-            scored.append(dataclasses.replace(batch, log_probabilities=known))
+            scored.append(replace(batch, payload=GeneratedText(text.texts, known)))
         return scored
 
-    def _with_terms(self, made: Sequence[GeneratedBatch]) -> list[RolloutBatch]:
+    def _with_terms(self, made: Sequence[Batch]) -> list[Batch]:
+        texts = [text_of(batch) for batch in made]
         known = [
-            (*(batch.log_probabilities[name] for name in ("log_p", "log_q", "log_mixed")), batch.loss_mask)
-            for batch in made
+            (*(text.log_probabilities[name] for name in ("log_p", "log_q", "log_mixed")), batch.loss_mask)
+            for batch, text in zip(made, texts)
         ]
         if self._config.variant == "paper":
             terms = [pg.paper_terms(*values, self._config) for values in known]
         else:
             terms = self._released_terms(made, known)
         return [
-            _as_rollout(batch, term, pg.rewards(log_p, log_q, mask))
-            for batch, term, (log_p, log_q, _, mask) in zip(made, terms, known)
+            replace(batch, payload=Rollout(text, term, pg.rewards(log_p, log_q, mask)))
+            for batch, text, term, (log_p, log_q, _, mask) in zip(made, texts, terms, known)
         ]
 
     def _released_terms(
-        self, made: Sequence[GeneratedBatch], known: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]
+        self, made: Sequence[Batch], known: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]
     ) -> list[pg.PolicyTerms]:
         """Advantages whitened over the global batch, the places after a response's end among them."""
         advantages = [pg.released_rewards_to_come(p, q, mask, self._config) for p, q, _, mask in known]
         sums, places = torch.zeros(2, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for values, batch in zip(advantages, made):
-            part, count = pg.moments(values, batch.loss_mask, self._writer.response_places(batch.texts))
+            part, count = pg.moments(values, batch.loss_mask, self._writer.response_places(text_of(batch).texts))
             sums, places = sums + part.cpu(), places + count
         together = torch.cat([sums, places.unsqueeze(0)]).to(known[0][0].device)
         together = sum_over_group(together, self._groups.dp)
@@ -167,82 +172,70 @@ class MiniLLMSource:
         self._block = block_of(self._kept)
 
 
-class MiniLLMLoss(MicroBatchLoss):
-    """The loss of a rollout micro-batch; other batches are the dataset's, with the pre-training objective.
+class MiniLLMLoss:
+    """The loss of a rollout micro-batch: policy gradient and, of each next token, the reverse KL.
 
     Reports beside the usual sums: the policy term, the reward, how much of the policy term was clipped.
     """
 
     extra = ("policy", "reward", "clipped")
+    uses_teacher = True
 
-    def __init__(self, config: MiniLLMConfig, *arguments: Any, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        self._config = config
+    def __init__(self, config: MiniLLMConfig, fused: FusedLoss) -> None:
+        self._config, self._fused = config, fused
         self._single_step = DistillationObjective(lm_weight=0.0, kd_weight=1.0, divergence=ReverseKL())
         self._policy = DistillationObjective(lm_weight=1.0, kd_weight=0.0)
 
-    def loss_of(
-        self, batch: Batch, model: HiddenStateGPTModel, hidden: Tensor, knowledge: Any
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """See :class:`~megatron_kd.training.objective.MicroBatchLoss`."""
-        if not isinstance(batch, RolloutBatch):
-            return super().loss_of(batch, model, hidden, knowledge)
-        terms, mask = self._terms(batch, model, hidden), batch.loss_mask
+    def __call__(
+        self, batch: Batch, model: HiddenStateGPTModel, hidden: Tensor, knowledge: Knowledge | None
+    ) -> LossSums:
+        """See :class:`~megatron_kd.training.objective.BatchLoss`."""
+        rollout = cast(Rollout, batch.payload)
+        terms, mask = self._terms(batch, rollout, model, hidden), batch.loss_mask
         value, coefficient = pg.surrogate(terms.ratio, terms.advantages, self._config.clip)
-        policy = self._fused(batch, model, hidden, coefficient, self._policy, None)
+        policy = self._fused(batch, model, hidden, _weights(coefficient, mask), self._policy)
+        weights = _weights(terms.single_step_weights, mask)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._config.single_step):  # main_grad is added to now
-            exact = self._fused(batch, model, hidden, terms.single_step_weights, self._single_step, knowledge)
+            exact = self._fused(batch, model, hidden, weights, self._single_step, knowledge)
+        assert exact.kd_sum is not None and exact.teacher_entropy_sum is not None  # the teacher gives all of p
         policy_value = -(value * mask).sum()
         loss, total = policy.loss_sum, policy_value
         if self._config.single_step:
             loss, total = loss + exact.loss_sum, total + exact.kd_sum
-        sums = {
+        reported = {
             "loss": total,
             "kd": exact.kd_sum,
             "teacher_entropy": exact.teacher_entropy_sum,
             "tokens": mask.sum(),
             "policy": policy_value,
-            "reward": batch.rewards.sum(),
+            "reward": rollout.rewards.sum(),
             "clipped": ((coefficient == 0) & (terms.ratio * terms.advantages != 0)).sum(),
         }
-        return loss, main_count(batch, self._config), sums
+        return LossSums(loss, main_count(batch, self._config), reported)
 
-    def _terms(self, batch: RolloutBatch, model: HiddenStateGPTModel, hidden: Tensor) -> pg.PolicyTerms:
-        """As rolled out; with inner epochs the weights are those of the policy that is trained by now."""
+    def _terms(self, batch: Batch, rollout: Rollout, model: HiddenStateGPTModel, hidden: Tensor) -> pg.PolicyTerms:
+        """Return the rollout's terms; with inner epochs, weighted by the policy that is being trained."""
         if self._config.inner_epochs == 1:
-            return batch.terms
+            return rollout.terms
+        mask = batch.loss_mask
         with torch.no_grad():
-            result = self._fused(batch, model, hidden, torch.ones_like(batch.loss_mask), self._policy, None)
-        rows, length = batch.tokens.shape
-        log_q = -result.token_lm_losses.view(length, rows).transpose(0, 1)
-        ratio = pg.importance_ratio(
-            log_q, batch.log_probabilities["log_mixed"], batch.loss_mask, self._config.importance
-        )
+            result = self._fused(batch, model, hidden, sequence_major(mask), self._policy)
+        log_q = label_log_probabilities(result, batch)
+        log_drawn = rollout.text.log_probabilities["log_mixed"]
+        ratio = pg.importance_ratio(log_q, log_drawn, mask, self._config.importance)
         weights = ratio if self._config.variant == "paper" else 1.0
-        return pg.PolicyTerms(ratio, batch.terms.advantages, weights * batch.loss_mask)
+        return pg.PolicyTerms(ratio, rollout.terms.advantages, weights * mask)
 
-    def _fused(
-        self,
-        batch: Batch,
-        model: HiddenStateGPTModel,
-        hidden: Tensor,
-        weights: Tensor,
-        objective: DistillationObjective,
-        knowledge: Any,
-    ):
-        return linear_distillation_loss(
-            hidden,
-            model.output_head(),
-            sequence_major(batch.labels),
-            sequence_major(weights * batch.loss_mask),
-            objective,
-            knowledge,
-            tp_group=self._groups.tp,
-            sequence_parallel=model.config.sequence_parallel,
-            tile_bytes=self._execution.tile_bytes,
-            backend=self._execution.backend,
-            workspace=self._workspace,
-        )
+
+def _weights(weights: Tensor, mask: Tensor) -> Tensor:
+    return sequence_major(weights * mask)
+
+
+def label_log_probabilities(result: LossOutput, batch: Batch) -> Tensor:
+    """Return the log-probability of every label [b, s], 0 outside the mask, from a loss without gradients."""
+    assert result.token_lm_losses is not None  # given where gradients are off
+    rows, length = batch.tokens.shape
+    return -result.token_lm_losses.view(length, rows).transpose(0, 1)
 
 
 def main_count(batch: Batch, config: MiniLLMConfig) -> Tensor:
@@ -253,7 +246,7 @@ def main_count(batch: Batch, config: MiniLLMConfig) -> Tensor:
 
 @torch.no_grad()
 def teacher_log_probabilities(
-    batch: Batch, knowledge: DenseKnowledge | SparseKnowledge, groups: ProcessGroupCollection, execution: LossConfig
+    batch: Batch, knowledge: Knowledge | None, groups: ProcessGroupCollection, execution: LossConfig
 ) -> Tensor:
     """log p of every label [b, s], 0 outside the mask, from the teacher's hidden states.
 
@@ -271,8 +264,7 @@ def teacher_log_probabilities(
         tile_bytes=execution.tile_bytes,
         backend=execution.backend,
     )
-    rows, length = batch.tokens.shape
-    return -result.token_lm_losses.view(length, rows).transpose(0, 1)
+    return label_log_probabilities(result, batch)
 
 
 RECORDED = ("log_q", "log_p", "log_mixed")
@@ -281,10 +273,10 @@ _PREFIX = "rollout_"
 _BLOCK = _PREFIX + "block"
 
 
-def gathered(made: Sequence[GeneratedBatch], block: int, groups: ProcessGroupCollection) -> dict[str, np.ndarray]:
+def gathered(made: Sequence[Batch], block: int, groups: ProcessGroupCollection) -> dict[str, np.ndarray]:
     """The rollouts of all ranks, the same on every one, and which steps they are for. Collective over the model's
     ranks."""
-    texts = gather_rows(Texts.joined([batch.texts for batch in made]), len(made), groups)
+    texts = gather_rows(Texts.joined([text_of(batch).texts for batch in made]), len(made), groups)
     arrays = {_BLOCK: np.array(block)}
     arrays |= {_PREFIX + name: getattr(texts, name).int().cpu().numpy() for name in _TEXTS}
     for name in RECORDED:
@@ -293,10 +285,10 @@ def gathered(made: Sequence[GeneratedBatch], block: int, groups: ProcessGroupCol
     return arrays
 
 
-def _recorded(made: Sequence[GeneratedBatch], name: str, groups: ProcessGroupCollection) -> Tensor:
+def _recorded(made: Sequence[Batch], name: str, groups: ProcessGroupCollection) -> Tensor:
     """fp32 [rows, s] from the last pipeline stage, where they are recorded, to all."""
     if is_last_stage(groups):
-        values = torch.cat([batch.log_probabilities[name] for batch in made]).float().contiguous()
+        values = torch.cat([text_of(batch).log_probabilities[name] for batch in made]).float().contiguous()
     else:
         values = torch.cat([torch.empty_like(batch.loss_mask) for batch in made])
     if groups.pp.size() > 1:
@@ -306,7 +298,7 @@ def _recorded(made: Sequence[GeneratedBatch], name: str, groups: ProcessGroupCol
 
 def restored(
     arrays: Mapping[str, np.ndarray], writer: TextWriter, dataset: Sequence[Batch], groups: ProcessGroupCollection
-) -> list[GeneratedBatch]:
+) -> list[Batch]:
     """This rank's micro-batches of :func:`gathered` arrays, in the places of ``dataset``'s."""
     index = own_row_numbers(len(arrays[_PREFIX + "lengths"]), len(dataset), groups)
     texts = Texts(*(torch.from_numpy(arrays[_PREFIX + name]).long() for name in _TEXTS))
@@ -317,7 +309,10 @@ def restored(
     recorded = {name: torch.from_numpy(arrays[_PREFIX + name])[index].to(device) for name in RECORDED}
     starts = np.cumsum([0, *(len(batch.chunk_indices) for batch in made)])
     return [
-        dataclasses.replace(batch, log_probabilities={name: values[a:b] for name, values in recorded.items()})
+        replace(
+            batch,
+            payload=GeneratedText(text_of(batch).texts, {name: values[a:b] for name, values in recorded.items()}),
+        )
         for batch, a, b in zip(made, starts, starts[1:])
     ]
 

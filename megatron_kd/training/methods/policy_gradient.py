@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_kd.data.batch import moved
 from megatron_kd.training.methods.method_config import MiniLLMConfig
 
 
@@ -32,6 +33,12 @@ class PolicyTerms:
     ratio: Tensor
     advantages: Tensor
     single_step_weights: Tensor
+
+    def to(self, device: torch.device | str) -> "PolicyTerms":
+        """Return the terms on another device."""
+        return PolicyTerms(
+            moved(self.ratio, device), moved(self.advantages, device), moved(self.single_step_weights, device)
+        )
 
 
 def rewards(log_p: Tensor, log_q: Tensor, mask: Tensor) -> Tensor:

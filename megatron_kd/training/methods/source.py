@@ -9,17 +9,12 @@ A batch source's state in a checkpoint: one small file beside the weights.
 
 import io
 from dataclasses import dataclass, field
-from typing import Any, Callable, Mapping, Protocol, Sequence
+from typing import Any, Mapping, Protocol, Sequence
 
 import numpy as np
-import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
 
 from megatron_kd.checkpoints.weights import CheckpointInfo
 from megatron_kd.data.batch import Batch
-from megatron_kd.parallel.groups import sum_over_group
-from megatron_kd.training.methods.batches import auxiliary_batch
 
 
 @dataclass(frozen=True)
@@ -94,51 +89,6 @@ class DatasetSource:
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Nothing."""
-
-
-class PretrainingBeside:
-    """Another source's batches and, beside them, the mean pre-training loss of the dataset's, times ``weight``.
-
-    Gradients are divided by the other batches' count alone, so these are scaled by the ratio of the counts.
-
-    Args:
-        count: what a micro-batch of the source adds to the step's denominator.
-        auxiliary_count: what one of the dataset would.
-    """
-
-    def __init__(
-        self,
-        source: BatchSource,
-        weight: float,
-        groups: ProcessGroupCollection,
-        count: Callable[[Batch], Tensor],
-        auxiliary_count: Callable[[Batch], Tensor],
-    ) -> None:
-        self._source, self._weight, self._groups = source, weight, groups
-        self._count, self._auxiliary_count = count, auxiliary_count
-        self.needs_heldout_loss = source.needs_heldout_loss
-        self.after_evaluation = source.after_evaluation
-        self.state, self.restore = source.state, source.restore
-
-    @property
-    def counts(self) -> TextCounts:
-        """Of the source."""
-        return self._source.counts
-
-    def batches(self, place: Place, dataset: Sequence[Batch]) -> StepBatches:
-        """See :class:`BatchSource`."""
-        made = self._source.batches(place, dataset)
-        sums = torch.tensor(
-            [
-                sum(float(self._count(batch)) for batch in made.batches),
-                sum(float(self._auxiliary_count(batch)) for batch in dataset),
-            ],
-            dtype=torch.float64,
-            device=dataset[0].tokens.device,
-        )
-        main_count, auxiliary_count = sum_over_group(sums, self._groups.dp).tolist()
-        scale = self._weight * max(1.0, main_count) / max(1.0, auxiliary_count)
-        return StepBatches([*made.batches, *(auxiliary_batch(batch, scale) for batch in dataset)], made.facts)
 
 
 STATE_NAME = "batch_source.npz"

@@ -17,7 +17,7 @@ from megatron_kd.data.random_numbers import sequence_seeds
 from megatron_kd.errors import ConfigError
 from megatron_kd.generation.generate import Generated, Policy, generate
 from megatron_kd.generation.prompted_texts import prompts_of
-from megatron_kd.training.methods.batches import GeneratedBatch, Texts, generated_batch
+from megatron_kd.training.methods.generated_text import GeneratedText, Texts, generated_batch
 from megatron_kd.training.methods.method_config import RolloutConfig
 
 PolicyMaker = Callable[[int, int], Policy]
@@ -63,9 +63,7 @@ class TextWriter:
         """Places that the responses to these prompts can have together, however long they have become."""
         return sum(self._limit(length) - length for length in texts.prompt_lengths.tolist())
 
-    def write(
-        self, policy: PolicyMaker, batches: Sequence[Batch], global_batch: int, stream: str
-    ) -> list[GeneratedBatch]:
+    def write(self, policy: PolicyMaker, batches: Sequence[Batch], global_batch: int, stream: str) -> list[Batch]:
         """One generated micro-batch for each of this rank's. Collective over the model's ranks.
 
         Args:
@@ -83,19 +81,20 @@ class TextWriter:
             records.append(recorded)
         texts = Texts.joined(parts)
         recorded = {name: torch.cat([part[name] for part in records]) for name in records[0]}
-        return self._cut(texts, recorded, batches)
+        return self._cut(texts, recorded, batches, stream)
 
-    def cut(self, texts: Texts, batches: Sequence[Batch]) -> list[GeneratedBatch]:
-        """Sequences, as many as the rows of ``batches``, as micro-batches in their place."""
-        return self._cut(texts.to(self._device), {}, batches)
+    def cut(self, texts: Texts, batches: Sequence[Batch]) -> list[Batch]:
+        """Cut sequences, as many as the rows of ``batches``, into micro-batches that replace them."""
+        return self._cut(texts.to(self._device), {}, batches, "replayed text")
 
-    def _cut(self, texts: Texts, recorded: dict[str, Tensor], batches: Sequence[Batch]) -> list[GeneratedBatch]:
+    def _cut(self, texts: Texts, recorded: dict[str, Tensor], batches: Sequence[Batch], purpose: str) -> list[Batch]:
         made, start = [], 0
         for batch in batches:
             rows = slice(start, start + len(batch.chunk_indices))
             start = rows.stop
-            probabilities = {name: values[rows] for name, values in recorded.items()}
-            made.append(generated_batch(texts.rows(rows), batch.chunk_indices, self.pad_id, probabilities))
+            probabilities = {name: values[rows, 1:] for name, values in recorded.items()}
+            text = GeneratedText(texts.rows(rows), probabilities)
+            made.append(generated_batch(text, batch, self.pad_id, purpose=purpose))
         return made
 
     def _generate(

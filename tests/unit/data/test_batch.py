@@ -1,4 +1,6 @@
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_kd.data.batch import TextBytes, make_batch
+from megatron_kd.data.batch import TextBytes, content_key, derived_key, make_batch, moved
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
@@ -51,22 +53,52 @@ def test_against_a_literal_loop(tmp_path_factory: pytest.TempPathFactory, lists:
     assert TextBytes(dataset.token_byte_lengths)(batch) == bytes_expected
 
 
-def test_equal_batches_have_equal_hashes_and_others_do_not(dataset: ChunkDataset) -> None:
+def test_equal_batches_have_equal_keys_and_others_do_not(dataset: ChunkDataset) -> None:
     one = make_batch(dataset, np.array([3, 4]), 16)
-    assert one.token_hash() == make_batch(dataset, np.array([3, 4]), 16).token_hash()
-    others = [make_batch(dataset, np.array(pair), 16).token_hash() for pair in ([4, 3], [3, 5])]
-    assert one.token_hash() not in others
-    assert 0 <= one.token_hash() < 2**63
-    longest = int(dataset.lengths.argmax())
-    whole = make_batch(dataset, np.array([longest]), int(dataset.lengths[longest]) - 1)
-    changed = whole.labels.clone()
-    changed[0, -1] ^= 1  # the last label is in no input
-    assert type(whole)(whole.tokens, changed, *list(vars(whole).values())[2:]).token_hash() != whole.token_hash()
+    assert one.key == make_batch(dataset, np.array([3, 4]), 16).key
+    assert one.key not in [make_batch(dataset, np.array(pair), 16).key for pair in ([4, 3], [3, 5])]
+    assert 0 <= one.key < 2**63 and 0 <= derived_key(one.key, "student text") < 2**63
+    assert len({one.key, derived_key(one.key, "student text"), derived_key(one.key, "rollout")}) == 3
+    labels = one.labels.numpy().copy()
+    labels[0, -1] ^= 1  # the last label is in no input
+    assert content_key(one.tokens.numpy(), labels) != one.key == content_key(one.tokens.numpy(), one.labels.numpy())
 
 
-def test_batches_move_between_devices(dataset: ChunkDataset) -> None:
-    batch = make_batch(dataset, np.array([1]), 16).to("meta")
-    assert {tensor.device.type for tensor in vars(batch).values()} == {"meta"}
+@dataclass(frozen=True)
+class Weights:
+    """A method's payload."""
+
+    role: ClassVar[str] = "selected"
+    values: torch.Tensor
+
+    def to(self, device: torch.device | str) -> "Weights":
+        return Weights(moved(self.values, device))
+
+
+def test_batches_move_between_devices_with_key_and_payload(dataset: ChunkDataset) -> None:
+    plain = make_batch(dataset, np.array([1]), 16)
+    assert plain.role == "main" and plain.to("meta").payload is None
+    batch = replace(plain, payload=Weights(torch.ones(1, 16)))
+    there = batch.to("meta")
+    tensors = [value for value in vars(there).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 5 and {tensor.device.type for tensor in tensors} == {"meta"}
+    assert there.payload.values.device.type == "meta"
+    assert (there.key, there.role) == (batch.key, "selected") and batch.payload.values.device.type == "cpu"
+
+
+@pytest.mark.gpu
+def test_copies_to_and_from_a_gpu_can_be_read_at_once(dataset: ChunkDataset) -> None:
+    """A copy to the host that did not wait would hold whatever the memory held before."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    ids = torch.randint(0, 1000, (64, 65536), device="cuda")
+    busy = torch.randn(4096, 4096, device="cuda")
+    for _ in range(20):
+        busy = busy @ busy.softmax(0)
+    changed = ids + 1  # waits behind the products
+    assert torch.equal(moved(changed, "cpu"), ids.cpu() + 1)
+    pinned = ids.cpu().pin_memory()
+    assert torch.equal(moved(pinned, "cuda"), ids)
 
 
 def test_a_chunk_that_does_not_fit_is_refused(dataset: ChunkDataset) -> None:

@@ -52,8 +52,13 @@ def select(dataset, kept, output):
     return ChunkDataset.open(output)
 
 
+def asked(teacher, batch):
+    teacher.begin_step([batch])
+    return teacher.knowledge(batch)
+
+
 def knowledge_of(teacher, dataset, indices, seq_length=32):
-    return teacher.knowledge(make_batch(dataset, np.array(indices), seq_length))
+    return asked(teacher, make_batch(dataset, np.array(indices), seq_length))
 
 
 @pytest.mark.parametrize("kind", CODECS)
@@ -81,11 +86,25 @@ def test_a_batch_gets_its_chunks_in_sequence_major_order(kind, dataset, tmp_path
 def test_a_step_read_ahead_is_the_same(cache, dataset):
     teacher = CachedTeacher(cache, dataset, "ghost")
     batches = [make_batch(dataset, np.arange(4 * i, 4 * i + 4), 32) for i in range(4)]
-    alone = [teacher.knowledge(batch) for batch in batches]
+    alone = [asked(teacher, batch) for batch in batches]
     teacher.begin_step(batches)
     for batch, expected in zip(batches, alone, strict=True):
         found = teacher.knowledge(batch)
         assert torch.equal(found.ids, expected.ids) and torch.equal(found.weights, expected.weights)
+
+
+def test_batches_are_asked_for_once_in_the_announced_order(cache, dataset):
+    teacher = CachedTeacher(cache, dataset, "ghost")
+    first, second = (make_batch(dataset, np.array([i]), 32) for i in (1, 2))
+    with pytest.raises(DataError, match="none is left of the 0 that were announced"):
+        teacher.knowledge(first)
+    teacher.begin_step([first, second])
+    with pytest.raises(DataError, match=f"key {second.key:#x}, where micro-batch 0 has key {first.key:#x} of the 2"):
+        teacher.knowledge(second)
+    teacher.knowledge(first.to("cpu"))
+    teacher.knowledge(second)
+    with pytest.raises(DataError, match="none is left"):
+        teacher.knowledge(second)
 
 
 def test_ranks_before_the_last_stage_read_nothing(cache, dataset):
@@ -100,7 +119,7 @@ def test_a_selection_reads_what_its_root_reads(of_a_part, cache, dataset, tmp_pa
     part = select(dataset, [3, 8, 9, 21, 22, 38], tmp_path / "part")
     if of_a_part:  # a cache of the selection, read for a selection from it
         cache = write_cache(part, tmp_path / "cache", CODECS["ghost"])
-        expected = CachedTeacher(cache, part, "ghost").knowledge(make_batch(part, np.array([5, 2]), 32))
+        expected = knowledge_of(CachedTeacher(cache, part, "ghost"), part, [5, 2])
         smaller = select(part, [2, 5], tmp_path / "smaller")
         found = knowledge_of(CachedTeacher(cache, smaller, "ghost"), smaller, [1, 0])
     else:
@@ -128,11 +147,11 @@ def test_other_ids_under_the_same_identity_are_refused(cache, dataset):
     batch = make_batch(dataset, np.array([4, 5]), 32)
     batch.tokens[1, 6] += 1
     with pytest.raises(DataError, match="chunk 5 .* has other ids .* was cached"):
-        CachedTeacher(cache, dataset, "ghost").knowledge(batch)
+        asked(CachedTeacher(cache, dataset, "ghost"), batch)
     longer = make_batch(dataset, np.array([7]), 36)  # a short chunk
     longer.loss_mask[:, 33:] = 1.0
     with pytest.raises(DataError, match="has other ids"):
-        CachedTeacher(cache, dataset, "ghost").knowledge(longer)
+        asked(CachedTeacher(cache, dataset, "ghost"), longer)
 
 
 def test_a_position_that_was_not_cached_is_refused(cache, dataset):
@@ -140,13 +159,13 @@ def test_a_position_that_was_not_cached_is_refused(cache, dataset):
     row, place = (batch.tokens[:, :20] == 0).nonzero()[0].tolist()
     batch.loss_mask[row, place] = 1.0
     with pytest.raises(DataError, match="lacks positions of chunk"):
-        CachedTeacher(cache, dataset, "ghost").knowledge(batch)
+        asked(CachedTeacher(cache, dataset, "ghost"), batch)
 
 
 def test_rows_without_a_chunk_have_no_knowledge(cache, dataset):
     batch = make_batch(dataset, np.array([4, 5]), 32)
     batch.chunk_indices[1] = -1
-    knowledge = CachedTeacher(cache, dataset, "ghost").knowledge(batch)
+    knowledge = asked(CachedTeacher(cache, dataset, "ghost"), batch)
     assert (knowledge.ids.view(32, 2, -1)[:, 1] == -1).all() and (knowledge.tail_mass.view(32, 2)[:, 1] == 1).all()
 
 

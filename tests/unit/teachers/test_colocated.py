@@ -15,8 +15,7 @@ from megatron_kd.teachers.colocated import ColocatedTeacher
 from megatron_kd.teachers.interface import TeacherConfig
 from megatron_kd.teachers.remote.routing import Routing
 from megatron_kd.training.checkpoint import Progress, load_full_state, save_checkpoint
-from megatron_kd.training.objective import DistillationConfig, MicroBatchLoss, build_objective
-from megatron_kd.training.setup import unwrap
+from megatron_kd.training.methods.method_builders import build_loss
 from megatron_kd.training.train_step import TrainStep
 from tests.distributed.training.runs import make_dataset
 from tests.reference.one_rank import TINY, TrainingParts, tiny_model
@@ -41,14 +40,16 @@ def batches_of(dataset, count):
 
 
 def step_with(parts, teacher):
-    objective = build_objective(DistillationConfig(method="vanilla_kd", kd_ratio=0.5))
+    distillation = dataclasses.replace(parts.config.distillation, method="vanilla_kd", kd_ratio=0.5)
     return TrainStep(
         model=parts.model,
         optimizer=parts.optimizer,
         groups=parts.groups,
         teacher=teacher,
         clip_grad=1.0,
-        micro_batch_loss=MicroBatchLoss(objective, teacher, parts.groups, "token", unwrap),
+        micro_batch_loss=build_loss(
+            dataclasses.replace(parts.config, distillation=distillation), teacher, parts.groups
+        ),
     )
 
 

@@ -13,7 +13,7 @@ from megatron_kd.training.objective import DistillationConfig, build_objective, 
 def batch_with_mask(mask):
     mask = torch.tensor(mask, dtype=torch.float32)
     ids = torch.zeros(mask.shape, dtype=torch.long)
-    return Batch(tokens=ids, labels=ids, loss_mask=mask, position_ids=ids, chunk_indices=torch.arange(len(mask)))
+    return Batch(tokens=ids, labels=ids, loss_mask=mask, position_ids=ids, chunk_indices=torch.arange(len(mask)), key=0)
 
 
 def mean_loss(losses, batch, reduction):

@@ -13,19 +13,19 @@ from megatron_kd.models.gpt import full_logits
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.training import objective
 from megatron_kd.training.methods.method_builders import build_loss
-from megatron_kd.training.objective import LossConfig, MicroBatchLoss, build_objective
+from megatron_kd.training.objective import DistillationLoss, FusedLoss, LossConfig, MicroBatchLoss, build_objective
 from megatron_kd.training.setup import unwrap
 from megatron_kd.training.train_step import TrainStep
 from tests.reference.one_rank import TrainingParts
 
 
 def make_step(parts, reduction="token"):
-    loss = MicroBatchLoss(build_objective(parts.config.distillation), None, parts.groups, reduction, unwrap)
+    main = DistillationLoss(build_objective(parts.config.distillation), FusedLoss(parts.groups), reduction)
     return TrainStep(
         model=parts.model,
         optimizer=parts.optimizer,
         groups=parts.groups,
-        micro_batch_loss=loss,
+        micro_batch_loss=MicroBatchLoss({"main": main}, None, unwrap),
         teacher=None,
         clip_grad=1.0,
     )

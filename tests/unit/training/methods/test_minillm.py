@@ -7,13 +7,21 @@ import pytest
 import torch
 
 from megatron_kd.config import from_mapping
-from megatron_kd.losses import DenseKnowledge, DistillationObjective, OutputHead
+from megatron_kd.losses import LM_ONLY, DenseKnowledge, DistillationObjective, OutputHead
 from megatron_kd.training.methods import policy_gradient as pg
-from megatron_kd.training.methods.batches import Texts, auxiliary_batch, generated_batch
+from megatron_kd.training.methods.generated_text import GeneratedText, Texts, text_of
 from megatron_kd.training.methods.method_config import MiniLLMConfig
-from megatron_kd.training.methods.minillm import MiniLLMLoss, RolloutBatch, main_count
-from megatron_kd.training.objective import DistillationConfig, MicroBatchLoss, build_objective
+from megatron_kd.training.methods.minillm import MiniLLMLoss, Rollout, main_count
+from megatron_kd.training.methods.pretraining import PretrainingLoss, PretrainingShare
+from megatron_kd.training.objective import (
+    DistillationConfig,
+    DistillationLoss,
+    FusedLoss,
+    MicroBatchLoss,
+    build_objective,
+)
 from tests.reference import naive_losses
+from tests.unit.training.methods.made_batches import micro_batch
 
 VOCABULARY, HIDDEN, LENGTH, ROWS = 7, 5, 6, 3
 GROUPS = SimpleNamespace(tp=None, cp=None)
@@ -36,9 +44,7 @@ class Case:
         )
         self.knowledge = DenseKnowledge(self.teacher_hidden.flatten(0, 1), OutputHead(self.teacher_weight, VOCABULARY))
         ids = torch.randint(1, VOCABULARY, (ROWS, LENGTH + 1), generator=generator)
-        self.batch = generated_batch(
-            Texts(ids, torch.tensor(lengths), torch.tensor(prompts)), torch.arange(ROWS), pad_id=0
-        )
+        self.batch = micro_batch(Texts(ids, torch.tensor(lengths), torch.tensor(prompts)))
         self.mask = self.batch.loss_mask.double()
 
     def log_probabilities(self):
@@ -53,26 +59,33 @@ class Case:
         log_q, log_p = (self.of_labels(values).detach() for values in self.log_probabilities())
         drawn = torch.log(alpha * log_p.exp() + (1 - alpha) * log_q.exp())
         terms = pg.paper_terms(log_p, log_q, drawn, self.mask, config)
-        fields = {name: getattr(self.batch, name) for name in self.batch.__dataclass_fields__}
-        return RolloutBatch(**fields, terms=terms, rewards=pg.rewards(log_p, log_q, self.mask)), drawn
+        text = GeneratedText(text_of(self.batch).texts, {"log_mixed": drawn})
+        rollout = Rollout(text, terms, pg.rewards(log_p, log_q, self.mask))
+        return dataclasses.replace(self.batch, payload=rollout), drawn
 
     def gradients(self, loss):
         return torch.autograd.grad(loss, [self.hidden, self.weight])
 
 
+def sums_of(loss, batch, case, knowledge=None):
+    """Loss, count and reported sums of a micro-batch."""
+    sums = loss(batch, case.model, case.hidden, knowledge or case.knowledge)
+    return sums.loss, sums.count, sums.reported
+
+
 def minillm_loss(config):
-    return MiniLLMLoss(config, build_objective(DistillationConfig(method="minillm")), None, GROUPS, "token", None)
+    return MiniLLMLoss(config, FusedLoss(GROUPS))
 
 
 @pytest.mark.parametrize("config", [MiniLLMConfig(), MiniLLMConfig(clip=None, single_step=False)])
 def test_minillm_against_autograd_on_whole_logits(config):
     case = Case()
     batch, drawn = case.rollout(config)
-    loss, count, sums = minillm_loss(config).loss_of(batch, case.model, case.hidden, case.knowledge)
+    loss, count, sums = sums_of(minillm_loss(config), batch, case)
     ours = case.gradients(loss)
     log_q, log_p = case.log_probabilities()
     ratio = (case.of_labels(log_q) - drawn).exp()
-    advantages = batch.terms.advantages
+    advantages = batch.payload.terms.advantages
     policy = ratio * advantages
     if config.clip is not None:
         policy = torch.minimum(policy, ratio.clamp(1 - config.clip, 1 + config.clip) * advantages)
@@ -93,30 +106,29 @@ def test_a_later_inner_epoch_weighs_by_the_policy_of_then(variant):
     config = MiniLLMConfig(inner_epochs=2, variant=variant)
     case = Case()
     batch, drawn = case.rollout(config)
-    batch = dataclasses.replace(batch, log_probabilities={"log_mixed": drawn})
     with torch.no_grad():
         case.hidden += 0.3 * torch.randn(case.hidden.shape, generator=torch.Generator().manual_seed(1))
-    loss, _, _ = minillm_loss(config).loss_of(batch, case.model, case.hidden, case.knowledge)
+    loss, _, _ = sums_of(minillm_loss(config), batch, case)
     ours = case.gradients(loss)
     log_q, log_p = case.log_probabilities()
-    ratio, advantages = (case.of_labels(log_q) - drawn).exp(), batch.terms.advantages
+    ratio, advantages = (case.of_labels(log_q) - drawn).exp(), batch.payload.terms.advantages
     policy = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
     weights = ratio.detach() if variant == "paper" else 1.0
     kl = (log_q.exp() * (log_q - log_p)).sum(-1)
     expected = ((weights * kl - policy) * case.mask).sum()
     for mine, theirs in zip(ours, case.gradients(expected), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-6)
-    assert (batch.terms.ratio - ratio)[case.mask > 0].abs().max() > 0.05
+    assert (batch.payload.terms.ratio - ratio)[case.mask > 0].abs().max() > 0.05
 
 
 def test_a_single_step_that_is_left_out_adds_nothing_to_main_grad():
     config = MiniLLMConfig(clip=None, single_step=False)
     case = Case()
     batch, _ = case.rollout(config)
-    policy, _, sums = minillm_loss(config).loss_of(batch, case.model, case.hidden, case.knowledge)
+    policy, _, sums = sums_of(minillm_loss(config), batch, case)
     _, expected = case.gradients(policy)
     case.weight.main_grad = torch.zeros_like(case.weight)
-    loss, _, _ = minillm_loss(config).loss_of(batch, case.model, case.hidden, case.knowledge)
+    loss, _, _ = sums_of(minillm_loss(config), batch, case)
     loss.backward()
     torch.testing.assert_close(case.weight.main_grad, expected)
     assert float(sums["kd"]) > 0
@@ -126,9 +138,7 @@ def test_a_single_step_that_is_left_out_adds_nothing_to_main_grad():
 def test_gkd_against_autograd_on_whole_logits(beta, name):
     case = Case()
     objective = build_objective(DistillationConfig(method="gkd", beta=beta))
-    loss, count, sums = MicroBatchLoss(objective, None, GROUPS, "token", None).loss_of(
-        case.batch, case.model, case.hidden, case.knowledge
-    )
+    loss, count, sums = sums_of(DistillationLoss(objective, FusedLoss(GROUPS), "token"), case.batch, case)
     ours = case.gradients(loss)
     log_q, log_p = case.log_probabilities()
     values = naive_losses.divergence(name, log_p.flatten(0, 1), log_q.flatten(0, 1), beta=beta)
@@ -143,9 +153,7 @@ def test_gkd_against_autograd_on_whole_logits(beta, name):
 def test_distillm_against_autograd_on_whole_logits(name):
     case = Case()
     objective = build_objective(DistillationConfig(method="distillm", divergence=name))
-    loss, _, _ = MicroBatchLoss(objective, None, GROUPS, "token", None).loss_of(
-        case.batch, case.model, case.hidden, case.knowledge
-    )
+    loss, _, _ = sums_of(DistillationLoss(objective, FusedLoss(GROUPS), "token"), case.batch, case)
     ours = case.gradients(loss)
     log_q, log_p = case.log_probabilities()
     values = naive_losses.divergence(name, log_p.flatten(0, 1), log_q.flatten(0, 1), alpha=0.1)
@@ -169,21 +177,20 @@ def test_a_batch_of_empty_responses_has_loss_and_gradient_0(variant):
     config = MiniLLMConfig(variant=variant)
     batch, _ = case.rollout(config)
     assert not batch.loss_mask.any() and int(main_count(batch, config)) == 0
-    loss, _, sums = minillm_loss(config).loss_of(batch, case.model, case.hidden, case.knowledge)
+    loss, _, sums = sums_of(minillm_loss(config), batch, case)
     assert float(loss) == 0 and all(float(value) == 0 for value in sums.values())
     assert not any(gradient.any() for gradient in case.gradients(loss))
 
 
 def test_the_pretraining_loss_beside_is_scaled_and_not_counted():
     case = Case()
-    loss = minillm_loss(MiniLLMConfig())
-    beside = auxiliary_batch(case.batch, 0.25)
-    scaled, count, sums = loss.loss_of(beside, case.model, case.hidden, None)
+    loss = PretrainingLoss(LM_ONLY, FusedLoss(GROUPS), "token")
+    beside = dataclasses.replace(case.batch, payload=PretrainingShare(0.25))
+    scaled, count, sums = sums_of(loss, beside, case)
     log_q, _ = case.log_probabilities()
     expected = -0.25 * (case.of_labels(log_q) * case.mask).sum()
     assert int(count) == 0 and float(scaled) == pytest.approx(float(expected), rel=1e-9) == float(sums["pretraining"])
-    assert not loss.needs_knowledge(beside) and loss.needs_knowledge(case.batch)
-    with_teacher = MicroBatchLoss(
-        DistillationObjective(), None, GROUPS, "token", None, DistillationObjective(lm_weight=0.5, kd_weight=0.5)
-    )
-    assert with_teacher.needs_knowledge(beside) and with_teacher.extra == ("pretraining",)
+    whole = MicroBatchLoss({"main": minillm_loss(MiniLLMConfig()), "pretraining": loss}, None, None)
+    assert not whole.needs_knowledge(beside) and whole.needs_knowledge(case.batch)
+    assert whole.extra == ("policy", "reward", "clipped", "pretraining")
+    assert PretrainingLoss(DistillationObjective(kd_weight=0.5), FusedLoss(GROUPS), "token").uses_teacher

@@ -6,13 +6,14 @@ import torch
 
 from megatron_kd.generation import Decoder, MixedPolicy
 from megatron_kd.parallel.runtime import distributed_runtime
-from megatron_kd.training.methods.batches import Texts, generated_batch
+from megatron_kd.training.methods.generated_text import Texts
 from megatron_kd.training.methods.method_config import MiniLLMConfig, RolloutConfig
 from megatron_kd.training.methods.minillm import MiniLLMSource
 from megatron_kd.training.methods.source import Place
 from megatron_kd.training.methods.text_writer import TextWriter
 from tests.reference import naive_minillm as naive
 from tests.reference.one_rank import tiny_model
+from tests.unit.training.methods.made_batches import micro_batch
 
 LENGTH, ROWS = 15, 4
 
@@ -37,7 +38,7 @@ class Prompts:
 
 def dataset_batches():
     ids = torch.zeros(ROWS, LENGTH + 1, dtype=torch.int64)
-    return [generated_batch(Texts(ids, torch.full((ROWS,), 2), torch.ones(ROWS)), torch.arange(ROWS), pad_id=0)]
+    return [micro_batch(Texts(ids, torch.full((ROWS,), 2), torch.ones(ROWS)))]
 
 
 @pytest.fixture(scope="module")
@@ -69,23 +70,24 @@ def batch_of(source, position):
 
 def test_prompts_are_the_chunks_own_or_the_first_ids(make_source):
     batch = batch_of(make_source(), 0)
-    assert batch.texts.prompt_lengths.tolist() == [3, 9, 6, 14]
+    assert batch.payload.text.texts.prompt_lengths.tolist() == [3, 9, 6, 14]
     for row, length in enumerate((3, 9, 6, 14)):
-        np.testing.assert_array_equal(batch.texts.tokens[row, :length], np.arange(1, length + 1) + row)
-        assert batch.loss_mask[row].sum() == batch.texts.lengths[row] - length > 0
+        np.testing.assert_array_equal(batch.payload.text.texts.tokens[row, :length], np.arange(1, length + 1) + row)
+        assert batch.loss_mask[row].sum() == batch.payload.text.texts.lengths[row] - length > 0
 
 
 def test_released_advantages_are_whitened_over_the_places_that_each_prompt_leaves(make_source):
     config = MiniLLMConfig(variant="released")
     batch = batch_of(make_source(variant="released"), 0)
-    rewards = (batch.log_probabilities["log_p"] - batch.log_probabilities["log_q"]).double()
-    inside = [(int(n) - 1, int(end) - 1) for n, end in zip(batch.texts.prompt_lengths, batch.texts.lengths)]
+    texts, recorded = batch.payload.text.texts, batch.payload.text.log_probabilities
+    rewards = (recorded["log_p"] - recorded["log_q"]).double()
+    inside = [(int(n) - 1, int(end) - 1) for n, end in zip(texts.prompt_lengths, texts.lengths)]
     expected = naive.released_advantages(
         [rewards[row, a:b].tolist() for row, (a, b) in enumerate(inside)],
         config.reward_scaling, config.reward_clip, config.discount, [13, 7, 10, 2],
     )  # fmt: skip
     for row, (a, b) in enumerate(inside):
-        found = batch.terms.advantages[row, a:b].double()
+        found = batch.payload.terms.advantages[row, a:b].double()
         torch.testing.assert_close(found, torch.tensor(expected[row], dtype=torch.float64), atol=1e-4, rtol=1e-4)
 
 
@@ -106,7 +108,7 @@ def test_restored_rollouts_serve_the_rest_of_their_block_alone(make_source):
     later.restore(source.state())
     resumed = batch_of(again, 1)
     assert torch.equal(resumed.tokens, first.tokens) and again.counts.student == ROWS
-    for name, values in first.log_probabilities.items():
-        assert torch.equal(resumed.log_probabilities[name], values), name
-    assert torch.equal(resumed.terms.advantages, first.terms.advantages)
+    for name, values in first.payload.text.log_probabilities.items():
+        assert torch.equal(resumed.payload.text.log_probabilities[name], values), name
+    assert torch.equal(resumed.payload.terms.advantages, first.payload.terms.advantages)
     assert not torch.equal(batch_of(later, 4).tokens, first.tokens) and later.counts.student == 2 * ROWS

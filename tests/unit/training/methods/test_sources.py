@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from megatron_kd.data.random_numbers import uniform
-from megatron_kd.training.methods.batches import Texts, generated_batch
 from megatron_kd.training.methods.distillm import DistiLLMSource, ReplayBuffer
+from megatron_kd.training.methods.generated_text import Texts
 from megatron_kd.training.methods.gkd import GKDSource
 from megatron_kd.training.methods.method_config import DistiLLMConfig, GKDConfig
-from megatron_kd.training.methods.source import DatasetSource, Place, PretrainingBeside, StepBatches
+from megatron_kd.training.methods.pretraining import PretrainingBeside
+from megatron_kd.training.methods.source import DatasetSource, Place, StepBatches
 from megatron_kd.training.methods.text_writer import own_rows
 from megatron_kd.training.objective import token_weights
+from tests.unit.training.methods.made_batches import micro_batch
 
 ONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
 GROUPS = SimpleNamespace(dp=ONE)
@@ -38,11 +40,11 @@ class Writer:
         return self.cut(made, batches)
 
     def cut(self, made, batches):
-        return [generated_batch(made, torch.arange(4), 0)]
+        return [micro_batch(made)]
 
 
 def dataset_batches():
-    return [generated_batch(texts(4, 900), torch.arange(4), 0)]
+    return [micro_batch(texts(4, 900))]
 
 
 def gkd(**keys):
@@ -156,18 +158,17 @@ def test_rows_of_a_data_parallel_rank():
 
 
 def test_mask_of_a_generated_batch():
-    made = generated_batch(
+    made = micro_batch(
         Texts(
             torch.tensor([[5, 6, 7, 8, 0, 0], [5, 6, 7, 8, 9, 4], [5, 0, 0, 0, 0, 0], [5, 6, 7, 8, 9, 4]]),
             torch.tensor([4, 6, 2, 6]),
             torch.tensor([2, 5, 1, 6]),
-        ),
-        torch.arange(4),
-        pad_id=0,
+        )
     )
     assert made.loss_mask.tolist() == [[0, 1, 1, 0, 0], [0, 0, 0, 0, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]
     assert made.tokens.tolist()[0] == [5, 6, 7, 0, 0] and made.labels.tolist()[0] == [6, 7, 8, 0, 0]
-    assert made.to("cpu").tokens.shape == (4, 5)
+    there = made.to("meta")
+    assert there.payload.texts.tokens.device.type == "meta" and there.key == made.key
 
 
 class Main:
@@ -189,12 +190,12 @@ def token_count(batch):
 
 def test_pretraining_beside_is_scaled_to_its_own_mean():
     """Divided by the main batches' count, the scaled sum must be the weight times the dataset's mean."""
-    (main,), dataset = dataset_batches(), [generated_batch(texts(4), torch.arange(4), 0)]
+    (main,), dataset = dataset_batches(), [micro_batch(texts(4))]
     main.loss_mask[:, 2:] = 0
     made = PretrainingBeside(Main(main), 0.3, GROUPS, token_count, token_count).batches(Place(0, 1, 0), dataset)
     assert made.batches[0] is main and len(made.batches) == 2
     losses = torch.rand(dataset[0].loss_mask.shape)
-    summed = (losses * dataset[0].loss_mask).sum() * made.batches[1].scale
+    summed = (losses * dataset[0].loss_mask).sum() * made.batches[1].payload.scale
     mean = (losses * dataset[0].loss_mask).sum() / dataset[0].loss_mask.sum()
     assert float(summed / main.loss_mask.sum()) == pytest.approx(0.3 * float(mean))
 
@@ -203,7 +204,7 @@ def test_an_empty_main_batch_leaves_the_scale_finite():
     (main,) = dataset_batches()
     main.loss_mask.zero_()
     source = PretrainingBeside(Main(main), 1.0, GROUPS, token_count, token_count)
-    assert np.isfinite(source.batches(Place(0, 1, 0), dataset_batches()).batches[1].scale)
+    assert np.isfinite(source.batches(Place(0, 1, 0), dataset_batches()).batches[1].payload.scale)
 
 
 def test_the_dataset_source_gives_what_it_is_given():

@@ -1,22 +1,22 @@
-"""Memory of a rank by part, as arithmetic on the same layout that training uses; tests compare it with tensor bytes.
+"""Memory of a rank, part by part: arithmetic on the layout that training uses. Tests compare it with tensors' bytes.
 
-What is counted: weights, gradients and optimizer state as Megatron-Core's DDP and distributed optimizer hold them (fp32
-gradients; under bf16 fp32 master weights beside the two Adam moments, sharded over data parallelism); activations that
-autograd keeps for the micro-batches in flight (no recomputation); the fused loss's logit chunks and the gradient of its
-hidden states; what a teacher adds is in teacher_memory.py. Not counted: the CUDA context, NCCL buffers and
-fragmentation; plan.usable_memory leaves room for them.
+Student: weights, fp32 gradients and optimizer state as Megatron-Core's DDP and distributed optimizer hold them (under
+bf16, fp32 master weights beside the two Adam moments, sharded over data parallelism); the activations that autograd
+keeps for the micro-batches in flight, without recomputation; the fused loss's logit tiles and the gradient of its
+hidden states.
 
-What a teacher that runs adds to a rank, wherever it runs: arithmetic, as in memory.py.
+Teacher, co-located: its weights, the transient activations of one pass, and the hidden states that wait on the
+student's last stage. Remote: on the student's last stage its output layer (for the payload ``hidden``) and the
+hand-offs being received; on its own ranks weights, the activations of a pass, and the hand-offs waiting to be sent.
 
-Co-located: its weights, the transient activations of a pass, the hidden states that wait on the student's last stage.
-Remote: on the student's last stage its output layer (for the payload ``hidden``) and the hand-offs being received; on
-its own ranks weights, activations of a pass, hand-offs that wait to be sent.
+Not counted: the CUDA context, NCCL buffers and fragmentation, for which ``plan.usable_memory`` leaves room.
 """
 
 import dataclasses
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Sequence
+from typing import Any
 
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
@@ -27,9 +27,17 @@ ADAM_BYTES = 8
 MASTER_BYTES = {"fp32": 0, "bf16": 4}
 VOCABULARY_MULTIPLE = 128
 LOSS_TILE_BYTES = {"cuda": 896 << 20, "cpu": 1280 << 20}
-"""As losses/fused_linear.py; a test compares them."""
+"""Default budget of losses/fused_linear.py; a test compares them."""
 LOGIT_BYTES = 4
 LOSS_TEMPORARY_BYTES = 32 << 20
+STASH_BYTES = 1024 << 20
+"""Default of ``teacher.stash_megabytes``."""
+PASSES_PER_STAGE = 2
+"""Constant of teachers/colocated.py; a test compares them."""
+BYTES_PER_ENTRY = 8
+"""Bytes of one id of a sparse payload: an int32 id and an fp32 weight."""
+TAIL_BYTES = 4
+"""Bytes of the tail mass of one token of a sparse payload."""
 
 # Tensors that autograd keeps for one layer's backward pass, in units of [positions, width].
 HIDDEN_REPLICATED = 4  # inputs and outputs of both norms
@@ -51,12 +59,17 @@ class RankMemory:
 
     @property
     def total(self) -> float:
-        """All parts."""
+        """Bytes of all parts."""
         return sum(getattr(self, part.name) for part in fields(self))
+
+    def __add__(self, other: "RankMemory") -> "RankMemory":
+        return RankMemory(
+            **{part.name: getattr(self, part.name) + getattr(other, part.name) for part in fields(RankMemory)}
+        )
 
 
 def padded_rows(vocab_size: int, tensor: int) -> int:
-    """Rows of the embedding over all ranks (``models/gpt.py``, ``padded_vocab_size``)."""
+    """Return the rows of the embedding over all tensor-parallel ranks (``padded_vocab_size`` of models/gpt.py)."""
     multiple = VOCABULARY_MULTIPLE * tensor
     return math.ceil(vocab_size / multiple) * multiple
 
@@ -64,7 +77,9 @@ def padded_rows(vocab_size: int, tensor: int) -> int:
 def rank_parameters(
     architecture: ModelArchitecture, layout: ParallelLayout, stage: int, layers: Sequence[int] | None = None
 ) -> int:
-    """Parameters on one rank of pipeline stage ``stage``: both ends of a pipeline hold the embedding of a tied model.
+    """Count the parameters on one rank of pipeline stage ``stage``.
+
+    Both ends of a pipeline hold the embedding of a tied model.
 
     Args:
         layers: layers of every stage; None for an even split.
@@ -88,12 +103,12 @@ def rank_parameters(
 def layer_activation_bytes(
     architecture: ModelArchitecture, layout: ParallelLayout, positions: int, precision: str, fused: bool
 ) -> float:
-    """What autograd keeps for one layer and one micro-batch of ``positions`` tokens on a rank."""
+    """Return what autograd keeps on a rank for one layer and one micro-batch of ``positions`` tokens."""
     a, tp = architecture, layout.tensor
     queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
     replicated = HIDDEN_REPLICATED * a.hidden_size / (tp if layout.sequence_parallel else 1)
     if layout.context == 1:
-        # The value is a view of the whole [query, key, value] product, which so stays; the rotated key is its own.
+        # The value is a view of the whole [query, key, value] product, which it keeps alive; the rotated key is a copy.
         attention = (ATTENTION_QUERY * queries + keys + (queries + 2 * keys)) / tp
     else:
         # The halves of the context as well as the whole; keys and values of all ranks (models/attention.py).
@@ -109,13 +124,13 @@ def in_flight_layers(
     micro_batches: int,
     layers: Sequence[int] | None = None,
 ) -> int:
-    """Layers times micro-batches whose activations a stage holds at once under 1F1B, interleaved or not."""
+    """Count the layers times micro-batches whose activations a stage holds at once under 1F1B, interleaved or not."""
     own = layers[stage] if layers else architecture.num_layers // layout.pipeline
     remaining = layout.pipeline - stage
     if layout.virtual_pipeline is None:
         return own * min(remaining, micro_batches)
-    chunks = 2 * (remaining - 1) + (layout.virtual_pipeline - 1) * layout.pipeline + 1
-    return own // layout.virtual_pipeline * min(chunks, micro_batches * layout.virtual_pipeline)
+    model_chunks = 2 * (remaining - 1) + (layout.virtual_pipeline - 1) * layout.pipeline + 1
+    return own // layout.virtual_pipeline * min(model_chunks, micro_batches * layout.virtual_pipeline)
 
 
 def loss_tile_bytes(
@@ -127,7 +142,12 @@ def loss_tile_bytes(
     device: str = "cuda",
     budget: int | None = None,
 ) -> float:
-    """Buffers of the fused loss's logits (``losses/tile_buffers.py``): fp32, and under bf16 a 16-bit product too."""
+    """Return the size of the fused loss's logit buffers: fp32, and under bf16 the bf16 product beside it.
+
+    Args:
+        models: how many output layers the loss computes: 1, or 2 with a dense teacher.
+        budget: bytes that the loss may use; None for the device's default.
+    """
     budget = budget or LOSS_TILE_BYTES[device]
     per_logit = LOGIT_BYTES * models + (ELEMENT_BYTES["bf16"] if precision == "bf16" else 0)
     whole = tokens * padded_rows(architecture.vocab_size, layout.tensor) / layout.tensor * per_logit
@@ -149,7 +169,7 @@ def student_memory(
     device: str = "cuda",
     loss_tile_budget: int | None = None,
 ) -> RankMemory:
-    """Memory of the student on one rank of ``stage``."""
+    """Return the student's memory on one rank of ``stage``."""
     a, width = architecture, ELEMENT_BYTES[precision]
     parameters = rank_parameters(a, layout, stage, layers)
     positions = micro_batch_size * seq_length
@@ -171,32 +191,14 @@ def student_memory(
     )
 
 
-def together(student: RankMemory, teacher: RankMemory | None) -> RankMemory:
-    """Both on one rank."""
-    if teacher is None:
-        return student
-    return RankMemory(
-        **{part.name: getattr(student, part.name) + getattr(teacher, part.name) for part in fields(RankMemory)}
-    )
-
-
-STASH_BYTES = 1024 << 20
-"""teacher.stash_megabytes unless it says otherwise."""
-PASSES_A_STAGE = 2
-"""As teachers/colocated.py; a test compares them."""
-BYTES_PER_ENTRY = 8
-"""Of a sparse payload: an int32 id and an fp32 weight; a token's tail mass takes another 4."""
-TAIL_BYTES = 4
-
-
 @dataclass(frozen=True)
 class PlacedTeacher:
     """A teacher that runs beside a student.
 
     Attributes:
-        layout: its own: over the student's ranks, or over ranks of its own.
+        layout: the teacher's own, over the student's ranks or over ranks of its own.
         is_remote: whether the ranks are its own.
-        payload_ids: ids a token that a remote teacher sends; None where it sends hidden states.
+        payload_ids: ids per token that a remote teacher sends; None where it sends hidden states.
     """
 
     architecture: ModelArchitecture
@@ -212,14 +214,14 @@ class PlacedTeacher:
         return self.payload_ids is None
 
     def hand_off_bytes(self, positions: float, precision: str) -> float:
-        """What is known of ``positions`` tokens, as it is sent."""
+        """Return the size of the teacher targets for ``positions`` tokens, as they are sent."""
         if self.payload_ids is None:
             return positions * self.architecture.hidden_size * ELEMENT_BYTES[precision]
         return positions * (BYTES_PER_ENTRY * self.payload_ids + TAIL_BYTES)
 
 
 def teacher_layout(student: ParallelLayout, tensor: int | None, pipeline: int | None) -> ParallelLayout:
-    """The co-located teacher's layout over the student's ranks; None means as the student's.
+    """Return a co-located teacher's layout over the student's ranks; a size of None is the student's.
 
     Raises:
         LayoutError: its sizes do not divide the ranks.
@@ -245,9 +247,9 @@ def teacher_memory(
     micro_batches: int,
     stash_bytes: float = STASH_BYTES,
 ) -> RankMemory:
-    """Memory of a co-located teacher on one rank, in a layout of its own over the student's ranks.
+    """Return a co-located teacher's memory on one rank, in its own layout over the student's ranks.
 
-    Hidden states wait on the student's last stage, as far as the stash allows; the rest waits in host memory. Where the
+    Hidden states wait on the student's last stage as far as the stash allows, the rest in host memory. Where the
     layouts differ, that stage holds its part of the teacher's head.
     """
     a, width = architecture, ELEMENT_BYTES[precision]
@@ -269,16 +271,16 @@ def teacher_memory(
 def waiting_micro_batches(
     student: ParallelLayout, own: ParallelLayout, hidden_bytes: float, micro_batches: int, stash_bytes: float
 ) -> int:
-    """Micro-batches whose hidden states, ``hidden_bytes`` each, wait on the student's last stage at a time.
+    """Count the micro-batches whose hidden states, ``hidden_bytes`` each, wait on the student's last stage at a time.
 
-    Under a pipeline a step's; else those of a wave, which keeps all of the teacher's replicas and stages busy
-    (``teachers/colocated.py``).
+    Under a pipeline these are a whole step's; otherwise those of one wave, which keeps all of the teacher's replicas
+    and stages busy (``teachers/colocated.py``).
     """
     if student.pipeline > 1:
         return micro_batches
-    passes = 1 if own.pipeline == 1 else PASSES_A_STAGE * own.pipeline
-    of_a_replica = min(passes, max(1, int(stash_bytes / 2 / hidden_bytes)))
-    return min(micro_batches, max(1, -(-own.data * of_a_replica // student.data)))
+    passes = 1 if own.pipeline == 1 else PASSES_PER_STAGE * own.pipeline
+    per_replica = min(passes, max(1, int(stash_bytes / 2 / hidden_bytes)))
+    return min(micro_batches, max(1, -(-own.data * per_replica // student.data)))
 
 
 def received_memory(
@@ -291,7 +293,7 @@ def received_memory(
     micro_batch_size: int,
     seq_length: int,
 ) -> RankMemory:
-    """What a remote teacher's knowledge takes on a rank of the student: nothing but on its last stage."""
+    """Return what a remote teacher's targets occupy on a rank of the student; zero before the last stage."""
     if stage < layout.pipeline - 1:
         return RankMemory()
     rows = padded_rows(student.vocab_size, layout.tensor) // layout.tensor
@@ -303,9 +305,9 @@ def received_memory(
 def remote_rank_memory(
     teacher: PlacedTeacher, rank: int, *, precision: str, micro_batch_size: int, seq_length: int
 ) -> RankMemory:
-    """One of a remote teacher's own ranks: weights, a pass, hand-offs that wait.
+    """Return the memory of one of a remote teacher's own ranks: weights, one pass, hand-offs waiting to be sent.
 
-    The logits that a sparse payload is chosen from are not counted.
+    The logits from which a sparse payload is selected are not counted.
     """
     own = teacher.layout
     alone = teacher_memory(
@@ -333,28 +335,31 @@ def stage_memory(
     loss_tile_budget: int | None = None,
     **sizes: Any,
 ) -> RankMemory:
-    """The fullest rank of the student's ``stage``, with what the teacher holds there; ``sizes`` as student_memory's."""
-    models = 2 if teacher is not None and teacher.is_dense else 1
+    """Return the memory of the fullest rank of the student's ``stage``, with what the teacher holds there.
+
+    Args:
+        sizes: ``precision``, ``micro_batch_size``, ``seq_length`` and ``micro_batches``.
+    """
     alone = student_memory(
         student,
         layout,
         stage,
         layers=layout.stage_layers(student.num_layers),
-        models_in_loss=models,
+        models_in_loss=2 if teacher is not None and teacher.is_dense else 1,
         loss_tile_budget=loss_tile_budget,
         **sizes,
     )
     if teacher is None:
         return alone
     if teacher.is_remote:
-        of_a_batch = {name: value for name, value in sizes.items() if name != "micro_batches"}
-        return together(alone, received_memory(student, layout, stage, teacher, **of_a_batch))
+        batch_sizes = {name: value for name, value in sizes.items() if name != "micro_batches"}
+        return alone + received_memory(student, layout, stage, teacher, **batch_sizes)
     own = teacher.layout
-    ranks = (rank for rank in range(layout.world_size) if layout.coordinates(rank).pipeline == stage)
+    ranks: Iterable[int] = (rank for rank in range(layout.world_size) if layout.coordinates(rank).pipeline == stage)
     if (layout.tensor, layout.pipeline) == (own.tensor, own.pipeline) and layout.context == 1:
-        ranks = [next(ranks)]  # all of a stage are alike
+        ranks = [min(ranks)]  # All ranks of a stage are alike.
     held = (
         teacher_memory(teacher.architecture, layout, own, rank, stash_bytes=teacher.stash_bytes, **sizes)
         for rank in ranks
     )
-    return together(alone, max(held, key=lambda memory: memory.total))
+    return alone + max(held, key=lambda memory: memory.total)

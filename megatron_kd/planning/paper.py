@@ -1,7 +1,7 @@
-"""What the MiniPLM paper (arXiv 2410.17215) prints, beside what its formulas give.
+"""Figures of the MiniPLM paper (arXiv 2410.17215), as printed and as its formulas give them.
 
-The paper computes with rounded sizes (0.2B, 0.5B, 1.2B students, 1.8B teacher); ``NOMINAL`` holds them, so that a plan
-can show the budget of the exact parameter count and the paper's beside each other.
+The paper computes with rounded sizes (0.2B, 0.5B, 1.2B students, 1.8B teacher), which ``NOMINAL`` holds, so that a plan
+can show the budget of the exact parameter count beside the paper's.
 """
 
 from dataclasses import dataclass
@@ -25,16 +25,11 @@ PRINTED_STEPS = {
     "minillm": {"qwen_200m": 15_000, "qwen_500m": 30_000, "qwen_1.2b": 40_000},
 }
 ONE_TRILLION_PARAMETERS = {"qwen_200m": 200_000_000, "qwen_500m": 500_000_000, "qwen_1.2b": 1_160_000_000}
-PRINTED_C_1T = {"qwen_200m": 1.26e21, "qwen_500m": 3.14e21, "qwen_1.2b": 7.30e21}
 
 
 @dataclass(frozen=True)
 class PrintedSteps:
-    """FLOP-matched steps of the paper's rounded sizes and what the paper prints.
-
-    Attributes:
-        deviation: the printed number over the formula's, minus one.
-    """
+    """FLOP-matched steps of the paper's rounded sizes: by its formula, and as printed."""
 
     student: str
     method: str
@@ -43,12 +38,12 @@ class PrintedSteps:
 
     @property
     def deviation(self) -> float:
-        """Relative."""
+        """The printed number over the formula's, minus one."""
         return self.printed / self.formula - 1
 
 
 def printed_steps(student: str, teacher: str, method: str) -> PrintedSteps | None:
-    """The paper's row for this student, teacher and method; None where it has none."""
+    """Return the paper's row for this student, teacher and method; None where it has none."""
     printed = PRINTED_STEPS.get(method, {}).get(student)
     if printed is None or teacher != "qwen_1.8b":
         return None
@@ -57,7 +52,10 @@ def printed_steps(student: str, teacher: str, method: str) -> PrintedSteps | Non
 
 
 def one_trillion_flops(student: str) -> float | None:
-    """C_1T: plain pre-training on 1.048576e12 tokens, with the paper's N (1.16B for its 1.2B model)."""
+    """Return C_1T, the FLOPs of plain pre-training on 1.048576e12 tokens, for the student called ``student``.
+
+    N is the paper's (1.16B for its 1.2B model); None where the paper has no such student.
+    """
     parameters = ONE_TRILLION_PARAMETERS.get(student)
     if parameters is None:
         return None
@@ -66,7 +64,7 @@ def one_trillion_flops(student: str) -> float | None:
 
 @dataclass(frozen=True)
 class OfflineReading:
-    """A way to count the offline cost, beside the figure that the paper prints."""
+    """One way to count the offline FLOPs, beside the figure that the paper prints."""
 
     counted: str
     flops: float
@@ -74,7 +72,10 @@ class OfflineReading:
 
 
 def offline_readings() -> list[OfflineReading]:
-    """The paper prints 2e20 (MiniPLM) and 9e18 (its proxy variant) without saying what is counted: what fits."""
+    """Return ways of counting that come near the paper's 2e20 (MiniPLM) and 9e18 (its proxy variant).
+
+    The paper prints both figures without saying what they count.
+    """
     return [
         OfflineReading(
             "teacher, 1.8B, forward over the 50B tokens that are kept",

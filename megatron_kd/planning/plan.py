@@ -1,8 +1,13 @@
-"""The whole plan as one value: what a run costs and needs, from a training configuration and its ``plan.*`` keys."""
+"""The whole plan as one value: what a run needs and costs, from a training configuration and its ``plan.*`` keys.
+
+Caches are sized as ``cache_teacher_logits`` writes them (docs/teacher_cache.md); the whole distribution is listed for
+comparison only.
+"""
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Iterator
+from typing import Any
 
 from megatron_kd.costs.flops import (
     METHOD_FLOPS,
@@ -15,7 +20,7 @@ from megatron_kd.costs.flops import (
 from megatron_kd.costs.gpus import GPUS
 from megatron_kd.costs.memory import RankMemory, remote_rank_memory, stage_memory
 from megatron_kd.planning import paper
-from megatron_kd.planning.pipeline_costs import (
+from megatron_kd.planning.overheads import (
     LayerSplit,
     StepTraffic,
     balanced_split,
@@ -24,14 +29,26 @@ from megatron_kd.planning.pipeline_costs import (
     step_traffic,
 )
 from megatron_kd.planning.plan_config import PlanRunConfig
-from megatron_kd.planning.recommend import Recommendation, recommend
+from megatron_kd.planning.recommend import Recommendation, memory_limit, recommend
 from megatron_kd.planning.setting import RemoteBalance, Setting, remote_balance, setting_of
-from megatron_kd.planning.storage import CacheSize, cache_sizes, corpus_bytes, score_bytes
+
+ID_BYTES, WIDE_ID_BYTES = 2, 4
+SMALLEST_WIDE_VOCABULARY = 65_500
+INDEX_BYTES_PER_CHUNK = 20  # length (4), pointer (8), document index (8)
+SCORE_BYTES = 4
+FULL_LOGIT_BYTES = 2  # bf16
+TOP_K = 64
+DRAWS, DIFFERENT_IDS = 50, 12.1
+"""Draws per token, and the mean number of different ids among them (Sparse Logit Sampling, arXiv 2503.16870)."""
+HEAD_IDS, HEAD_BITS, REST_BITS = 8, 16, 11
+TOKEN_BITS = 17
+"""Bits per token beside its ids: whether it has targets, and its tail mass."""
+CACHE_INDEX_BYTES_PER_CHUNK = 28
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Parameters of a model in the plan."""
+    """The parameter counts of a model in the plan."""
 
     role: str
     name: str
@@ -42,7 +59,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class MethodBudget:
-    """One method at the FLOPs of ``plan.baseline_steps`` of plain pre-training."""
+    """One method's steps at the FLOPs of ``plan.baseline_steps`` of plain pre-training."""
 
     method: str
     formula: str
@@ -53,7 +70,7 @@ class MethodBudget:
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs with their time: FLOPs / (GPUs · peak · MFU), longer where student and remote teacher wait."""
+    """FLOPs and their time: FLOPs / (GPUs · peak · MFU), times the slowdown that a remote teacher causes."""
 
     what: str
     flops: float
@@ -62,12 +79,23 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class CacheSize:
+    """The size of a teacher cache of the training tokens."""
+
+    name: str
+    bytes_per_token: float
+    total: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that ``plan_run`` prints: bytes, FLOPs, hours.
 
     Attributes:
-        stages: the fullest rank of every stage of the student; ``teacher_stages``: of a remote teacher.
-        split, balanced: layers of the stages as configured, and as they would be best.
+        stages: memory of the fullest rank of each of the student's stages.
+        teacher_stages: memory of the fullest rank of each of a remote teacher's stages.
+        split: layers of the stages as configured.
+        balanced: layers of the stages as they would be best.
         head_share: FLOPs of the teacher's output layer on the student's last stage over the student's own.
     """
 
@@ -94,12 +122,12 @@ class Plan:
     one_trillion: float | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain nested values for JSON."""
+        """Return the plan as nested plain values, for JSON."""
         return dataclasses.asdict(self)
 
 
 def make_plan(config: PlanRunConfig) -> Plan:
-    """The plan of a configuration.
+    """Plan the run of a configuration.
 
     Raises:
         ConfigError: the method needs a teacher that plan.teacher does not name.
@@ -120,13 +148,13 @@ def make_plan(config: PlanRunConfig) -> Plan:
         ),
         teacher_stages=tuple(_remote_stages(setting)),
         remote=balance,
-        memory_limit=GPUS[config.plan.gpu].memory_bytes * config.plan.usable_memory,
+        memory_limit=memory_limit(config),
         bubble=bubble_fraction(layout.pipeline, sizes["micro_batches"], layout.virtual_pipeline),
         split=layer_split(student, setting.dense_teacher, layout.stage_layers(student.num_layers)),
         balanced=balanced_split(student, setting.dense_teacher, layout.pipeline, layout.virtual_pipeline),
         head_share=setting.head_share,
         traffic=step_traffic(student, layout, setting.placed, **sizes),
-        costs=tuple(_costs(config, setting, setting.flops_per_token * tokens, balance.busy if balance else 1.0)),
+        costs=tuple(_costs(config, setting, setting.flops_per_token * tokens, balance.slowdown if balance else 1.0)),
         corpus_bytes=corpus_bytes(config.plan.corpus_tokens, vocabulary, seq_length),
         sampled_bytes=corpus_bytes(config.plan.corpus_tokens * config.plan.ratio, vocabulary, seq_length),
         score_bytes=score_bytes(config.plan.corpus_tokens, seq_length),
@@ -138,13 +166,13 @@ def make_plan(config: PlanRunConfig) -> Plan:
 
 
 def _remote_stages(setting: Setting) -> Iterator[RankMemory]:
-    """The fullest rank of each of a remote teacher's stages."""
+    """Yield the memory of the fullest rank of each of a remote teacher's stages; nothing for other teachers."""
     placed = setting.placed
     if placed is None or not placed.is_remote:
         return
-    of_a_batch = {name: value for name, value in setting.sizes.items() if name != "micro_batches"}
+    batch_sizes = {name: value for name, value in setting.sizes.items() if name != "micro_batches"}
     for stage in range(placed.layout.pipeline):
-        yield remote_rank_memory(placed, placed.layout.rank_at(tensor=0, data=0, pipeline=stage), **of_a_batch)
+        yield remote_rank_memory(placed, placed.layout.rank_at(tensor=0, data=0, pipeline=stage), **batch_sizes)
 
 
 def _tokens(config: PlanRunConfig) -> int:
@@ -179,7 +207,7 @@ def _models(config: PlanRunConfig, setting: Setting) -> Iterator[ModelSize]:
         ("reference", config.plan.reference, setting.reference),
     )
     for role, name, model in named:
-        if model is not None:
+        if name is not None and model is not None:
             yield ModelSize(role, name, model.parameters, model.non_embedding_parameters, model.embedding_parameters)
 
 
@@ -199,14 +227,14 @@ def _budgets(config: PlanRunConfig, setting: Setting) -> Iterator[MethodBudget]:
         )
 
 
-def _costs(config: PlanRunConfig, setting: Setting, training: float, busy: float) -> list[Cost]:
+def _costs(config: PlanRunConfig, setting: Setting, training: float, slowdown: float) -> list[Cost]:
     plan = config.plan
     rate = plan.num_gpus * GPUS[plan.gpu].peak_tflops * 1e12 * plan.mfu * 3600
 
-    def cost(what: str, flops: float, longer: float = 1.0) -> Cost:
-        return Cost(what, flops, flops / rate * longer, flops / rate * longer * plan.num_gpus)
+    def cost(what: str, flops: float, slowdown: float = 1.0) -> Cost:
+        return Cost(what, flops, flops / rate * slowdown, flops / rate * slowdown * plan.num_gpus)
 
-    costs = [cost("training", training, busy)]
+    costs = [cost("training", training, slowdown)]
     if setting.teacher is not None:
         corpus, split = round(plan.corpus_tokens), round(plan.reference_tokens)
         teacher, reference = setting.teacher.parameters, setting.reference.parameters
@@ -223,3 +251,41 @@ def _costs(config: PlanRunConfig, setting: Setting, training: float, busy: float
             ),
         ]
     return costs
+
+
+def corpus_bytes(tokens: float, vocab_size: int, seq_length: int) -> float:
+    """Return the size of a chunk dataset of ``tokens`` ids, data and index."""
+    ids = WIDE_ID_BYTES if vocab_size >= SMALLEST_WIDE_VOCABULARY else ID_BYTES
+    return tokens * ids + tokens / (seq_length + 1) * INDEX_BYTES_PER_CHUNK
+
+
+def score_bytes(tokens: float, seq_length: int) -> float:
+    """Return the size of a score file, one float per chunk."""
+    return tokens / (seq_length + 1) * SCORE_BYTES
+
+
+def top_k_token_bytes(k: int, vocab_size: int) -> float:
+    """Return the bytes per token of the codec ``top_k``."""
+    head, rest = min(k, HEAD_IDS), max(k - HEAD_IDS, 0)
+    return (k * _bits(vocab_size - 1) + HEAD_BITS * head + REST_BITS * rest + TOKEN_BITS) / 8
+
+
+def sampled_token_bytes(draws: int, different_ids: float, vocab_size: int) -> float:
+    """Return the bytes per token of the codec ``sampled``."""
+    count_bits = _bits(draws)
+    return (different_ids * (_bits(vocab_size - 1) + count_bits) + count_bits + TOKEN_BITS) / 8
+
+
+def cache_sizes(tokens: float, vocab_size: int, seq_length: int) -> list[CacheSize]:
+    """Return the size of the teacher targets for ``tokens``, whole and under each codec."""
+    index = CACHE_INDEX_BYTES_PER_CHUNK / seq_length
+    per_token = {
+        "full distribution, bf16": FULL_LOGIT_BYTES * vocab_size,
+        f"top_k, {TOP_K} ids": top_k_token_bytes(TOP_K, vocab_size) + index,
+        f"sampled, {DRAWS} draws, {DIFFERENT_IDS} ids": sampled_token_bytes(DRAWS, DIFFERENT_IDS, vocab_size) + index,
+    }
+    return [CacheSize(name, size, size * tokens) for name, size in per_token.items()]
+
+
+def _bits(largest: int) -> int:
+    return largest.bit_length()

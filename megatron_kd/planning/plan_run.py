@@ -2,26 +2,44 @@
 
     python tools/plan_run.py --config examples/miniplm_pile_qwen/student_500m.yaml [plan.num_gpus=64 plan.gpu=h100 …]
 
-Reads a training configuration (keys that only training knows are passed over) and its ``plan.*`` keys; prints a
-table, and writes JSON where ``plan.output`` names a file. Imports neither torch nor Megatron-Core: the answer is there
-at once, on any machine.
-
-A plan as text for a terminal.
+Reads a training configuration with its ``plan.*`` keys, prints a table, and writes JSON where ``plan.output`` names a
+file. Imports neither torch nor Megatron-Core, so that a plan takes a second on any machine.
 """
 
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Iterable, Iterator
 
 from megatron_kd.costs.gpus import GIB
 from megatron_kd.costs.memory import RankMemory
 from megatron_kd.planning.plan import Plan, make_plan
 from megatron_kd.planning.plan_config import PlanRunConfig
+from megatron_kd.planning.recommend import Candidate
+
+PARTS = {
+    "weights": "weights",
+    "gradients": "gradients, fp32",
+    "optimizer": "optimizer state, this rank's share",
+    "activations": "activations in flight",
+    "loss": "loss: logit tiles, hidden gradients",
+    "teacher_weights": "teacher's weights",
+    "teacher_activations": "teacher's activations and hidden states",
+}
+GENERATING_METHODS = ("gkd", "distillm")
+"""Methods whose share of steps on generated text depends on settings and on the run."""
+SAME_COST = "also miniplm, seqkd"
+"""Methods that train like plain pre-training on a corpus made before: their cost is offline."""
+UNITS = ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def run(config: PlanRunConfig) -> Plan:
-    """Plan, print, and write the JSON file if one is asked for."""
+    """Plan, print, and write the JSON file if one is asked for.
+
+    Raises:
+        ConfigError: the method needs a teacher that plan.teacher does not name.
+        LayoutError: the layout does not divide the model, the batch or the number of GPUs.
+    """
     plan = make_plan(config)
     sys.stdout.write(plan_text(plan))
     if config.plan.output is not None:
@@ -32,24 +50,8 @@ def run(config: PlanRunConfig) -> Plan:
     return plan
 
 
-PARTS = {
-    "weights": "weights",
-    "gradients": "gradients, fp32",
-    "optimizer": "optimizer state, this rank's share",
-    "activations": "activations in flight",
-    "loss": "loss: logit chunks, hidden gradients",
-    "teacher_weights": "teacher's weights",
-    "teacher_activations": "teacher's activations and hidden states",
-}
-WRITING_METHODS = ("gkd", "distillm")
-"""Their share of steps on generated text depends on settings and on the run."""
-SAME_COST = "also miniplm, seqkd"
-"""They train like plain pre-training, on a corpus that was made before: their cost is offline."""
-UNITS = ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-
-
 def plan_text(plan: Plan) -> str:
-    """The whole plan."""
+    """Return the whole plan as text for a terminal."""
     sections = [
         _models(plan),
         _budgets(plan),
@@ -64,7 +66,7 @@ def plan_text(plan: Plan) -> str:
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
-    """Columns padded to their width, the first to the left, the others to the right."""
+    """Return the lines of a table with aligned columns, the first flush left and the others flush right."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     text = [
@@ -78,7 +80,7 @@ def table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
 
 
 def amount(size: float) -> str:
-    """Bytes for a person: ``3.2 TB``."""
+    """Return a number of bytes as text: ``3.2 TB``."""
     for unit, name in UNITS:
         if size >= unit:
             return f"{size / unit:.3g} {name}"
@@ -114,27 +116,29 @@ def _budgets(plan: Plan) -> list[str]:
         "deviation",
     ]
     lines = table(columns, rows)
-    lines.append("N_s, N_t: all parameters of student and teacher; a forward pass is 2 N a token, with backward 6 N")
-    if any(b.method in WRITING_METHODS for b in plan.budgets):
-        names = ", ".join(b.method for b in plan.budgets if b.method in WRITING_METHODS)
-        lines.append(f"{names}: without the text that is written while training, 2 N a token of whoever writes it")
+    lines.append("N_s, N_t: all parameters of student and teacher; per token a forward pass is 2 N, with backward 6 N")
+    if any(b.method in GENERATING_METHODS for b in plan.budgets):
+        names = ", ".join(b.method for b in plan.budgets if b.method in GENERATING_METHODS)
+        lines.append(
+            f"{names}: not counting text generated while training, 2 N per token of the model that generates it"
+        )
     return lines
 
 
 def _memory(plan: Plan) -> list[str]:
     fits = max(stage.total for stage in (*plan.stages, *plan.teacher_stages)) <= plan.memory_limit
     lines = _stage_table(f"memory of a rank, {plan.layout}", plan.stages)
-    if plan.teacher_stages:
+    if plan.remote is not None:
         lines += ["", *_stage_table(f"memory of a teacher's rank ({plan.remote.teacher_ranks})", plan.teacher_stages)]
-    lines += [f"{'fits' if fits else 'DOES NOT FIT'} into {plan.memory_limit / GIB:.1f} GiB a GPU", *_pipeline(plan)]
+    lines += [f"{'fits' if fits else 'DOES NOT FIT'} into {plan.memory_limit / GIB:.1f} GiB per GPU", *_pipeline(plan)]
     if plan.head_share:
         lines.append(f"the teacher's head on the student's last stage: +{plan.head_share:.0%} of the student's FLOPs")
     if plan.remote is not None:
         r = plan.remote
         lines.append(
             f"remote teacher: {r.teacher_share:.0%} of the FLOPs on {r.teacher_ranks} of {r.num_gpus} GPUs, "
-            f"so a step takes {r.busy:.2f} x as long as work spread evenly; "
-            f"{r.balanced_ranks} would balance it"
+            f"so a step takes {r.slowdown:.2f} x as long as with the work spread evenly; "
+            f"{r.balanced_ranks} teacher ranks would come closest to that"
         )
     return lines
 
@@ -169,10 +173,10 @@ def _communication(plan: Plan) -> list[str]:
         "pipeline": "pipeline",
         "data": "data parallel",
         "context": "context parallel",
-        "hand_off": "teacher's knowledge, received",
+        "hand_off": "teacher targets, received",
     }
     rows = [[text, amount(getattr(plan.traffic, name))] for name, text in names.items() if getattr(plan.traffic, name)]
-    return table(["sent by a rank in a step", "bytes"], rows) if rows else []
+    return table(["sent by a rank per step", "bytes"], rows) if rows else []
 
 
 def _costs(plan: Plan) -> list[str]:
@@ -185,7 +189,7 @@ def _storage(plan: Plan) -> list[str]:
     rows = [
         [f"corpus, {a['corpus_tokens']:.3g} tokens", amount(plan.corpus_bytes), ""],
         [f"difference-sampled, ratio {a['ratio']}", amount(plan.sampled_bytes), ""],
-        ["a score file of it", amount(plan.score_bytes), ""],
+        ["score file of the corpus", amount(plan.score_bytes), ""],
         *(
             [f"cache of {a['tokens']:.3g} tokens: {c.name}", amount(c.total), f"{c.bytes_per_token:,.0f}"]
             for c in plan.caches
@@ -196,21 +200,19 @@ def _storage(plan: Plan) -> list[str]:
 
 def _recommendation(plan: Plan) -> list[str]:
     r = plan.recommendation
-    layout = f"{r.candidate.layout.describe()}, micro-batch {r.candidate.micro_batch_size}" if r.candidate else "none"
+    best = r.candidate
+    layout = f"{best.layout.describe()}, micro-batch {best.micro_batch_size}" if best else "none"
     teacher = f", teacher {r.placement}, payload {r.payload}" if r.placement != "none" else ""
-    reasons = [*r.reasons, *([step_time(plan)] if r.candidate else [])]
-    keys = [f"  {' '.join(r.candidate.keys)}"] if r.candidate else []
+    reasons = [*r.reasons, *([_step_time(best, plan.assumptions["mfu"])] if best else [])]
+    keys = [f"  {' '.join(best.keys)}"] if best else []
     return [f"recommended: {layout}{teacher}", *keys, *(f"  - {reason}" for reason in reasons)]
 
 
-def step_time(plan: Plan) -> str:
-    """A step of the recommended layout by what takes the time."""
-    best = plan.recommendation.candidate
-    effective = plan.assumptions["mfu"] * best.compute_seconds / best.seconds
+def _step_time(best: Candidate, mfu: float) -> str:
     return (
         f"a step: {best.compute_seconds * 1e3:.1f} ms at the stated MFU, {best.bubble_seconds * 1e3:.1f} ms "
-        f"bubble, {best.exposed_seconds * 1e3:.1f} ms communication that nothing hides: "
-        f"{effective:.1%} MFU in effect"
+        f"bubble, {best.exposed_seconds * 1e3:.1f} ms exposed communication: "
+        f"{mfu * best.compute_seconds / best.seconds:.1%} MFU in effect"
     )
 
 
@@ -223,10 +225,10 @@ def _paper_lines(plan: Plan) -> Iterator[str]:
     for budget in plan.budgets:
         if budget.paper and abs(budget.paper.deviation) > 0.03:
             yield (
-                f"  - {budget.method}: its formula gives {budget.paper.formula:,} steps, it prints "
-                f"{budget.paper.printed:,} ({budget.paper.deviation:+.1%}); no rounding leads from one to the other"
+                f"  - {budget.method}: the paper's formula gives {budget.paper.formula:,} steps, the paper prints "
+                f"{budget.paper.printed:,} ({budget.paper.deviation:+.1%}); rounding does not explain the difference"
             )
-    yield "  - its formulas use rounded sizes (0.2B, 0.5B, 1.2B, teacher 1.8B); 'steps' above uses all parameters"
+    yield "  - the formulas use rounded sizes (0.2B, 0.5B, 1.2B, teacher 1.8B); 'steps' above uses all parameters"
     for reading in plan.offline_readings:
         yield f"  - offline {reading.printed:.0e} in print; {reading.counted}: {reading.flops:.3g}"
     yield f"  - C_1T (20 x 100K steps x 524,288 tokens = 1.0486e12): {plan.one_trillion:.4g} FLOPs"

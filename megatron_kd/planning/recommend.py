@@ -1,35 +1,35 @@
-"""Which layout, and where the teacher runs: every layout that divides is tried, the reasons come with the answer."""
+"""Recommended layout and teacher placement, with reasons; every layout that divides the model is tried."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator
 
 from megatron_kd.costs.gpus import GIB, GPUS
 from megatron_kd.costs.memory import PlacedTeacher, RankMemory, stage_memory, teacher_layout
 from megatron_kd.errors import LayoutError
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_kd.planning.pipeline_costs import LayerSplit, balanced_split, bubble_fraction, step_traffic
+from megatron_kd.planning.overheads import LayerSplit, balanced_split, bubble_fraction, step_traffic
 from megatron_kd.planning.plan_config import PlanRunConfig
 from megatron_kd.planning.setting import Setting
 
 TENSOR_SIZES, PIPELINE_SIZES, MICRO_BATCHES = (1, 2, 4, 8), (1, 2, 3, 4, 6, 8, 12), (1, 2, 4, 8, 16, 32)
 AS_GOOD = 0.03
-"""Estimates closer than this are not told apart."""
+"""Relative difference of two time estimates below which they count as equal."""
 LARGEST_HEAD_SHARE = 0.25
 RUNS_THAT_PAY_FOR_A_CACHE = 2
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout, what it needs and how long a step would take.
+    """A layout, its memory, and the estimated time of a step.
 
     Attributes:
         split: layers of its pipeline's stages.
-        memory: of the fullest rank.
-        compute_seconds: the step's FLOPs at the stated MFU.
-        bubble_seconds, exposed_seconds: what the pipeline (its bubble, and a slowest stage above the mean) and
-            communication that nothing hides would add; they rank layouts, while the plan's own times come from the
-            stated MFU alone.
+        memory: memory of the fullest rank.
+        compute_seconds: time of the step's FLOPs at the stated MFU.
+        bubble_seconds: time added by the pipeline's bubble and by a slowest stage above the mean.
+        exposed_seconds: time added by communication that no computation overlaps. Both rank layouts only: the plan's
+            own times follow from the stated MFU alone.
     """
 
     layout: ParallelLayout
@@ -48,21 +48,21 @@ class Candidate:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Settings that ask for it."""
+        """Overrides that configure this candidate."""
         sizes = {
             "parallel.tensor_model_parallel_size": self.layout.tensor,
             "parallel.pipeline_model_parallel_size": self.layout.pipeline,
         }
         keys = [f"{name}={size}" for name, size in sizes.items() if size > 1]
         keys += ["parallel.sequence_parallel=true"] if self.layout.sequence_parallel else []
-        if self.layout.data * self.layout.context > 1:  # its time has the reduction behind the last micro-batch's work
+        if self.layout.data * self.layout.context > 1:  # the estimate overlaps the reduction with the last micro-batch
             keys += ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
         return (*keys, *self.split.keys, f"training.micro_batch_size={self.micro_batch_size}")
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The layout that would be fastest, or None where nothing fits, the teacher's placement, and why."""
+    """The recommended layout (None where nothing fits), the teacher's placement and payload, and the reasons."""
 
     candidate: Candidate | None
     placement: str
@@ -71,7 +71,7 @@ class Recommendation:
 
 
 def recommend(config: PlanRunConfig, setting: Setting) -> Recommendation:
-    """Search the layouts and say where the teacher should run."""
+    """Search the layouts and choose where the teacher runs."""
     found = list(candidates(config, setting))
     placement, reasons = "none", []
     if setting.placed is not None:
@@ -80,8 +80,8 @@ def recommend(config: PlanRunConfig, setting: Setting) -> Recommendation:
             found = list(candidates(config, setting, teacher_is_colocated=False))
             placement = "remote" if found else "none"
             reasons.append(
-                "student and teacher fit no GPU together in any layout"
-                + (": the teacher goes to GPUs of its own" if found else ", nor the student alone")
+                "student and teacher do not fit on one GPU together in any layout"
+                + (": the teacher needs GPUs of its own" if found else ", and neither does the student alone")
             )
     if not found:
         limit = memory_limit(config) / GIB
@@ -91,8 +91,8 @@ def recommend(config: PlanRunConfig, setting: Setting) -> Recommendation:
             "hidden",
             (
                 *reasons,
-                f"no layout of {config.plan.num_gpus} GPUs fits "
-                f"into {limit:.0f} GiB a GPU: more GPUs, a longer pipeline, or smaller micro-batches",
+                f"no layout of {config.plan.num_gpus} GPUs fits into {limit:.0f} GiB per GPU: use more GPUs, a longer "
+                "pipeline or smaller micro-batches",
             ),
         )
     best = simplest(found)
@@ -105,9 +105,9 @@ def recommend(config: PlanRunConfig, setting: Setting) -> Recommendation:
 
 
 def candidates(config: PlanRunConfig, setting: Setting, teacher_is_colocated: bool = True) -> Iterator[Candidate]:
-    """Every layout of plan.num_gpus that divides model and batch, with the largest micro-batch that fits.
+    """Yield every layout of ``plan.num_gpus`` that divides model and batch, with the best micro-batch that fits.
 
-    A remote teacher's GPUs are not taken off: how many they would be follows from the reasons.
+    The GPUs of a remote teacher are not subtracted: the reasons say how many it should get.
     """
     limit = memory_limit(config)
     for tensor in (size for size in TENSOR_SIZES if size <= config.plan.gpus_per_node):
@@ -134,7 +134,7 @@ def evaluate_layout(
     micro_batch_size: int,
     teacher_is_colocated: bool,
 ) -> Candidate:
-    """Memory and time of one layout.
+    """Estimate memory and step time of one layout.
 
     Raises:
         LayoutError: the layout does not divide a model or the batch.
@@ -174,7 +174,10 @@ def evaluate_layout(
 
 
 def simplest(found: list[Candidate]) -> Candidate:
-    """Of those as good as the fastest: the least tensor and pipeline parallel, with the largest micro-batch."""
+    """Return the candidate with the least tensor and pipeline parallelism among those about as fast as the fastest.
+
+    Of several micro-batch sizes the largest is chosen.
+    """
     fastest = min(candidate.seconds for candidate in found)
     return min(
         (candidate for candidate in found if candidate.seconds <= fastest * (1 + AS_GOOD)),
@@ -187,7 +190,7 @@ def simplest(found: list[Candidate]) -> Candidate:
 
 
 def memory_limit(config: PlanRunConfig) -> float:
-    """Bytes of a GPU that a layout may fill."""
+    """Return the bytes of a GPU that a layout may fill."""
     return GPUS[config.plan.gpu].memory_bytes * config.plan.usable_memory
 
 
@@ -218,7 +221,7 @@ def _teacher(setting: Setting) -> ModelArchitecture | None:
 
 
 def _placed(setting: Setting, layout: ParallelLayout, is_colocated: bool) -> PlacedTeacher | None:
-    """The setting's teacher beside ``layout``: co-located as it is laid out there, or sending hidden states."""
+    """Place the setting's teacher beside ``layout``: co-located in the same layout, or remote with dense payload."""
     teacher = _teacher(setting)
     if teacher is None:
         return None
@@ -229,15 +232,15 @@ def _placed(setting: Setting, layout: ParallelLayout, is_colocated: bool) -> Pla
 
 def _layout_reasons(best: Candidate, found: list[Candidate], limit: float) -> Iterator[str]:
     yield (
-        f"{best.layout.describe()}, micro-batch {best.micro_batch_size}: its fullest rank needs "
+        f"{best.layout.describe()}, micro-batch {best.micro_batch_size}: the fullest rank needs "
         f"{best.memory.total / GIB:.1f} of {limit / GIB:.1f} GiB"
     )
     if best.layout.tensor == best.layout.pipeline == 1:
-        yield "model and optimizer fit a GPU whole, so data parallelism alone: one reduction a step, which can overlap"
+        yield "model and optimizer fit on one GPU, so data parallelism suffices: one reduction per step can overlap"
     if best.split.keys:
         yield (
-            f"layers {', '.join(map(str, best.split.layers))}: the last stage has the output layers as well; its "
-            f"slowest stage works {best.split.slowest:.2f} x the mean"
+            f"layers {', '.join(map(str, best.split.layers))}: the last stage computes the output layers as well; the "
+            f"slowest stage does {best.split.slowest:.2f} x the mean work"
         )
     others = [
         candidate
@@ -248,9 +251,9 @@ def _layout_reasons(best: Candidate, found: list[Candidate], limit: float) -> It
         other = min(others, key=lambda candidate: candidate.seconds)
         slower = other.seconds / best.seconds - 1
         yield (
-            f"the best other, {other.layout.describe()}, is estimated {abs(slower):.1%} "
+            f"the best alternative, {other.layout.describe()}, is estimated {abs(slower):.1%} "
             f"{'slower' if slower > 0 else 'faster'} by bubble and communication"
-            + (", which is nothing to add parallelism for" if slower <= 0 else "")
+            + (", too little to add parallelism for" if slower <= 0 else "")
         )
 
 
@@ -259,14 +262,14 @@ def _teacher_reasons(placement: str, setting: Setting, best: Candidate) -> tuple
     head_share = setting.head_share_if_dense
     payload = "sampled" if head_share > LARGEST_HEAD_SHARE and placement == "remote" else "hidden"
     where = (
-        "on the student's ranks no GPU waits for another and nothing is sent"
+        "on the student's ranks no GPU waits and nothing is sent"
         if placement == "colocated"
         else f"give it about {teacher_share:.0%} of the GPUs, so that neither side waits"
     )
     relief = (
-        "too much for the last stage: its own ranks compute it"
+        "too much for the last stage, so the teacher's ranks compute it"
         if payload == "sampled"
-        else "there is no pipeline that it would unbalance"
+        else "without a pipeline it unbalances nothing"
         if best.layout.pipeline == 1
         else "the uneven split makes room for it"
     )
@@ -274,6 +277,6 @@ def _teacher_reasons(placement: str, setting: Setting, best: Candidate) -> tuple
         f"teacher {placement}: its forward pass is {teacher_share:.0%} of a step's FLOPs wherever it runs; {where}",
         f"payload {payload}: the teacher's head adds {head_share:.0%} to the student's own FLOPs on its last stage; "
         + relief,
-        f"cached instead: pays from {RUNS_THAT_PAY_FOR_A_CACHE} students on the same corpus, since the cache costs "
-        f"one pass of the teacher and saves {teacher_share:.0%} of every run",
+        f"a cache instead pays off from {RUNS_THAT_PAY_FOR_A_CACHE} students on the same corpus: it costs one pass of "
+        f"the teacher and saves {teacher_share:.0%} of every run",
     ]

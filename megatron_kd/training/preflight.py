@@ -1,6 +1,6 @@
 """Whether a run fits into its devices, by arithmetic, before anything is built: bytes of a rank in steady state.
 
-The numbers are ``plan_run``'s: costs/memory.py and costs/memory.py.
+The numbers are ``plan_run``'s (costs/memory.py).
 
 Optional accelerated parts: which are installed, which a run uses, which no recorded GPU run has tried yet.
 """
@@ -22,7 +22,6 @@ from megatron_kd.costs.memory import (
     remote_rank_memory,
     student_memory,
     teacher_memory,
-    together,
 )
 from megatron_kd.errors import ConfigError
 from megatron_kd.losses.triton_path import use_triton
@@ -125,9 +124,9 @@ def rank_memory(
         pipeline = config.teacher.pipeline_model_parallel_size or layout.pipeline
         own = ParallelLayout(tensor, pipeline, 1, max(1, layout.world_size // (tensor * pipeline)))
         stash = config.teacher.stash_megabytes << 20
-        return together(student, teacher_memory(teacher, layout, own, rank, stash_bytes=stash, **sizes))
+        return student + teacher_memory(teacher, layout, own, rank, stash_bytes=stash, **sizes)
     placed = _remote(config, layout, teacher)
-    return together(student, received_memory(architecture, layout, stage, placed, **of_a_batch))
+    return student + received_memory(architecture, layout, stage, placed, **of_a_batch)
 
 
 def teacher_rank_memory(

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from megatron_kd.costs import memory
-from megatron_kd.costs import memory as teacher_memory
 from megatron_kd.losses.fused_linear import DEFAULT_TILE_BYTES
 from megatron_kd.losses.tile_buffers import LARGEST_BLOCK, MOST_TEMPORARIES, bytes_per_logit
 from megatron_kd.models.architecture import architecture_by_name
@@ -23,7 +22,7 @@ def test_constants_are_those_of_the_loss():
 
 def test_hidden_states_wait_as_long_as_a_wave():
     """A whole step's under the student's pipeline; else enough for every replica and stage of the teacher."""
-    assert teacher_memory.PASSES_A_STAGE == colocated.PASSES_A_STAGE
+    assert memory.PASSES_PER_STAGE == colocated.PASSES_A_STAGE
 
     def waiting(student, own, micro_batches=16, stash=1 << 30):
         layouts = [
@@ -32,7 +31,7 @@ def test_hidden_states_wait_as_long_as_a_wave():
             )
             for sizes in (student, own)
         ]
-        return teacher_memory.waiting_micro_batches(*layouts, 1 << 20, micro_batches, stash)
+        return memory.waiting_micro_batches(*layouts, 1 << 20, micro_batches, stash)
 
     assert waiting((1, 1), (1, 1)) == 1 and waiting((1, 2), (1, 2)) == 16
     assert waiting((2, 1), (1, 2)) == 4 and waiting((2, 1), (1, 1)) == 2 and waiting((1, 1), (2, 1)) == 1

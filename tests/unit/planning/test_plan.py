@@ -1,4 +1,4 @@
-"""A whole plan: the paper's numbers, what it recommends, what it refuses; the examples' configurations are planned."""
+"""A whole plan: the paper's figures, recommendations, sizes on disk, and refused configurations."""
 
 import json
 import resource
@@ -6,14 +6,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 
 from megatron_kd.config import load_config
+from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
+from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import ConfigError, LayoutError
 from megatron_kd.planning.paper import offline_readings, one_trillion_flops, printed_steps
-from megatron_kd.planning.plan import make_plan
+from megatron_kd.planning.plan import (
+    cache_sizes,
+    corpus_bytes,
+    make_plan,
+    sampled_token_bytes,
+    score_bytes,
+    top_k_token_bytes,
+)
 from megatron_kd.planning.plan_config import PlanRunConfig
 from megatron_kd.planning.plan_run import amount, plan_text, run
+from megatron_kd.teachers.cache.codec import Codec, Entries
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 MINIPLM = REPOSITORY / "examples/miniplm_pile_qwen/student_500m.yaml"
@@ -142,7 +153,7 @@ def test_time_with_a_remote_teacher_is_that_of_the_side_that_waits_longest():
     assert made.costs[0].hours == pytest.approx(slower * 100_000 * 512 * 1024 / rate)
     assert made.remote.balanced_ranks == 11
     balanced = plan(*REMOTE, "teacher.num_ranks=11", "training.micro_batch_size=1", "training.global_batch_size=13")
-    assert 1 <= balanced.remote.busy < 1.05 < made.remote.busy
+    assert 1 <= balanced.remote.slowdown < 1.05 < made.remote.slowdown
 
 
 def test_a_sparse_payload_leaves_the_head_to_the_teacher():
@@ -206,7 +217,7 @@ def test_the_command_answers_in_two_seconds_without_torch():
         (["distillation.loss.chunk_megabytes=0"], ConfigError, "'distillation.loss.tile_megabytes' must be at least"),
         (["parallel.tensor_model_parallel_size=3", "plan.num_gpus=3"], LayoutError, "student under TP3"),
         ([*REMOTE[:2]], ConfigError, "'teacher.num_ranks' .* is required"),
-        ([*REMOTE[:3], "plan.num_gpus=8"], LayoutError, "leaves no GPU"),
+        ([*REMOTE[:3], "plan.num_gpus=8"], LayoutError, "leaves none of the plan.num_gpus 8 GPUs"),
         ([*REMOTE, "teacher.num_ranks=3", "teacher.tensor_model_parallel_size=2"], LayoutError, "the teacher's ranks"),
         (["plan.num_gpus=7", "parallel.tensor_model_parallel_size=2"], LayoutError, "7 ranks do not divide"),
     ],
@@ -218,3 +229,46 @@ def test_what_it_refuses(overrides, error, message):
 
 def test_amounts():
     assert [amount(size) for size in (12, 3.2e12, 1.5e9)] == ["12 B", "3.2 TB", "1.5 GB"]
+
+
+@pytest.mark.parametrize("vocab_size", [300, 151_936])
+def test_a_written_dataset_has_the_planned_size(tmp_path, vocab_size):
+    chunks, length = 2000, 129
+    ids = numpy.random.default_rng(0).integers(0, 300, (chunks, length))
+    write_chunk_dataset(tmp_path / "d", iter(ids), plain_tokenizer_info(vocab_size, 0), length - 1)
+    size = sum(path.stat().st_size for path in (tmp_path / "d").glob("chunks-*") if path.suffix in (".bin", ".idx"))
+    assert corpus_bytes(chunks * length, vocab_size, length - 1) == pytest.approx(size, rel=0.02)
+
+
+def test_scores_are_one_float_per_sequence():
+    assert score_bytes(50e9, 1024) == pytest.approx(200e6, rel=0.05)  # the paper's 200 MB for 50B tokens
+
+
+def test_caches_of_the_papers_corpus():
+    full, top, sampled = cache_sizes(50e9, 151_936, 1024)
+    assert 2 * full.total == pytest.approx(30e15, rel=0.02)  # the paper counts 4 bytes per logit: 30 PB
+    assert sampled.bytes_per_token == pytest.approx(39, rel=0.02)
+    assert top.bytes_per_token == pytest.approx(239, rel=2e-3)
+
+
+@pytest.mark.parametrize(("name", "size"), [("top_k", 64), ("top_k", 5), ("sampled", 50)])
+def test_a_record_has_the_planned_size(name, size):
+    """The size of a record that the codec writes."""
+    positions, vocabulary = 512, 151_936
+    generator = numpy.random.default_rng(0)
+    counts = numpy.full(positions, size) if name == "top_k" else generator.integers(1, 25, positions)
+    total = int(counts.sum())
+    ids = generator.integers(0, vocabulary, total).astype(numpy.uint32)
+    values = (
+        {"probabilities": numpy.full(total, 0.01, numpy.float32)}
+        if name == "top_k"
+        else {"draws": numpy.ones(total, numpy.uint16)}
+    )
+    entries = Entries(counts=counts, ids=ids, tail=numpy.full(positions, 0.1, numpy.float32), **values)
+    record = Codec(name, size, vocabulary).encode(numpy.ones(positions, bool), entries)
+    planned = (
+        top_k_token_bytes(size, vocabulary)
+        if name == "top_k"
+        else sampled_token_bytes(size, total / positions, vocabulary)
+    )
+    assert planned * positions == pytest.approx(len(record), rel=2e-3)

@@ -1,48 +1,54 @@
-"""Where a pipeline loses time: its bubble, and a last stage that carries the heads of student and teacher.
+"""What a layout costs beyond the work itself: the pipeline's bubble, stages of unequal work, and communication.
 
-FLOPs are counted as in planning/flops.py: 2 a parameter and token forward, 6 forward and backward. The input embedding
-is a lookup and costs a stage nothing, so balance counts layers and heads only.
+FLOPs are counted as in costs/flops.py: 2 per parameter and token forward, 6 forward and backward. The input embedding
+is a lookup and costs a stage nothing, so balance counts layers and output layers only; the last stage computes the
+student's and may compute the teacher's.
 
-Bytes that a rank sends in one training step, by dimension, with ring collectives: an all-reduce of n bytes over k
-ranks sends 2 n (k - 1) / k, a reduce-scatter or all-gather n (k - 1) / k.
+Communication is the bytes that a rank sends in one training step with ring collectives: an all-reduce of n bytes over
+k ranks sends 2 n (k - 1) / k, a reduce-scatter or all-gather n (k - 1) / k.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Iterator
 
 from megatron_kd.costs.memory import ELEMENT_BYTES, GRADIENT_BYTES, PlacedTeacher, padded_rows, rank_parameters
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.parallel.layout import ParallelLayout
 
+COLLECTIVES_PER_LAYER = 2  # attention and feed-forward, in each direction
+LOSS_VALUES_PER_TOKEN = 6  # statistics of the fused loss, fp32 (docs/losses.md)
+
 
 def bubble_fraction(pipeline: int, micro_batches: int, virtual: int | None = None) -> float:
-    """Share of a step in which a stage waits: (p - 1) / (v · m + p - 1) for p stages, m micro-batches, v chunks."""
+    """Return the share of a step in which a stage waits: (p - 1) / (v · m + p - 1).
+
+    p is the number of stages, m of micro-batches, v of model chunks per stage.
+    """
     return (pipeline - 1) / ((virtual or 1) * micro_batches + pipeline - 1)
 
 
 def layer_flops(student: ModelArchitecture) -> float:
-    """Forward and backward FLOPs a token of one layer."""
+    """Return the forward and backward FLOPs per token of one layer."""
     return 6 * (student.non_embedding_parameters - student.hidden_size) / student.num_layers
 
 
 def student_head_flops(student: ModelArchitecture) -> float:
-    """Forward and backward FLOPs a token of the student's output layer."""
+    """Return the forward and backward FLOPs per token of the student's output layer."""
     return 6 * student.vocab_size * student.hidden_size
 
 
 def teacher_head_flops(teacher: ModelArchitecture) -> float:
-    """FLOPs a token of the teacher's output layer, which dense knowledge makes the student's last stage compute."""
+    """Return the FLOPs per token of the teacher's output layer, which the student's last stage computes if dense."""
     return 2 * teacher.vocab_size * teacher.hidden_size
 
 
 @dataclass(frozen=True)
 class LayerSplit:
-    """Layers of every pipeline stage.
+    """The layers of every pipeline stage.
 
     Attributes:
-        layers: one number a stage.
-        slowest: FLOPs a token of the slowest stage over the mean of all stages; 1 is perfect balance.
+        layers: one number per stage.
+        slowest: FLOPs per token of the slowest stage over the mean of all stages; 1 is perfect balance.
     """
 
     layers: tuple[int, ...]
@@ -50,7 +56,7 @@ class LayerSplit:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Settings that ask for it; none where every stage has as many."""
+        """Overrides that configure this split; none where all stages have equally many layers."""
         if len(set(self.layers)) == 1:
             return ()
         return (
@@ -62,7 +68,11 @@ class LayerSplit:
 def layer_split(
     student: ModelArchitecture, dense_teacher: ModelArchitecture | None, layers: Sequence[int]
 ) -> LayerSplit:
-    """This split and its balance; ``dense_teacher`` is one whose head the student's last stage computes, or None."""
+    """Return the split with its balance.
+
+    Args:
+        dense_teacher: a teacher whose output layer the student's last stage computes, or None.
+    """
     heads = student_head_flops(student) + (teacher_head_flops(dense_teacher) if dense_teacher else 0)
     stages = [count * layer_flops(student) for count in layers]
     stages[-1] += heads
@@ -72,10 +82,10 @@ def layer_split(
 def balanced_split(
     student: ModelArchitecture, dense_teacher: ModelArchitecture | None, pipeline: int, virtual: int | None = None
 ) -> LayerSplit:
-    """Of the splits that the ``parallel.*`` keys can ask for, the one whose slowest stage is fastest.
+    """Return the split whose slowest stage is fastest, among those that the ``parallel.*`` keys can express.
 
-    First and last stage have any number of layers, those between them the same; under interleaving each number divides
-    by the virtual stages.
+    The first and the last stage may have any number of layers, the stages between them have equally many; under
+    interleaving each number divides by the number of virtual stages.
     """
     splits = (
         layer_split(student, dense_teacher, layers)
@@ -85,7 +95,7 @@ def balanced_split(
 
 
 def expressible_splits(total: int, pipeline: int, virtual: int = 1) -> Iterator[tuple[int, ...]]:
-    """Every split of ``total`` layers as :func:`balanced_split` says."""
+    """Yield every split of ``total`` layers that the ``parallel.*`` keys can express (:func:`balanced_split`)."""
     if pipeline == 1:
         yield (total,)
         return
@@ -99,20 +109,16 @@ def expressible_splits(total: int, pipeline: int, virtual: int = 1) -> Iterator[
                 yield (first, *[rest // between] * between, last)
 
 
-COLLECTIVES_PER_LAYER = 2  # attention and feed-forward, in each direction
-LOSS_VALUES_PER_TOKEN = 6  # statistics of the fused loss, fp32 (docs/losses.md)
-
-
 @dataclass(frozen=True)
 class StepTraffic:
-    """Bytes a rank sends a step.
+    """Bytes that a rank sends in one step.
 
     Attributes:
-        tensor: all-reduces of activations (or their scatter and gather under sequence parallelism), and the loss's.
+        tensor: all-reduces of activations (under sequence parallelism their scatter and gather) and of the loss.
         pipeline: activations forward and their gradients backward; the gradient of an embedding that both ends hold.
         data: gradients reduced, weights gathered.
         context: keys and values gathered, their gradients scattered.
-        hand_off: a teacher's knowledge from other ranks, received by a rank of the student's last stage.
+        hand_off: teacher targets that a rank of the student's last stage receives from other ranks.
     """
 
     tensor: float
@@ -132,7 +138,7 @@ def step_traffic(
     seq_length: int,
     micro_batches: int,
 ) -> StepTraffic:
-    """What the busiest of the student's ranks sends; a co-located teacher's forward passes are among it."""
+    """Return what the busiest of the student's ranks sends, the passes of a co-located teacher included."""
     width = ELEMENT_BYTES[precision]
     positions = micro_batch_size * seq_length / layout.context * micro_batches
     stage_layers = layout.stage_layers(student.num_layers)
@@ -142,20 +148,23 @@ def step_traffic(
     parameters = max(rank_parameters(student, layout, stage, stage_layers) for stage in range(layout.pipeline))
     key_value = 2 * student.num_query_groups * student.head_dim / layout.tensor
     context = 2 * (layout.context - 1) * positions * key_value * width * layers if layout.context > 1 else 0.0
-    of_teacher = _teacher_traffic(layout, teacher, positions, precision)
+    by_teacher = _teacher_traffic(layout, teacher, positions, precision)
     return StepTraffic(
         tensor=2 * _ring(layout.tensor) * (_reductions(stage_layers) * hidden + LOSS_VALUES_PER_TOKEN * 4 * positions)
-        + of_teacher.tensor,
-        pipeline=_pipeline_traffic(student, layout, hidden) + of_teacher.pipeline,
+        + by_teacher.tensor,
+        pipeline=_pipeline_traffic(student, layout, hidden) + by_teacher.pipeline,
         data=_ring(shards) * parameters * (GRADIENT_BYTES + width),
         context=context,
-        hand_off=of_teacher.hand_off,
+        hand_off=by_teacher.hand_off,
     )
 
 
 def _reductions(stage_layers: Sequence[int]) -> int:
-    """Of hidden states over tensor parallelism, for a micro-batch of the busiest stage: of its layers in both
-    directions, of the embedding's output, of the gradient of the output layer's input."""
+    """Count the tensor-parallel reductions of hidden states that the busiest stage makes for a micro-batch.
+
+    They are those of its layers in both directions, of the embedding's output, and of the gradient of the output
+    layer's input.
+    """
     last = len(stage_layers) - 1
     return max(
         2 * COLLECTIVES_PER_LAYER * layers + (stage == 0) + (stage == last) for stage, layers in enumerate(stage_layers)
@@ -163,8 +172,11 @@ def _reductions(stage_layers: Sequence[int]) -> int:
 
 
 def _pipeline_traffic(student: ModelArchitecture, layout: ParallelLayout, hidden: float) -> float:
-    """Of the busiest stage: hidden states forward but for the last, gradients backward but for the first; both ends
-    reduce the gradient of a tied embedding, which each of them holds."""
+    """Return what the busiest stage sends over the pipeline, given the bytes of a step's hidden states.
+
+    Every stage but the last sends hidden states forward, every stage but the first gradients backward. Both ends hold
+    a tied embedding and reduce its gradient.
+    """
     if layout.pipeline == 1:
         return 0.0
     message = hidden / (layout.tensor if layout.sequence_parallel else 1)
@@ -177,7 +189,7 @@ def _pipeline_traffic(student: ModelArchitecture, layout: ParallelLayout, hidden
 def _teacher_traffic(
     layout: ParallelLayout, teacher: PlacedTeacher | None, positions: float, precision: str
 ) -> StepTraffic:
-    """A teacher's part, for ``positions`` of a data-parallel rank of the student."""
+    """Return the teacher's part of the traffic, for ``positions`` of a data-parallel rank of the student."""
     if teacher is None:
         return StepTraffic(0.0, 0.0, 0.0, 0.0, 0.0)
     hand_off = teacher.hand_off_bytes(positions, precision)

@@ -1,4 +1,4 @@
-"""For tools that still call setup.py; everything is declared in pyproject.toml."""
+"""Entry point for tools that call setup.py; pyproject.toml declares everything."""
 
 from setuptools import setup
 

@@ -1,12 +1,14 @@
-"""The Dockerfile under hadolint, every shell script under ShellCheck: real linters, from the test requirements."""
+"""The Dockerfile under hadolint, every shell script under ShellCheck, and the checks that hooks and CI run."""
 
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(
@@ -16,7 +18,7 @@ SCRIPTS = sorted(
 
 
 def linter(name):
-    """Beside this interpreter, or on the PATH."""
+    """The program beside this interpreter, or on the PATH."""
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if not found and (platform.system(), platform.machine()) != ("Linux", "x86_64"):
@@ -45,6 +47,15 @@ def test_the_dockerfile_is_pinned_and_runs_as_an_ordinary_user():
     image = next(line for line in lines if line.startswith("FROM"))
     assert image.partition(":")[2] not in ("", "latest")
     assert [line for line in lines if line.startswith("USER")][-1] not in ("USER root", "USER 0")
+
+
+def test_hooks_and_continuous_integration_run_the_checks():
+    makefile = (REPOSITORY / "Makefile").read_text()
+    checks = re.search(r"^checks:.*\n((?:\t.*\n)+)", makefile, flags=re.MULTILINE).group(1)
+    hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    commands = {hook["entry"].replace(".venv", "$(VENV)").replace(" --force-exclude", "") for hook in hooks}
+    assert commands == {line.strip("\t@").removesuffix(" .") for line in checks.splitlines()}
+    assert "make checks\n" in (REPOSITORY / ".ci/run").read_text()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,6 +1,6 @@
-"""What watching costs: seconds to read the memory and record one step, beside a step at 10 steps a second.
+"""Cost of recording a step: seconds to read the memory and write one row, compared with a step at 10 steps per second.
 
-With metrics.jsonl and the console line alone, and with TensorBoard too.
+Measured with metrics.jsonl and the console line alone, and with TensorBoard as well.
 
     python benchmarks/bench_metrics.py [--quick] [--output FILE.json]
 """
@@ -17,11 +17,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.provenance import provenance  # noqa: E402
+from megatron_kd.metrics.device import MemoryMeter  # noqa: E402
 from megatron_kd.metrics.sinks import MetricsConfig  # noqa: E402
-from megatron_kd.metrics.tracker import (
-    MemoryMeter,  # noqa: E402
-    RunTracker,  # noqa: E402
-)
+from megatron_kd.metrics.tracker import RunTracker  # noqa: E402
 
 STEP_SECONDS = 0.1
 ROW = {
@@ -42,7 +40,7 @@ ROW = {
 
 
 def measure(report_to: tuple[str, ...], rows: int) -> list[float]:
-    """Seconds of each row."""
+    """Return the seconds that each row took, sorted."""
     with tempfile.TemporaryDirectory() as folder:
         tracker = RunTracker(Path(folder), rows, 0, True, "bench", MetricsConfig(report_to=report_to))
         meter, times = MemoryMeter(torch.device("cuda" if torch.cuda.is_available() else "cpu")), []

@@ -1,4 +1,4 @@
-"""Where a number comes from: command, commit, processor, versions, date."""
+"""Provenance of a measurement: command, commit, processor, versions, date."""
 
 import os
 import platform
@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def provenance() -> dict[str, Any]:
-    """The facts that a reader needs to run a benchmark again and to weigh its figures."""
+    """Return the facts that a reader needs to repeat a benchmark and to judge its figures."""
     return {
         "command": " ".join(["python", *_relative(sys.argv)]),
         "commit": _git("rev-parse", "HEAD"),
@@ -41,7 +41,7 @@ def provenance() -> dict[str, Any]:
 
 
 def _relative(arguments: list[str]) -> list[str]:
-    """The command as typed from the repository's root, without the paths of this machine."""
+    """Return the command as typed at the repository's root, without the paths of this machine."""
     return [argument.replace(f"{REPOSITORY}/", "") for argument in arguments]
 
 

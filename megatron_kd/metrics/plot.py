@@ -4,9 +4,10 @@ megatron-kd plot RUN… [output=plot.png] [x=steps|tokens|flops] [smooth=20]
 """
 
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Literal, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,33 +15,33 @@ from megatron_kd.errors import DataError
 from megatron_kd.metrics.tracker import METRICS_NAME, read_metrics
 
 X_KEYS = {"steps": "step", "tokens": "tokens", "flops": "train_flops"}
-X_LABELS = {"steps": "steps", "tokens": "tokens trained on", "flops": "training FLOPs, teacher's forward pass counted"}
+X_LABELS = {"steps": "steps", "tokens": "training tokens", "flops": "training FLOPs, teacher's forward pass counted"}
 PANELS = (
-    ("loss", "loss that is minimised (nats per token)"),
-    ("lm_loss", "LM term (nats per token); dots: held out"),
+    ("loss", "training loss (nats per token)"),
+    ("lm_loss", "LM term (nats per token); dots: held-out loss"),
     ("kd_loss", "distillation term (nats per token)"),
     ("tokens_per_second", "tokens per second"),
     ("learning_rate", "learning rate"),
     ("grad_norm", "gradient norm before clipping"),
 )
-# Distinguishable in grey and to colour-blind readers (Okabe and Ito).
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Distinguishable in grey and to colour-blind readers (Okabe and Ito)."""
 LINES = ("-", "--", "-.", ":")
 SMOOTHED = ("loss", "lm_loss", "kd_loss", "tokens_per_second", "grad_norm")
 
 
 @dataclass(frozen=True)
 class PlotConfig:
-    """The keys of ``plot``; arguments without ``=`` are ``runs``."""
+    """The keys of ``plot``; arguments without ``=`` are values of ``runs``."""
 
     runs: tuple[str, ...] = ()
     output: str = "plot.png"
     x: Literal["steps", "tokens", "flops"] = "steps"
     smooth: int = 20
-    """Steps of the moving mean; 1 draws what was measured."""
+    """Steps of the moving mean; 1 draws the measured values."""
 
     def validate(self) -> Iterator[str]:
-        """Faults in the values, one message each."""
+        """Yield one message for each fault in the values."""
         if not self.runs:
             yield "name at least one run folder: plot RUN…"
         if self.smooth < 1:
@@ -50,12 +51,12 @@ class PlotConfig:
 
 
 def run(config: PlotConfig) -> Path:
-    """Draw and return the file.
+    """Draw the runs and return the file's path.
 
     Raises:
-        DataError: a folder is not a run, or its run has not done a step.
+        DataError: a folder is not a run folder, or its run has not done a step.
     """
-    runs = {name: rows_of(Path(name)) for name in config.runs}
+    runs = {name: read_training_rows(Path(name)) for name in config.runs}
     path = Path(config.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure_of(runs, config.x, config.smooth).savefig(path, dpi=120)
@@ -63,10 +64,12 @@ def run(config: PlotConfig) -> Path:
     return path
 
 
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run folder."""
-    if not (folder / METRICS_NAME).is_file():
-        raise DataError(f"{folder} is not a run folder: it has no {METRICS_NAME}")
+def read_training_rows(folder: Path) -> list[dict[str, Any]]:
+    """Read the rows of a run folder.
+
+    Raises:
+        DataError: the folder is not a run folder, or its run has not done a step.
+    """
     rows = read_metrics(folder)
     if not any("loss" in row for row in rows):
         raise DataError(f"{folder / METRICS_NAME} has no training step yet")
@@ -74,14 +77,14 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def series(rows: Sequence[dict[str, Any]], x: str, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """x and y of the rows that have ``key``."""
+    """Return x and y, each ``[n]``, of the n rows that have ``key``."""
     points = [(row[X_KEYS[x]], row[key]) for row in rows if row.get(key) is not None and X_KEYS[x] in row]
     values = np.asarray(points, dtype=float).reshape(-1, 2)
     return values[:, 0], values[:, 1]
 
 
 def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of each value and up to ``window`` - 1 before it; the same length."""
+    """Return the mean of each value and up to ``window`` - 1 values before it; the length is unchanged."""
     sums = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - window)
@@ -89,7 +92,7 @@ def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def figure_of(runs: dict[str, list[dict[str, Any]]], x: str, smooth: int) -> Any:
-    """The matplotlib figure: one panel a quantity, one line a run; a panel that no run fills is left out."""
+    """Return a matplotlib figure with a panel per quantity and a line per run; empty panels are left out."""
     from matplotlib.figure import Figure
 
     panels = [(key, title) for key, title in PANELS if any(_has(rows, key) for rows in runs.values())]
@@ -101,7 +104,7 @@ def figure_of(runs: dict[str, list[dict[str, Any]]], x: str, smooth: int) -> Any
         for index, (name, rows) in enumerate(runs.items()):
             _draw(axes, key, name, rows, x, smooth, index)
         if key in ("loss", "lm_loss"):
-            _cut_off_the_start(axes, [series(rows, x, key)[1] for rows in runs.values()])
+            _zoom_past_the_start(axes, [series(rows, x, key)[1] for rows in runs.values()])
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(X_LABELS[x], fontsize=9)
         axes.grid(alpha=0.3)
@@ -129,8 +132,8 @@ def _draw(axes: Any, key: str, name: str, rows: list[dict[str, Any]], x: str, sm
         axes.plot(places, values, color=colour, marker="o", markersize=4, linestyle="none")
 
 
-def _cut_off_the_start(axes: Any, losses: Sequence[np.ndarray]) -> None:
-    """The first steps' losses are far above all that follows: they would flatten it."""
+def _zoom_past_the_start(axes: Any, losses: Sequence[np.ndarray]) -> None:
+    """Limit the y axis to the later losses; those of the first steps are far above and would flatten the rest."""
     losses = [values for values in losses if len(values)]
     if not losses:
         return

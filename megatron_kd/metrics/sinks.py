@@ -1,36 +1,39 @@
-"""TensorBoard and Weights & Biases as places for a run's rows; both get the same names as ``metrics.jsonl`` has.
+"""The ``metrics.*`` keys, and the trackers they name: TensorBoard and Weights & Biases.
 
-The ``metrics.*`` keys: where a run's figures go besides ``metrics.jsonl`` and the console, and which cost extra.
+Both get the rows of ``metrics.jsonl``, under the same names.
 """
 
+import uuid
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Literal, Mapping, Protocol
+from typing import Any, Literal, Protocol
 
 from megatron_kd.errors import ConfigError
 
-Sink = Literal["tensorboard", "wandb", "wandb_offline"]
+SinkName = Literal["tensorboard", "wandb", "wandb_offline"]
+NOT_PLOTTED = ("step",)
 
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """One switch for every tracker."""
+    """The ``metrics.*`` keys: where figures go besides ``metrics.jsonl`` and the console, and those that cost extra."""
 
-    report_to: tuple[Sink, ...] = ()
+    report_to: tuple[SinkName, ...] = ()
     """``tensorboard`` (into the run folder), ``wandb``, ``wandb_offline`` (into the run folder, to be synced later)."""
     wandb_project: str = "megatron-kd"
     run_name: str | None = None
-    """None means the run folder's name."""
+    """Name of the run in W&B; None for the run folder's name."""
     peak_tflops: float | None = None
-    """Dense peak of one device, for MFU; None means what is known of this GPU, and no MFU where nothing is."""
+    """Dense peak of one device, for MFU; None for the known peak of this GPU. Without either no MFU is reported."""
 
     kd_lm_gradient_ratio_interval: int | None = None
-    """Every so many steps the norm of the distillation term's gradient over that of the LM term's, weights included, is
-    logged as ``kd_lm_gradient_ratio``. Such a step has a second pass of the student, and keeps another fp32 gradient,
-    split like the optimizer's state. None measures nothing."""
+    """Log ``kd_lm_gradient_ratio`` every so many steps: the norm of the distillation term's gradient over that of the
+    LM term's, weights included. Such a step runs a second pass of the student and holds another fp32 gradient, sharded
+    like the optimizer's state. None: never."""
 
     def validate(self) -> Iterator[str]:
-        """Faults in the values, one message each."""
+        """Yield one message for each fault in the values."""
         if "wandb" in self.report_to and "wandb_offline" in self.report_to:
             yield "'metrics.report_to' has both wandb and wandb_offline: choose one"
         if self.peak_tflops is not None and self.peak_tflops <= 0:
@@ -40,14 +43,11 @@ class MetricsConfig:
             yield f"'metrics.kd_lm_gradient_ratio_interval' must be at least 1, not {interval}"
 
 
-NOT_PLOTTED = ("step",)
-
-
 class Sink(Protocol):
-    """Takes rows and is closed once."""
+    """A tracker: takes rows, and is closed once."""
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Record one row; ``row["step"]`` is its place."""
+        """Record one row at ``row["step"]``."""
 
     def close(self) -> None:
         """Put everything on the disk."""
@@ -56,7 +56,7 @@ class Sink(Protocol):
 def open_sinks(
     config: MetricsConfig, folder: Path, first_step: int, run_config: Mapping[str, Any] | None = None
 ) -> list[Sink]:
-    """The sinks that ``metrics.report_to`` names.
+    """Open the trackers that ``metrics.report_to`` names.
 
     Raises:
         ConfigError: the package of one is not installed.
@@ -71,7 +71,7 @@ def open_sinks(
 
 
 class TensorBoardSink:
-    """Event files in the run folder; rows of an interrupted run beyond ``first_step`` are purged from view."""
+    """Event files in the run folder; rows that an interrupted run wrote beyond ``first_step`` are hidden from view."""
 
     def __init__(self, folder: Path, first_step: int):
         try:
@@ -84,12 +84,12 @@ class TensorBoardSink:
             ) from None
         self._summary = Summary
         self._writer = FileWriter(str(folder))
-        # A reader drops what an interrupted run wrote from this step on.
+        # These two events make a reader drop what an interrupted run wrote from this step on.
         self._writer.add_event(Event(step=first_step + 1, file_version="brain.Event:2"))
         self._writer.add_event(Event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """One scalar a figure, all of a row in one event."""
+        """Record a row as one event with a scalar for each figure."""
         values = [
             self._summary.Value(tag=name, simple_value=value)
             for name, value in row.items()
@@ -98,12 +98,12 @@ class TensorBoardSink:
         self._writer.add_summary(self._summary(value=values), row["step"])
 
     def close(self) -> None:
-        """Flush and close."""
+        """Flush and close the event file."""
         self._writer.close()
 
 
 class WandbSink:
-    """A W&B run, named after the run folder, resumed under the same id; offline it lies in the run folder."""
+    """A W&B run, named after the run folder and resumed under the same id; offline it is kept in the run folder."""
 
     def __init__(self, config: MetricsConfig, folder: Path, offline: bool, run_config: Mapping[str, Any]):
         try:
@@ -123,22 +123,20 @@ class WandbSink:
         )
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """One row at its step."""
+        """Record a row at its step."""
         self._run.log(
             {name: value for name, value in row.items() if name not in NOT_PLOTTED and value is not None},
             step=int(row["step"]),
         )
 
     def close(self) -> None:
-        """Finish the run."""
+        """Finish the W&B run."""
         self._run.finish()
 
 
 def _run_id(folder: Path) -> str:
-    """The same for every start in this folder, so that a resumed job goes on with the same run."""
+    """Return the W&B id of a run folder, made at its first start, so that a resumed job continues the same W&B run."""
     path = folder / "wandb_id"
     if not path.exists():
-        import uuid
-
         path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()

@@ -1,38 +1,39 @@
-"""Where a run's figures go: ``metrics.jsonl`` (one object a step), a console line with its ETA, and other trackers.
+"""Record of a run: ``metrics.jsonl`` (one object per step), a console line with an ETA, and other trackers.
 
-The console line of a step: loss, its terms, gradient norm, rate, speed, MFU, memory; tqdm adds step and ETA.
-
-What this rank's device is capable of and has used: peak FLOP/s for MFU, memory.
+A row has ``step`` and any figures; rows of training have ``loss``, rows of evaluations ``eval_loss``.
 """
 
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Mapping, Sequence, TextIO
+from typing import Any, TextIO
 
-import psutil
-import torch
 from tqdm import tqdm
 
 from megatron_kd.artefacts.artefact_folder import write_file
-from megatron_kd.costs.gpus import peak_tflops_of
+from megatron_kd.errors import DataError
 from megatron_kd.metrics.sinks import MetricsConfig, Sink, open_sinks
 
 METRICS_NAME = "metrics.jsonl"
+GIB = 2**30
 
 
 class RunTracker:
-    """Writes the rows of one run; on ranks other than the main one it does nothing.
+    """Records the rows of one run; on ranks other than the main one it does nothing.
 
     Args:
         folder: the run folder.
-        total_steps: for the bar.
-        first_step: steps done before; rows beyond them (of an interrupted run) are dropped.
-        active: whether this rank writes.
-        description: shown before the bar.
+        total_steps: steps of the whole run, for the progress bar.
+        first_step: steps done before. Rows of an interrupted run beyond them are dropped.
+        active: whether this rank records.
+        description: text before the progress bar.
         config: which other trackers get the rows.
         run_config: the run's settings, for trackers that keep them.
+
+    Raises:
+        ConfigError: a tracker of ``config`` is not installed.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class RunTracker:
         """Record one training step."""
         if self._file is None or self._bar is None:
             return
-        self._write(row)
+        self._write(self._file, row)
         self._bar.set_postfix_str(console_line(row), refresh=False)
         self._bar.update(1)
 
@@ -76,21 +77,21 @@ class RunTracker:
         """Record an evaluation (``step``, ``eval_loss``, ``bits_per_byte``)."""
         if self._file is None or self._bar is None:
             return
-        self._write(row)
+        self._write(self._file, row)
         self._bar.write(
-            f"step {row['step']}: held-out loss {row['eval_loss']:.4f} nats a token, "
-            f"{row['bits_per_byte']:.4f} bits a byte",
+            f"step {row['step']}: held-out loss {row['eval_loss']:.4f} nats per token, "
+            f"{row['bits_per_byte']:.4f} bits per byte",
             file=sys.stderr,
         )
 
     def flush(self) -> None:
-        """Put what was recorded on the disk (before a checkpoint says that the steps were done)."""
+        """Put all rows on the disk, before a checkpoint claims that their steps were done."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """End the bar and close the file."""
+        """Put all rows on the disk, and close the file, the progress bar and the other trackers."""
         if self._file is not None and self._bar is not None:
             self.flush()
             self._file.close()
@@ -98,36 +99,15 @@ class RunTracker:
             for sink in self._sinks:
                 sink.close()
 
-    def _write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+    def _write(self, file: TextIO, row: Mapping[str, Any]) -> None:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+        file.flush()
         for sink in self._sinks:
             sink.write(row)
 
 
-def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run folder; a last line that a kill cut short is left out."""
-    rows = []
-    for line in (Path(folder) / METRICS_NAME).read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def _drop_rows_beyond(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    kept = [row for row in read_metrics(path.parent) if row.get("step", 0) <= step] if step else []
-    write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
-
-
-GIB = 2**30
-
-
 def console_line(row: Mapping[str, Any]) -> str:
-    """What stands behind the progress bar for a row of ``metrics.jsonl``; absent figures are left out."""
+    """Return the figures of a row as one line for the progress bar; absent figures are left out."""
     parts = [f"loss {row['loss']:.4f}"]
     if row.get("kd_loss"):
         parts.append(f"lm {row['lm_loss']:.4f} kd {row['kd_loss']:.4f}")
@@ -145,25 +125,40 @@ def console_line(row: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def peak_flops(device: torch.device, stated_tflops: float | None) -> float | None:
-    """Dense peak FLOP/s of one device: what was stated, else what is known of this GPU, else None."""
-    if stated_tflops is not None:
-        return stated_tflops * 1e12
-    if device.type != "cuda":
-        return None
-    known = peak_tflops_of(torch.cuda.get_device_name(device))
-    return None if known is None else known * 1e12
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """Read the rows of a run folder; a last line that a kill cut short is left out.
+
+    Raises:
+        DataError: the folder is not a run folder.
+    """
+    path = Path(folder) / METRICS_NAME
+    if not path.is_file():
+        raise DataError(f"{folder} is not a run folder: it has no {METRICS_NAME}")
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
 
 
-class MemoryMeter:
-    """Most bytes this rank has held: ``max_memory_allocated`` on CUDA, the resident set on a CPU."""
+def read_evaluations(folder: str | Path) -> list[dict[str, Any]]:
+    """Read the rows of a run's evaluations, oldest first.
 
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._process = psutil.Process(os.getpid())
+    Raises:
+        DataError: the folder is not a run folder, or its run has not evaluated.
+    """
+    rows = [row for row in read_metrics(folder) if "eval_loss" in row]
+    if not rows:
+        raise DataError(
+            f"{Path(folder) / METRICS_NAME} has no evaluation: set training.eval_interval and data.eval_path"
+        )
+    return rows
 
-    def read(self) -> int:
-        """Bytes."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        return self._process.memory_info().rss
+
+def _drop_rows_beyond(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [row for row in read_metrics(path.parent) if row.get("step", 0) <= step] if step else []
+    write_file(path, "".join(json.dumps(row) + "\n" for row in kept))

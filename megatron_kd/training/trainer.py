@@ -19,7 +19,8 @@ from megatron_kd.data.batch import Batch, make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.workers import prefetch
 from megatron_kd.errors import NonFiniteLossError, Preempted
-from megatron_kd.metrics.tracker import MemoryMeter, RunTracker, peak_flops
+from megatron_kd.metrics.device import MemoryMeter, peak_flops
+from megatron_kd.metrics.tracker import RunTracker
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.parallel.layout import ParallelLayout, as_mapping
 from megatron_kd.parallel.runtime import Runtime

@@ -1,4 +1,4 @@
-"""Peak and memory of a device."""
+"""Peak FLOP/s and memory of a device."""
 
 import mmap
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_kd.costs.gpus import peak_tflops_of
-from megatron_kd.metrics.tracker import MemoryMeter, peak_flops
+from megatron_kd.metrics.device import MemoryMeter, peak_flops
 
 CPU = torch.device("cpu")
 

@@ -29,10 +29,10 @@ ROW = {
 def test_a_row_costs_under_a_hundredth_of_a_step(tmp_path, report_to):
     tracker = RunTracker(tmp_path, 10_000, 0, True, "test", MetricsConfig(report_to=report_to))
     best = float("inf")
-    for attempt in range(10):  # the quickest of ten: a loaded machine interrupts some
+    for attempt in range(10):  # the fastest of ten: a loaded machine interrupts some
         started = time.perf_counter()
         for step in range(20):
             tracker.step({"step": 20 * attempt + step + 1, **ROW})
         best = min(best, (time.perf_counter() - started) / 20)
     tracker.close()
-    assert best < 0.01 * STEP_SECONDS, f"{best * 1e3:.3f} ms a row"
+    assert best < 0.01 * STEP_SECONDS, f"{best * 1e3:.3f} ms per row"

@@ -33,7 +33,7 @@ def scalars(folder):
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-def test_tensorboard_has_the_rows_and_goes_on_after_a_resume(tmp_path):
+def test_tensorboard_has_the_rows_also_after_a_resume(tmp_path):
     record(tmp_path, [1, 2, 3, 4], report_to=["tensorboard"])
     record(tmp_path, [3, 4, 5], first_step=2, report_to=["tensorboard"])
     found = scalars(tmp_path)
@@ -55,7 +55,7 @@ def test_wandb_offline_writes_into_the_run_folder(tmp_path, monkeypatch):
     assert b"tokens_per_second" in Path(logs[0]).read_bytes()
     first = (tmp_path / "wandb_id").read_text()
     record(tmp_path, [3, 4], first_step=2, report_to=["wandb_offline"])
-    assert (tmp_path / "wandb_id").read_text() == first, "a resumed job goes on with the same run"
+    assert (tmp_path / "wandb_id").read_text() == first, "a resumed job continues the same W&B run"
 
 
 @pytest.mark.parametrize(

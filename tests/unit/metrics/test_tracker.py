@@ -1,10 +1,11 @@
-"""``metrics.jsonl``: one row a step, over interruptions too."""
+"""``metrics.jsonl``: one row per step, across interruptions; the console line."""
 
 import json
 
 import pytest
 
-from megatron_kd.metrics.tracker import METRICS_NAME, RunTracker, read_metrics
+from megatron_kd.errors import DataError
+from megatron_kd.metrics.tracker import METRICS_NAME, RunTracker, console_line, read_evaluations, read_metrics
 
 
 def row(step):
@@ -25,7 +26,7 @@ def test_rows_come_back(tmp_path, capsys):
     tracker.flush()
     tracker.close()
     assert read_metrics(tmp_path) == [row(1), row(2), {"step": 2, "eval_loss": 3.0, "bits_per_byte": 1.5}]
-    assert "held-out loss 3.0000 nats a token, 1.5000 bits a byte" in capsys.readouterr().err
+    assert "held-out loss 3.0000 nats per token, 1.5000 bits per byte" in capsys.readouterr().err
 
 
 def test_rows_beyond_the_resumed_step_are_dropped(tmp_path):
@@ -68,3 +69,40 @@ def test_a_figure_that_is_not_a_number_is_a_fault(tmp_path):
     with pytest.raises(ValueError):
         tracker.step({**row(1), "loss": float("nan")})
     tracker.close()
+
+
+def test_evaluations_of_a_run(tmp_path):
+    tracker = record(tmp_path, [1, 2])
+    with pytest.raises(DataError, match="has no evaluation"):
+        read_evaluations(tmp_path)
+    tracker.evaluation({"step": 2, "eval_loss": 3.0, "bits_per_byte": 1.5})
+    tracker.close()
+    assert [evaluated["eval_loss"] for evaluated in read_evaluations(tmp_path)] == [3.0]
+    with pytest.raises(DataError, match="is not a run folder"):
+        read_metrics(tmp_path / "none")
+
+
+FULL_ROW = {
+    "step": 3,
+    "loss": 3.25,
+    "lm_loss": 3.5,
+    "kd_loss": 3.0,
+    "grad_norm": 1.234,
+    "learning_rate": 3e-4,
+    "tokens_per_second": 123456.0,
+    "tflops_per_second": 412.3,
+    "mfu": 0.417,
+    "memory_bytes": 3 * 2**30,
+}
+
+
+def test_the_console_line_names_every_figure():
+    assert console_line(FULL_ROW) == (
+        "loss 3.2500, lm 3.5000 kd 3.0000, grad 1.23, lr 3.00e-04, 123,456 tokens/s, 412 TFLOP/s, MFU 41.7%, 3.0 GiB"
+    )
+
+
+def test_the_console_line_leaves_out_what_a_row_does_not_have():
+    row = {name: value for name, value in FULL_ROW.items() if name not in ("mfu", "kd_loss")}
+    line = console_line({**row, "kd_loss": 0.0})
+    assert "kd" not in line and "MFU" not in line and "loss 3.2500" in line

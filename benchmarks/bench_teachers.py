@@ -172,9 +172,7 @@ class Parts:
 
     def batches(self, position: int) -> list[Any]:
         """The micro-batches at a position."""
-        from megatron_kd.teachers.remote.routing import Item
-
-        return [self.schedule.read(position, Item(m, 0)) for m in range(MICRO_BATCHES)]
+        return [self.schedule.read(position, 0, m) for m in range(MICRO_BATCHES)]
 
 
 def seconds(action: Callable[[], Any]) -> float:

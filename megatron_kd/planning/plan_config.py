@@ -9,6 +9,7 @@ from typing import ClassVar, Iterator, Literal, Mapping
 from megatron_kd.costs.gpus import PlanConfig
 from megatron_kd.models.architecture import ARCHITECTURES
 from megatron_kd.parallel.layout import ParallelConfig
+from megatron_kd.teachers.teacher_config import TeacherConfig
 
 
 @dataclass(frozen=True)
@@ -72,29 +73,14 @@ class PlannedDistillation:
 
 
 @dataclass(frozen=True)
-class PlannedTeacher:
-    """``teacher.*`` of the run."""
+class PlannedTeacher(TeacherConfig):
+    """``teacher.*`` of the run; what the teacher is read from need not exist yet."""
 
     READS_A_PART: ClassVar[bool] = True
-    placement: str = "none"
-    tensor_model_parallel_size: int | None = None
-    pipeline_model_parallel_size: int | None = None
-    stash_megabytes: int = 1024
-    num_ranks: int | None = None
-    prefetch_depth: int = 2
-    payload: Literal["hidden", "top_k", "sampled"] = "hidden"
-    top_k: int = 64
-    num_draws: int = 50
-
-    @property
-    def payload_ids(self) -> int | None:
-        """Ids a token that a remote teacher sends; None where it sends hidden states."""
-        return {"hidden": None, "top_k": self.top_k, "sampled": self.num_draws}[self.payload]
 
     def validate(self) -> Iterator[str]:
-        """Faults in the values, one message each."""
-        if self.placement == "remote" and self.num_ranks is None:
-            yield "'teacher.placement' is remote, so 'teacher.num_ranks' (how many of the ranks are its) is required"
+        """Yield one message per invalid value."""
+        yield from self.placement_faults(but=(self.where.source,))
 
 
 @dataclass(frozen=True)

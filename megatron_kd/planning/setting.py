@@ -10,6 +10,7 @@ from megatron_kd.models.architecture import ModelArchitecture, architecture_by_n
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_kd.planning.overheads import teacher_head_flops
 from megatron_kd.planning.plan_config import PlanRunConfig
+from megatron_kd.teachers.teacher_config import NO_TEACHER
 
 TOY_VOCABULARY = 512
 
@@ -88,8 +89,8 @@ def setting_of(config: PlanRunConfig) -> Setting:
     teacher = _architecture(config.plan.teacher) if config.plan.teacher is not None else None
     method = _method_with_formula(config, teacher)
     runs = method != "none"
-    remote_ranks = config.teacher.num_ranks or 0 if runs and config.teacher.placement == "remote" else 0
-    if remote_ranks and remote_ranks >= config.plan.num_gpus:
+    remote_ranks = config.teacher.own_ranks if runs else 0
+    if remote_ranks >= config.plan.num_gpus:
         raise LayoutError(
             f"teacher.num_ranks {remote_ranks} leaves none of the plan.num_gpus {config.plan.num_gpus} GPUs for the "
             "student"
@@ -147,7 +148,8 @@ def _method_with_formula(config: PlanRunConfig, teacher: ModelArchitecture | Non
         )
     if METHOD_FLOPS[method][1] and teacher is None:
         raise ConfigError(f"distillation.method '{method}' runs a teacher: name its architecture in plan.teacher")
-    return "none" if config.teacher.placement == "cached" else method
+    costs_nothing = config.teacher.placement != NO_TEACHER and not config.teacher.runs_a_model
+    return "none" if costs_nothing else method
 
 
 def _place(

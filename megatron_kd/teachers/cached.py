@@ -4,22 +4,34 @@ Any batch size, order, epoch, data, tensor and pipeline parallelism, and any sel
 same knowledge. Records of a step are decoded in a thread while the student computes.
 """
 
+from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_kd.data.batch import Batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import ConfigError, DataError
 from megatron_kd.losses import PADDING_ID, SparseKnowledge, SparseTargetKind
-from megatron_kd.parallel.groups import own_part
+from megatron_kd.parallel.groups import is_last_stage, own_part
 from megatron_kd.teachers.cache.cache_reader import LogitCache, View, token_hash
 from megatron_kd.teachers.cache.codec import Codec, DecodedChunk
 from megatron_kd.teachers.interface import Announced
+from megatron_kd.teachers.placements import StudentRun
+from megatron_kd.teachers.teacher_config import TeacherConfig
+
+
+def build(config: TeacherConfig, run: StudentRun, groups: ProcessGroupCollection) -> "CachedTeacher":
+    """Open the teacher's cache; see :func:`~megatron_kd.teachers.placements.build_teacher`."""
+    view = View(temperature=run.temperature, compute_dtype=run.precision)
+    is_needed = is_last_stage(groups)
+    return CachedTeacher.open(str(config.cache_path), run.data, view, run.sparse_target, is_needed, groups.cp)
 
 
 class CachedTeacher:
@@ -46,7 +58,7 @@ class CachedTeacher:
         self._context_group = context_group
         self._thread = ThreadPoolExecutor(1, "cache reader")
         self._announced = Announced(())
-        self._ahead: list[Future] = []
+        self._ahead: deque[Future] = deque()
 
     @classmethod
     def open(
@@ -77,7 +89,7 @@ class CachedTeacher:
         """Start to decode the knowledge of a step."""
         if self._is_needed:
             self._announced = Announced(batches)
-            self._ahead = [self._thread.submit(self._read, batch) for batch in batches]
+            self._ahead = deque(self._thread.submit(self._read, batch) for batch in batches)
 
     def knowledge(self, batch: Batch) -> SparseKnowledge | None:
         """[tokens, K] ids and weights of this rank's positions in sequence-major order, on the ranks that need them;
@@ -88,7 +100,8 @@ class CachedTeacher:
         """
         if not self._is_needed:
             return None
-        ids, weights, tail = self._ahead[self._announced.take(batch)].result()
+        self._announced.take(batch)
+        ids, weights, tail = self._ahead.popleft().result()
         device = batch.tokens.device
         return SparseKnowledge(
             ids=ids.to(device, non_blocking=True),

@@ -111,7 +111,7 @@ def rank_memory(
     settings, stage = config.training, layout.coordinates(rank).pipeline
     of_a_batch = _sizes(config, seq_length)
     sizes = of_a_batch | {"micro_batches": layout.micro_batches(settings.global_batch_size, settings.micro_batch_size)}
-    dense = teacher is not None and config.teacher.payload == "hidden"
+    dense = teacher is not None and not config.teacher.gives_sparse_knowledge
     student = student_memory(
         architecture, layout, stage, layers=layout.stage_layers(architecture.num_layers),
         models_in_loss=2 if dense else 1, fused=device == "cuda", device=device,
@@ -119,7 +119,7 @@ def rank_memory(
     )  # fmt: skip
     if teacher is None:
         return student
-    if config.teacher.placement == "colocated":
+    if not config.teacher.own_ranks:
         tensor = config.teacher.tensor_model_parallel_size or layout.tensor
         pipeline = config.teacher.pipeline_model_parallel_size or layout.pipeline
         own = ParallelLayout(tensor, pipeline, 1, max(1, layout.world_size // (tensor * pipeline)))

@@ -115,8 +115,8 @@ def announce(
     spec = choose_layer_spec(config.model.layer_spec)
     parts = accelerated.optional_parts(spec, runtime.device, config.distillation.loss.backend)
     start = f", resumed at step {progress.step}" if progress.step else ""
-    where = config.teacher.cache_path if config.teacher.placement == "cached" else config.teacher.path
-    teacher = f", teacher {config.teacher.placement} {where}" if where else ""
+    source = config.teacher.source
+    teacher = f", teacher {config.teacher.placement} {source}" if source else ""
     logger.info(
         f"{config.model.name} ({architecture.parameters:,} parameters, "
         f"{parameter_count(model):,} on this rank), "

@@ -14,13 +14,11 @@ from megatron_kd.errors import ConfigError, DataError
 from megatron_kd.models.architecture import AS_INIT_FROM, ModelArchitecture, architecture_by_name
 from megatron_kd.models.gpt import HiddenStateGPTModel, build_model
 from megatron_kd.models.parameters import initialize_weights
-from megatron_kd.parallel.groups import is_last_stage
 from megatron_kd.parallel.layout import ParallelLayout, sequence_multiple
 from megatron_kd.parallel.runtime import Runtime, seed_everything
-from megatron_kd.teachers.cache.cache_reader import View
-from megatron_kd.teachers.cached import CachedTeacher
+from megatron_kd.teachers import placements
 from megatron_kd.teachers.interface import Teacher
-from megatron_kd.teachers.placements import build_colocated, build_remote
+from megatron_kd.teachers.placements import StudentRun
 from megatron_kd.training.train_config import TrainConfig
 
 
@@ -158,6 +156,25 @@ def running_teacher(config: TrainConfig) -> ModelArchitecture | None:
     return open_checkpoint(config.teacher.path).architecture if config.teacher.runs_a_model else None
 
 
+def student_run(
+    config: TrainConfig, architecture: ModelArchitecture, data: ChunkDataset, layout: ParallelLayout, runtime: Runtime
+) -> StudentRun:
+    """Return the facts about this run that a teacher depends on."""
+    return StudentRun(
+        data,
+        architecture,
+        layout,
+        seq_length=config.data.seq_length or data.seq_length,
+        precision=config.training.precision,
+        layer_spec=config.model.layer_spec,
+        temperature=config.distillation.temperature,
+        sparse_target=config.distillation.sparse_target,
+        train_iters=config.training.train_iters,
+        device=runtime.device,
+        split=runtime.split,
+    )
+
+
 def build_teacher(
     config: TrainConfig,
     architecture: ModelArchitecture,
@@ -166,65 +183,8 @@ def build_teacher(
     groups: ProcessGroupCollection,
     runtime: Runtime,
 ) -> Teacher | None:
-    """The teacher that the configuration asks for, with its weights; None without distillation."""
-    if config.teacher.placement == "cached":
-        return open_cached_teacher(config, str(config.teacher.cache_path), data, groups)
-    if config.teacher.placement == "none" or config.teacher.path is None:
-        return None
-    info = open_checkpoint(config.teacher.path)
-    check_same_tokenizer(info, data)
-    seq_length = config.data.seq_length or data.seq_length
-    if runtime.split is not None:
-        return build_remote(
-            config.teacher,
-            info,
-            architecture,
-            layout,
-            groups,
-            runtime.split,
-            precision=config.training.precision,
-            seq_length=seq_length,
-            train_iters=config.training.train_iters,
-            sparse_target=config.distillation.sparse_target,
-            device=runtime.device,
-        )
-    return build_colocated(
-        config.teacher,
-        info,
-        architecture,
-        layout,
-        groups,
-        precision=config.training.precision,
-        layer_spec=config.model.layer_spec,
-        seq_length=seq_length,
-        device=runtime.device,
-    )
-
-
-def heldout_teacher(
-    config: TrainConfig, heldout: ChunkDataset | None, teacher: Teacher | None, groups: ProcessGroupCollection
-) -> Teacher | None:
-    """What the held-out distillation loss asks: the teacher itself, or the cache about the held-out dataset."""
-    if heldout is None or teacher is None or not config.teacher.evaluate:
-        return None
-    if config.teacher.placement != "cached":
-        return teacher
-    path = config.teacher.eval_cache_path
-    return None if path is None else open_cached_teacher(config, path, heldout, groups)
-
-
-def open_cached_teacher(
-    config: TrainConfig, cache_path: str, data: ChunkDataset, groups: ProcessGroupCollection
-) -> CachedTeacher:
-    """What a cache holds about the chunks of ``data``, as this run sees them."""
-    return CachedTeacher.open(
-        cache_path,
-        data,
-        View(temperature=config.distillation.temperature, compute_dtype=config.training.precision),
-        config.distillation.sparse_target,
-        is_last_stage(groups),
-        groups.cp,
-    )
+    """Build the teacher that the configuration asks for, with its weights; None without distillation."""
+    return placements.build_teacher(config.teacher, student_run(config, architecture, data, layout, runtime), groups)
 
 
 def unwrap(chunk: torch.nn.Module) -> HiddenStateGPTModel:

@@ -7,18 +7,15 @@ from typing import Iterator
 
 import torch
 
-from megatron_kd.checkpoints.loading import check_same_tokenizer
-from megatron_kd.checkpoints.weights import open_checkpoint
 from megatron_kd.data.batch import Batch, make_batch
 from megatron_kd.data.blend import order_of
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_order import BatchSchedule
 from megatron_kd.parallel.layout import ParallelLayout
 from megatron_kd.parallel.runtime import Runtime
-from megatron_kd.teachers.placements import build_teacher_ranks, plan_teacher_layout
-from megatron_kd.teachers.remote.routing import Item
+from megatron_kd.teachers.placements import build_teacher_ranks, plan_teacher
 from megatron_kd.training.preflight import check_teacher_ranks
-from megatron_kd.training.setup import open_datasets, student_architecture
+from megatron_kd.training.setup import open_datasets, student_architecture, student_run
 from megatron_kd.training.train_config import TrainConfig
 from megatron_kd.training.watches import WATCHED
 
@@ -34,13 +31,13 @@ class StudentsBatches:
         self._schedule = build_schedule(config, data)
         self.micro_batches = layout.micro_batches(settings.global_batch_size, settings.micro_batch_size)
 
-    def read(self, position: int, item: Item) -> Batch:
-        """One micro-batch of the global batch at ``position``."""
-        rows = self._schedule.micro_batches(position, item.data_rank, self._ranks, self._rows)
-        return make_batch(self._data, rows[item.micro_batch], self._seq_length, self._mask_prompt)
+    def read(self, position: int, data_rank: int, micro_batch: int) -> Batch:
+        """Read one micro-batch of the global batch at ``position``."""
+        rows = self._schedule.micro_batches(position, data_rank, self._ranks, self._rows)
+        return make_batch(self._data, rows[micro_batch], self._seq_length, self._mask_prompt)
 
-    def identities(self, batch: Batch) -> torch.Tensor:
-        """Ids of a batch's chunks in the root of the dataset."""
+    def root_ids(self, batch: Batch) -> torch.Tensor:
+        """Return the ids, int64 [b], of a batch's chunks in the root of the dataset."""
         return torch.from_numpy(self._data.root_ids(batch.chunk_indices.numpy()).astype("int64"))
 
 
@@ -71,23 +68,10 @@ def signals_left_to_the_student() -> Iterator[None]:
 
 
 def _serve(config: TrainConfig, runtime: Runtime) -> None:
+    assert runtime.split is not None
     data, _ = open_datasets(config)
-    info = open_checkpoint(config.teacher.path)
-    check_same_tokenizer(info, data)
     layout = ParallelLayout.for_world(config.parallel, runtime.split.num_students)
-    seq_length = config.data.seq_length or data.seq_length
-    own = plan_teacher_layout(config.teacher, info, layout, runtime.split.num_teachers, seq_length)
-    check_teacher_ranks(config, own, info.architecture, seq_length, runtime.device)
-    build_teacher_ranks(
-        config.teacher,
-        info,
-        student_architecture(config, data),
-        layout,
-        runtime.split,
-        StudentsBatches(config, data, layout),
-        precision=config.training.precision,
-        layer_spec=config.model.layer_spec,
-        seq_length=seq_length,
-        temperature=config.distillation.temperature,
-        device=runtime.device,
-    ).run()
+    run = student_run(config, student_architecture(config, data), data, layout, runtime)
+    plan = plan_teacher(config.teacher, run)
+    check_teacher_ranks(config, plan.layout, plan.info.architecture, run.seq_length, runtime.device)
+    build_teacher_ranks(config.teacher, run, plan, StudentsBatches(config, data, layout)).run()

@@ -7,7 +7,7 @@ from megatron_kd.costs.gpus import PlanConfig
 from megatron_kd.metrics.sinks import MetricsConfig
 from megatron_kd.models.architecture import ModelConfig, Precision
 from megatron_kd.parallel.layout import ParallelConfig
-from megatron_kd.teachers.interface import TeacherConfig
+from megatron_kd.teachers.teacher_config import TeacherConfig
 from megatron_kd.training.fault_tolerance import FaultToleranceConfig
 from megatron_kd.training.objective import METHODS_WITH_TEXT, DistillationConfig, LossReduction
 from megatron_kd.training.optimizer import OptimizerConfig
@@ -99,8 +99,10 @@ class TrainConfig:
             yield from self.parallel.context_parallel_faults(f"{method} generates text token by token")
         if self.distillation.method != "none" and self.teacher.placement == "none":
             yield f"'distillation.method' {self.distillation.method} needs 'teacher.placement' (colocated) and its path"
-        if self.teacher.placement == "cached":
-            yield from self._cached_faults()
+        if self.teacher.where.is_sparse:
+            yield from self._sparse_faults()
+        if not self.teacher.where.knows_any_text:
+            yield from self._fixed_text_faults()
         divergence = self._divergence
         if self.teacher.payload != "hidden" and divergence != "forward_kl":
             yield (
@@ -109,7 +111,7 @@ class TrainConfig:
             )
         if self.distillation.method == "none" and self.teacher.placement != "none":
             yield f"'teacher.placement' is {self.teacher.placement}, but 'distillation.method' none uses no teacher"
-        if self.distillation.decodes_with_teacher and self.teacher.placement == "remote":
+        if self.distillation.decodes_with_teacher and self.teacher.runs_a_model and not self.teacher.where.generates:
             yield (
                 f"'distillation.method' {self.distillation.method} lets the teacher write token by token, which needs "
                 "'teacher.placement' colocated; or set minillm.teacher_mix=0, gkd.seq_kd=false"
@@ -136,19 +138,24 @@ class TrainConfig:
             return "of minillm"
         return asked or ("forward_kl" if method in ("none", "vanilla_kd") else f"of {method}")
 
-    def _cached_faults(self) -> Iterator[str]:
+    def _fixed_text_faults(self) -> Iterator[str]:
+        """Yield what a teacher that covers the chunks of one dataset alone cannot do."""
         if self.data.is_blend:
             yield (
-                "'data.path' blends datasets, but 'teacher.placement' cached covers one dataset: train on one, or use "
-                "a colocated or remote teacher"
+                f"'data.path' blends datasets, but 'teacher.placement' {self.teacher.placement} covers one dataset: "
+                "train on one, or use a colocated or remote teacher"
             )
         if self.distillation.method not in ("none", "vanilla_kd"):
             yield (
-                f"'distillation.method' {self.distillation.method} generates text, of which a cache knows nothing: "
-                "'teacher.placement' must be colocated or remote"
+                f"'distillation.method' {self.distillation.method} generates text, which 'teacher.placement' "
+                f"{self.teacher.placement} does not cover: use a colocated or remote teacher"
             )
+
+    def _sparse_faults(self) -> Iterator[str]:
+        """Yield what a few ids of the teacher's distribution are not enough for."""
         if self.distillation.divergence not in (None, "forward_kl"):
             yield (
                 f"'distillation.divergence' {self.distillation.divergence} needs the teacher's whole distribution, "
-                "a cache holds a few ids of it: use forward_kl, or 'teacher.placement' colocated"
+                f"'teacher.placement' {self.teacher.placement} gives a few ids of it: use forward_kl, or a colocated "
+                "teacher"
             )

@@ -26,6 +26,7 @@ from megatron_kd.parallel.layout import ParallelLayout, as_mapping
 from megatron_kd.parallel.runtime import Runtime
 from megatron_kd.scoring.chunk_losses import HeldoutLoss, heldout_loss
 from megatron_kd.teachers.interface import Action, Decision
+from megatron_kd.teachers.placements import build_heldout_teacher
 from megatron_kd.training.checkpoint import (
     Progress,
     description,
@@ -37,7 +38,7 @@ from megatron_kd.training.fault_tolerance import Survival
 from megatron_kd.training.methods.source import BatchSource, Place, restore_source, source_files
 from megatron_kd.training.objective import METHODS_WITH_TEXT, build_objective, pretraining_uses_teacher
 from megatron_kd.training.optimizer import learning_rate
-from megatron_kd.training.setup import heldout_teacher, unwrap
+from megatron_kd.training.setup import student_run, unwrap
 from megatron_kd.training.teacher_process import build_schedule
 from megatron_kd.training.train_config import TrainConfig
 from megatron_kd.training.train_step import StepResult, TrainStep
@@ -68,7 +69,8 @@ class Trainer:
         self.architecture, self.layout, self.groups = architecture, layout, groups
         self.model, self.optimizer, self.step, self.source = model, optimizer, step, source
         self.schedule = build_schedule(config, data)
-        self.heldout_teacher = heldout_teacher(config, heldout, step.teacher, groups)
+        run = student_run(config, architecture, data, layout, runtime)
+        self.heldout_teacher = build_heldout_teacher(config.teacher, run, groups, step.teacher, heldout)
         self.memory = MemoryMeter(runtime.device)
         self.peak_flops = peak_flops(runtime.device, config.metrics.peak_tflops)
         runs = config.teacher.runs_a_model

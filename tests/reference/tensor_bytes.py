@@ -120,7 +120,7 @@ def _teacher_bytes(teacher: Any) -> float:
     """Parameters on this rank, and its part of the output layer where that is a copy."""
     if teacher is None:
         return 0.0
-    own = [p for chunk in teacher._chunks for p in chunk.parameters()]
+    own = [p for chunk in teacher._model_chunks for p in chunk.parameters()]
     held = {p.untyped_storage().data_ptr() for p in own}
     head = [] if teacher._head is None else [teacher._head.weight]
     return _bytes([*own, *(w for w in head if w.untyped_storage().data_ptr() not in held)])

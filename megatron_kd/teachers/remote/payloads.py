@@ -1,16 +1,12 @@
-"""What a remote teacher sends for a micro-batch: hidden states, or ids and weights. One tensor each, of a fixed shape.
+"""What a remote teacher sends about a micro-batch: hidden states, or ids and weights. One tensor of a fixed shape.
 
     hidden            [s, b, h_teacher] in the teacher's dtype
-    top_k, sampled    [s, b, 2 K + 1] int32: K ids, K weights and the tail mass as fp32 (sparse_payload.py)
+    top_k, sampled    [s, b, 2 K + 1] int32: K ids, then K weights and the tail mass as the bits of fp32
 
-Under context parallelism each of the student's ranks is sent its own positions of them.
+Under context parallelism each of the student's ranks receives its own positions. A header of 3 int64 precedes it.
 
-Before it goes a header: (step, micro-batch, hash of the token ids), int64.
-
-The payloads ``top_k`` and ``sampled``: the teacher's ranks compute their output layer, ids and weights travel.
-
-What is chosen is what ``cache_teacher_logits`` would choose for the same chunks, draws included: they depend on the
-identity of a chunk and the place in it, so any layout and order give the same knowledge.
+Sparse payloads hold what a cache of the same settings would, draws included: these depend on the identity of a chunk
+and the place in it, so every layout and order gives the same ids.
 """
 
 from dataclasses import dataclass
@@ -18,96 +14,163 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_kd.losses import PADDING_ID, DenseKnowledge, OutputHead, SparseKnowledge, SparseTargetKind
 from megatron_kd.teachers.cache.codec import Codec, Entries, ranks
 from megatron_kd.teachers.cache.kept_ids import Selection
+from megatron_kd.teachers.cached import choose_kind
+from megatron_kd.teachers.placements import StudentRun, TeacherPlan
+from megatron_kd.teachers.teacher_config import TeacherConfig
 
 HEADER_NUMBERS = 3
 
 
 @dataclass(frozen=True)
 class Header:
-    """Whose knowledge follows."""
+    """The identity of the micro-batch that a payload is about."""
 
     step: int
     micro_batch: int
-    token_hash: int
+    key: int
 
-    def tensor(self, device: torch.device) -> Tensor:
-        """As it travels."""
-        return torch.tensor([self.step, self.micro_batch, self.token_hash], dtype=torch.int64, device=device)
+    def to_tensor(self, device: torch.device) -> Tensor:
+        """Return it as int64 [3]."""
+        return torch.tensor([self.step, self.micro_batch, self.key], dtype=torch.int64, device=device)
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "Header":
-        """Read back."""
+    def from_tensor(cls, tensor: Tensor) -> "Header":
+        """Invert :meth:`to_tensor`."""
         return cls(*tensor.tolist())
 
 
-class HiddenStates:
-    """The payload ``hidden``: the student's last stage computes the teacher's output layer."""
-
-    def __init__(self, hidden_size: int, dtype: torch.dtype):
-        self._hidden_size, self._dtype = hidden_size, dtype
+class Receiver(Protocol):
+    """The student's end of a payload."""
 
     def buffer(self, rows: int, seq_length: int, device: torch.device) -> Tensor:
-        """Where it is received."""
-        return torch.empty(seq_length, rows, self._hidden_size, dtype=self._dtype, device=device)
+        """Return an empty tensor to receive a micro-batch of [b, s] into."""
 
-    def encode(self, hidden: Tensor, _: Tensor) -> Tensor:
-        """What is sent of hidden states [s, b, h]."""
-        return hidden.contiguous()
-
-    def decode(self, received: Tensor, head: OutputHead | None) -> DenseKnowledge:
-        """The knowledge; ``head`` is the teacher's, for this rank's interval of ids."""
-        return DenseKnowledge(hidden=received.flatten(0, 1), head=head)
+    def decode(self, received: Tensor) -> DenseKnowledge | SparseKnowledge:
+        """Turn what was received into knowledge."""
 
 
-class Payload(Protocol):
-    """One of the payloads, on both ends."""
+class Sender(Protocol):
+    """The teacher's end of a payload, on its last pipeline stage."""
 
-    def buffer(self, rows: int, seq_length: int, device: torch.device) -> Tensor:
-        """Where it is received."""
-
-    def encode(self, hidden: Tensor, chunks: Tensor) -> Tensor:
-        """What is sent of hidden states [s, b, h]. Collective over the teacher's tensor-parallel group.
+    def encode(self, hidden: Tensor, chunk_ids: Tensor) -> Tensor:
+        """Turn hidden states [s, b, h] into what is sent. Collective over the teacher's tensor-parallel group.
 
         Args:
-            chunks: int64 [b], the identity of the rows' chunks, which decides what is drawn.
+            chunk_ids: int64 [b], the identity of each row's chunk, which decides what is drawn.
         """
 
-    def decode(self, received: Tensor, head: OutputHead | None) -> DenseKnowledge | SparseKnowledge:
-        """The knowledge; ``head`` is the teacher's, for this rank's interval of ids, where it is needed."""
 
-
-class SparseEntries:
-    """One of the two, on either end.
+def receiver_of(config: TeacherConfig, run: StudentRun, plan: TeacherPlan, head: OutputHead | None) -> Receiver:
+    """Build the student's end of ``teacher.payload``.
 
     Args:
-        codec: what is chosen.
-        kind: the loss that the student makes of it.
-        selection: on the teacher's last stage: chooses; None elsewhere.
+        head: the teacher's output layer for this rank's interval of ids, where the payload is hidden states.
     """
+    if config.payload_ids is None:
+        return HiddenStatesReceiver(plan.info.architecture.hidden_size, run.dtype, head)
+    codec = _codec_of(config, plan)
+    return SparseReceiver(codec, choose_kind(codec, run.sparse_target, f"teacher.payload {config.payload}"))
 
-    def __init__(self, codec: Codec, kind: SparseTargetKind, selection: Selection | None = None):
-        self._codec, self._kind, self._selection = codec, kind, selection
-        self._width = min(codec.max_ids, codec.vocab_size)
+
+def sender_of(
+    config: TeacherConfig, run: StudentRun, plan: TeacherPlan, head: OutputHead, groups: ProcessGroupCollection
+) -> Sender:
+    """Build the teacher's end of ``teacher.payload``.
+
+    Args:
+        head: this rank's part of the teacher's output layer.
+        groups: the teacher's.
+    """
+    if config.payload_ids is None:
+        return HiddenStatesSender()
+    return SparseSender(Selection(_codec_of(config, plan), head, groups.tp, run.temperature))
+
+
+def _codec_of(config: TeacherConfig, plan: TeacherPlan) -> Codec:
+    return Codec(config.payload, config.payload_ids, plan.info.architecture.vocab_size)
+
+
+class HiddenStatesReceiver:
+    """The payload ``hidden`` on the student's side, whose last stage computes the teacher's output layer."""
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype, head: OutputHead | None):
+        self._hidden_size, self._dtype, self._head = hidden_size, dtype, head
 
     def buffer(self, rows: int, seq_length: int, device: torch.device) -> Tensor:
-        """[s, b, 2 K + 1] int32."""
-        return torch.empty(seq_length, rows, 2 * self._width + 1, dtype=torch.int32, device=device)
+        """Return [s, b, h_teacher]."""
+        return torch.empty(seq_length, rows, self._hidden_size, dtype=self._dtype, device=device)
 
-    def encode(self, hidden: Tensor, chunks: Tensor) -> Tensor:
-        """See :class:`~megatron_kd.teachers.remote.payloads.Payload`."""
+    def decode(self, received: Tensor) -> DenseKnowledge:
+        """Implement :class:`Receiver`."""
+        assert self._head is not None, "only the last stage, which has the head, receives"
+        return DenseKnowledge(hidden=received.flatten(0, 1), head=self._head)
+
+
+class HiddenStatesSender:
+    """The payload ``hidden`` on the teacher's side."""
+
+    def encode(self, hidden: Tensor, chunk_ids: Tensor) -> Tensor:
+        """Implement :class:`Sender`."""
+        return hidden.contiguous()
+
+
+class SparseReceiver:
+    """A codec's ids and weights on the student's side."""
+
+    def __init__(self, codec: Codec, kind: SparseTargetKind):
+        self._format, self._vocab_size, self._kind = _SparseFormat(codec), codec.vocab_size, kind
+
+    def buffer(self, rows: int, seq_length: int, device: torch.device) -> Tensor:
+        """Return [s, b, 2 K + 1] int32."""
+        return torch.empty(seq_length, rows, self._format.columns, dtype=torch.int32, device=device)
+
+    def decode(self, received: Tensor) -> SparseKnowledge:
+        """Implement :class:`Receiver`."""
+        received = received.flatten(0, 1)
+        weights = received[:, self._format.width :].contiguous().view(torch.float32)
+        return SparseKnowledge(
+            ids=received[:, : self._format.width].long(),
+            weights=weights[:, :-1].contiguous(),
+            tail_mass=weights[:, -1].contiguous(),
+            kind=self._kind,
+            vocab_size=self._vocab_size,
+        )
+
+
+class SparseSender:
+    """A codec's ids and weights on the teacher's side."""
+
+    def __init__(self, selection: Selection):
+        self._selection, self._format = selection, _SparseFormat(selection.codec)
+
+    def encode(self, hidden: Tensor, chunk_ids: Tensor) -> Tensor:
+        """Implement :class:`Sender`."""
         seq_length, rows = hidden.shape[:2]
-        owners, places = np.tile(chunks.numpy(), seq_length), np.repeat(np.arange(seq_length), rows)
+        owners, places = np.tile(chunk_ids.numpy(), seq_length), np.repeat(np.arange(seq_length), rows)
         entries = self._selection(hidden.flatten(0, 1), owners, places)
-        return torch.from_numpy(self._packed(entries, len(owners))).view(seq_length, rows, -1).to(hidden.device)
+        packed = torch.from_numpy(self._format.pack(entries))
+        return packed.view(seq_length, rows, -1).to(hidden.device)
 
-    def _packed(self, entries: Entries, tokens: int) -> np.ndarray:
-        packed = np.zeros((tokens, 2 * self._width + 1), dtype=np.int32)
-        ids, weights = packed[:, : self._width], packed[:, self._width : -1]
+
+class _SparseFormat:
+    """Entries as one int32 row per token."""
+
+    def __init__(self, codec: Codec):
+        self._codec = codec
+        self.width = min(codec.max_ids, codec.vocab_size)
+        self.columns = 2 * self.width + 1
+
+    def pack(self, entries: Entries) -> np.ndarray:
+        """Return [T, 2 K + 1]."""
+        tokens = len(entries.counts)
+        packed = np.zeros((tokens, self.columns), dtype=np.int32)
+        ids, weights = packed[:, : self.width], packed[:, self.width : -1]
         ids[:] = PADDING_ID
         owners, columns = np.repeat(np.arange(tokens), entries.counts), ranks(entries.counts)
         ids[owners, columns] = entries.ids.astype(np.int32)
@@ -115,15 +178,3 @@ class SparseEntries:
         weights[owners, columns] = values.astype(np.float32).view(np.int32)
         packed[:, -1] = entries.tail.astype(np.float32).view(np.int32)
         return packed
-
-    def decode(self, received: Tensor, head: OutputHead | None) -> SparseKnowledge:
-        """See :class:`~megatron_kd.teachers.remote.payloads.Payload`; no head is needed."""
-        received = received.flatten(0, 1)
-        weights = received[:, self._width :].contiguous().view(torch.float32)
-        return SparseKnowledge(
-            ids=received[:, : self._width].long(),
-            weights=weights[:, :-1].contiguous(),
-            tail_mass=weights[:, -1].contiguous(),
-            kind=self._kind,
-            vocab_size=self._codec.vocab_size,
-        )

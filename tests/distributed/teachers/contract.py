@@ -37,8 +37,7 @@ def two_steps_here(settings: list[str], stash_bytes: int | None = None) -> dict[
     """Train on this rank; its parts of the weights before and after, and what its teacher did."""
     from megatron_kd.logs import silence_known_noise
     from megatron_kd.models.parameters import global_indices, global_parameter_name, global_shape
-    from megatron_kd.teachers import placements as build
-    from megatron_kd.teachers.colocated import ColocatedTeacher
+    from megatron_kd.teachers import colocated
     from megatron_kd.training import teacher_process as teacher_ranks
     from megatron_kd.training import train as module
     from megatron_kd.training.setup import unwrap
@@ -65,11 +64,13 @@ def two_steps_here(settings: list[str], stash_bytes: int | None = None) -> dict[
 
         return call
 
-    def with_stash(*arguments: Any, **keywords: Any) -> ColocatedTeacher:
-        return ColocatedTeacher(*arguments, **{**keywords, "stash_bytes": stash_bytes or keywords["stash_bytes"]})
+    colocated_teacher = colocated.ColocatedTeacher
+
+    def with_stash(*arguments: Any, **keywords: Any) -> Any:
+        return colocated_teacher(*arguments, **{**keywords, "stash_bytes": stash_bytes or keywords["stash_bytes"]})
 
     with (
-        patch.object(build, "ColocatedTeacher", with_stash),
+        patch.object(colocated, "ColocatedTeacher", with_stash),
         patch.object(module, "build_student", capture("student", module.build_student)),
         patch.object(module, "build_teacher", capture("teacher", module.build_teacher)),
         patch.object(teacher_ranks, "build_teacher_ranks", capture("teacher", teacher_ranks.build_teacher_ranks)),
@@ -97,7 +98,11 @@ def place(groups: Any) -> tuple[int, int, int]:
 
 def trainable(teacher: Any) -> int:
     """Parameters of a teacher that could be trained."""
-    return sum(parameter.requires_grad for chunk in getattr(teacher, "_chunks", ()) for parameter in chunk.parameters())
+    return sum(
+        parameter.requires_grad
+        for model_chunk in getattr(teacher, "_model_chunks", ())
+        for parameter in model_chunk.parameters()
+    )
 
 
 def two_steps(world: int, settings: list[str], output: Path, **options: Any) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def write_cache(dataset, teacher, name, layout, output, *more):
 
 def train_in_memory(settings, teacher, codec, sparse_target):
     """``train`` on one rank with the teacher of ``tests/reference/sparse_teacher.py``."""
-    from megatron_kd.teachers.interface import TeacherConfig
+    from megatron_kd.teachers.teacher_config import TeacherConfig
     from megatron_kd.training import train as run
     from tests.reference.sparse_teacher import load_in_memory
 

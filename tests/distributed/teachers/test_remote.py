@@ -22,7 +22,13 @@ def serve_or_ask(settings, ask):
     from megatron_kd.parallel.groups import create_process_groups
     from megatron_kd.parallel.runtime import distributed_runtime
     from megatron_kd.training import teacher_process as teacher_ranks
-    from megatron_kd.training.setup import build_teacher, open_datasets, plan_layout, student_architecture
+    from megatron_kd.training.setup import (
+        build_teacher,
+        open_datasets,
+        plan_layout,
+        student_architecture,
+        student_run,
+    )
     from megatron_kd.training.train_config import TrainConfig
 
     config = load_config(TrainConfig, None, settings)
@@ -42,29 +48,26 @@ def serve_or_ask(settings, ask):
         groups = create_process_groups(layout)
         teacher = build_teacher(config, architecture, data, layout, groups, runtime)
         batches = teacher_ranks.StudentsBatches(config, data, layout)
-        return ask(SimpleNamespace(config=config, teacher=teacher, data=data, groups=groups, batches=batches))
+        run = student_run(config, architecture, data, layout, runtime)
+        return ask(SimpleNamespace(config=config, teacher=teacher, data=data, groups=groups, batches=batches, run=run))
 
 
 def step_of(parts, position):
-    from megatron_kd.teachers.remote.routing import Item
-
-    return [parts.batches.read(position, Item(m, 0)) for m in range(parts.batches.micro_batches)]
+    return [parts.batches.read(position, 0, m) for m in range(parts.batches.micro_batches)]
 
 
 def local_teacher(parts):
     """The same weights on this rank, as a function of a batch."""
     from megatron_kd.checkpoints.weights import open_checkpoint
     from megatron_kd.parallel.layout import ParallelLayout
-    from megatron_kd.teachers.placements import load_teacher
+    from megatron_kd.teachers.placements import TeacherPlan, load_teacher
 
-    (chunk,) = load_teacher(
-        open_checkpoint(parts.config.teacher.path), ParallelLayout(1, 1, 1, 1), parts.groups, precision="fp32",
-        layer_spec="auto", seq_length=parts.data.seq_length, device=torch.device("cpu"),
-    )  # fmt: skip
+    plan = TeacherPlan(open_checkpoint(parts.config.teacher.path), ParallelLayout(1, 1, 1, 1))
+    (model,) = load_teacher(plan, parts.run, parts.groups)
 
     @torch.no_grad()
     def hidden(batch):
-        return chunk(batch.tokens, batch.position_ids, None).flatten(0, 1)
+        return model(batch.tokens, batch.position_ids, None).flatten(0, 1)
 
     return hidden
 
@@ -93,7 +96,7 @@ def off_the_beaten_track(parts):
     check(step_of(parts, 5))
     wrong = step_of(parts, 9)
     teacher.begin_step(wrong)
-    with pytest.raises(DataError, match="sent knowledge of step 6, .* token hash .* same data.path"):
+    with pytest.raises(DataError, match="sent knowledge of step 6, .* key .* same data.path"):
         teacher.knowledge(wrong[0])
     teacher.follow(Decision(Action.STOP, 7, 3))
     return True

@@ -22,7 +22,7 @@ def test_constants_are_those_of_the_loss():
 
 def test_hidden_states_wait_as_long_as_a_wave():
     """A whole step's under the student's pipeline; else enough for every replica and stage of the teacher."""
-    assert memory.PASSES_PER_STAGE == colocated.PASSES_A_STAGE
+    assert memory.PASSES_PER_STAGE == colocated.PASSES_PER_STAGE
 
     def waiting(student, own, micro_batches=16, stash=1 << 30):
         layouts = [

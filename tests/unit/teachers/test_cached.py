@@ -18,7 +18,7 @@ from megatron_kd.errors import ConfigError, DataError
 from megatron_kd.teachers.cache.cache_reader import LogitCache, View
 from megatron_kd.teachers.cache.codec import Codec
 from megatron_kd.teachers.cached import CachedTeacher, choose_kind
-from megatron_kd.teachers.interface import TeacherConfig
+from megatron_kd.teachers.teacher_config import TeacherConfig
 from megatron_kd.training.objective import DistillationConfig
 from megatron_kd.training.train_config import TrainConfig
 from tests.distributed.training.runs import VOCABULARY, make_dataset
@@ -256,7 +256,7 @@ def test_configurations_that_cannot_be():
     cached = TeacherConfig(placement="cached", cache_path="c")
     assert config_faults(teacher=cached, distillation=DistillationConfig("vanilla_kd")) == []
     (generated,) = config_faults(teacher=cached, distillation=DistillationConfig("gkd"))
-    assert "gkd generates text, of which a cache knows nothing" in generated
+    assert "gkd generates text, which 'teacher.placement' cached does not cover" in generated
     (divergence,) = config_faults(
         teacher=cached, distillation=DistillationConfig("vanilla_kd", divergence="reverse_kl")
     )

@@ -12,8 +12,8 @@ from megatron_kd.errors import ConfigError
 from megatron_kd.models.gpt import full_logits
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.teachers.colocated import ColocatedTeacher
-from megatron_kd.teachers.interface import TeacherConfig
-from megatron_kd.teachers.remote.routing import Routing
+from megatron_kd.teachers.routing import Routing
+from megatron_kd.teachers.teacher_config import TeacherConfig
 from megatron_kd.training.checkpoint import Progress, load_full_state, save_checkpoint
 from megatron_kd.training.methods.method_builders import build_loss
 from megatron_kd.training.train_step import TrainStep
@@ -28,10 +28,9 @@ def dataset(tmp_path_factory):
 
 def colocated(model, parts):
     """A teacher of one rank, for a student of one rank."""
-    head = parts.model[0].module.output_head()
     routing = Routing(parts.layout, parts.layout, [0], [0])
     return ColocatedTeacher(
-        [model], parts.groups, student_groups=parts.groups, routing=routing, student_rows=head.weight.shape[0]
+        [model], parts.groups, student_groups=parts.groups, routing=routing, head=model.output_head()
     )
 
 

@@ -10,7 +10,7 @@ from megatron_kd.errors import ConfigError
 from megatron_kd.models.gpt import full_logits
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.teachers.colocated import ColocatedTeacher
-from megatron_kd.teachers.remote.routing import Routing
+from megatron_kd.teachers.routing import Routing
 from megatron_kd.training.methods.method_builders import build_lm_term, build_loss
 from megatron_kd.training.train_config import TrainConfig
 from megatron_kd.training.train_step import TrainStep
@@ -38,8 +38,9 @@ def make_parts(dataset, runtime, reduction="token", precision="fp32"):
 
 def make_step(parts, teacher):
     routing = Routing(parts.layout, parts.layout, [0], [0])
-    rows = parts.model[0].module.output_head().weight.shape[0]
-    placed = ColocatedTeacher([teacher], parts.groups, student_groups=parts.groups, routing=routing, student_rows=rows)
+    placed = ColocatedTeacher(
+        [teacher], parts.groups, student_groups=parts.groups, routing=routing, head=teacher.output_head()
+    )
     return TrainStep(
         model=parts.model, optimizer=parts.optimizer, groups=parts.groups, teacher=placed, clip_grad=1.0,
         micro_batch_loss=build_loss(parts.config, placed, parts.groups),

@@ -1,11 +1,11 @@
 """Which data-parallel replica of a teacher computes which micro-batch, and where its hidden states go. Arithmetic only.
 
-A student with D data-parallel ranks and a teacher with E replicas: micro-batch m of the student's rank d is computed
-by exactly one replica, the same on every rank that asks, a pure function of (step, d, m).
+The student has D data-parallel ranks, the teacher E replicas: micro-batch m of the student's rank d is computed by
+exactly one replica, a pure function of (step, d, m) that every rank evaluates alike.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 from torch import Tensor
 
@@ -38,7 +38,7 @@ class Routing:
         student: the student's layout.
         teacher: the teacher's layout.
         student_ranks: global rank of each rank of the student's layout.
-        teacher_ranks: the same of the teacher's; co-located teachers have the student's.
+        teacher_ranks: global rank of each rank of the teacher's layout; the student's ranks if it is co-located.
     """
 
     student: ParallelLayout
@@ -48,16 +48,16 @@ class Routing:
 
     @property
     def shares_stages(self) -> bool:
-        """Whether every rank holds the same stage and tensor-parallel part of both models."""
+        """Whether every rank holds the same pipeline stage and tensor-parallel part of both models."""
         student, teacher = self.student, self.teacher
         same_ranks = list(self.student_ranks) == list(self.teacher_ranks)
         return same_ranks and (student.tensor, student.pipeline) == (teacher.tensor, teacher.pipeline)
 
     def replica(self, step: int, item: Item, micro_batches: int) -> int:
-        """The replica that computes ``item`` of ``step``, whose ranks have ``micro_batches`` each.
+        """Return the replica that computes ``item`` of ``step``; every data-parallel rank has ``micro_batches``.
 
-        Where one data-parallel size divides the other, a replica serves neighbouring ranks and every step alike; else
-        micro-batches are dealt out in turn, across steps.
+        Where one data-parallel size divides the other, a replica serves neighbouring ranks, the same ones in every
+        step; otherwise micro-batches are dealt out in turn, across steps.
         """
         ours, theirs = self.student.data, self.teacher.data
         if ours % theirs == 0:
@@ -68,11 +68,11 @@ class Routing:
         return ((step * micro_batches + item.micro_batch) * ours + item.data_rank) % theirs
 
     def items(self, micro_batches: range) -> list[Item]:
-        """All items of some micro-batch numbers, in the order in which they are computed and sent."""
+        """List the items of some micro-batch numbers, in the order in which they are computed and sent."""
         return [Item(m, d) for m in micro_batches for d in range(self.student.data)]
 
     def destinations(self, data_rank: int) -> list[Destination]:
-        """The student's last stage of ``data_rank``, by context- and tensor-parallel rank."""
+        """List the ranks of the student's last stage of ``data_rank``, by context- and tensor-parallel rank."""
         last = self.student.pipeline - 1
         return [
             Destination(
@@ -83,17 +83,17 @@ class Routing:
         ]
 
     def sources(self, replica: int) -> list[int]:
-        """Global ranks of the last stage of a teacher's ``replica``, by tensor-parallel rank."""
+        """List the global ranks of the last stage of a teacher's ``replica``, by tensor-parallel rank."""
         return [
             self.teacher_ranks[self.teacher.rank_at(tensor=t, data=replica, pipeline=self.teacher.pipeline - 1)]
             for t in range(self.teacher.tensor)
         ]
 
     def source_for(self, replica: int, destination: Destination) -> int:
-        """Which of ``sources`` sends to ``destination``: itself where it can."""
+        """Return which of ``sources`` sends to ``destination``: the rank itself where it is one of them."""
         sources = self.sources(replica)
         return destination.rank if destination.rank in sources else sources[destination.tensor % len(sources)]
 
     def part_for(self, destination: Destination, values: Tensor) -> Tensor:
-        """What ``destination`` needs of values [s, ...] of whole sequences."""
+        """Cut the positions that ``destination`` computes from values [s, ...] of whole sequences."""
         return part_of(values, self.student.context, destination.context)

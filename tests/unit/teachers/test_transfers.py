@@ -10,8 +10,8 @@ from megatron_kd.errors import ConfigError
 from megatron_kd.losses import OutputHead, linear_distillation_loss
 from megatron_kd.models.gpt import padded_vocab_size
 from megatron_kd.parallel.layout import ParallelLayout
-from megatron_kd.teachers.remote.routing import Routing
-from megatron_kd.teachers.remote.transport import head_moves, reshard_head
+from megatron_kd.teachers.routing import Routing
+from megatron_kd.teachers.transfers import head_moves, reshard_head
 
 ONE_RANK = ParallelLayout(tensor=1, pipeline=1, context=1, data=1)
 
@@ -20,7 +20,8 @@ def resharded(own: OutputHead, student_rows: int) -> OutputHead:
     """On the one rank of a world, where nothing travels."""
     carrier = SimpleNamespace(rank=0, exchange=lambda transfers: None)
     return reshard_head(
-        own, Routing(ONE_RANK, ONE_RANK, range(1), range(1)), carrier, student_rows=student_rows,
+        own, Routing(ONE_RANK, ONE_RANK, range(1), range(1)), carrier,
+        student_rows=student_rows, teacher_rows=own.weight.shape[0],
         valid_vocab_size=own.valid_vocab_size, hidden_size=own.weight.shape[1], like=own.weight,
     )  # fmt: skip
 

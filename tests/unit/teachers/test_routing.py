@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_kd.parallel.layout import ParallelLayout
-from megatron_kd.teachers.remote.routing import Destination, Item, Routing
+from megatron_kd.teachers.routing import Destination, Item, Routing
 
 
 def layout(tensor=1, pipeline=1, data=1, context=1):

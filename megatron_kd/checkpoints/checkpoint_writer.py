@@ -6,22 +6,31 @@
 A failure in the thread is raised by ``finish``, on every rank; the previous checkpoint is untouched.
 """
 
+import dataclasses
+import json
 import logging
 import shutil
 import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Mapping
 
 from megatron.core import dist_checkpointing
 
 from megatron_kd.artefacts.artefact_folder import building, fsync_folder, write_file
 from megatron_kd.artefacts.checksums import Checksums
+from megatron_kd.artefacts.folder_lock import LOCK_NAME
+from megatron_kd.artefacts.manifest import versions, write_manifest
 from megatron_kd.checkpoints.sharded_save import ShardedSave, Staging
 from megatron_kd.checkpoints.sharded_state import root_cause
-from megatron_kd.checkpoints.weights import LATEST_NAME, checkpoint_folders
+from megatron_kd.checkpoints.weights import (
+    CHECKPOINT_KIND,
+    LATEST_NAME,
+    checkpoint_folders,
+)
 from megatron_kd.errors import UserError
+from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.parallel.coordination import on_main_rank
 
 logger = logging.getLogger(__name__)
@@ -182,3 +191,19 @@ def _remove_passed_over(checkpoints: Path, step: int) -> None:
         if step_of(folder) >= step:
             logger.info(f"{folder} is replaced by what follows from an earlier checkpoint")
             shutil.rmtree(folder)
+
+
+def write_checkpoint_manifest(
+    folder: Path, checksums: Checksums, architecture: ModelArchitecture, about: Mapping[str, Any]
+) -> None:
+    """Add the checksums of files that have none yet, and write the manifest.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    for file in sorted(folder.rglob("*")):
+        name = str(file.relative_to(folder))
+        if file.is_file() and name not in checksums.files and name != LOCK_NAME:
+            checksums.add_file(folder, name)
+    body = {"architecture": dataclasses.asdict(architecture), "format": FORMAT, "versions": versions(), **about}
+    write_manifest(folder, CHECKPOINT_KIND, json.loads(json.dumps(body)), checksums)

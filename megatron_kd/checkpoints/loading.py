@@ -9,13 +9,18 @@ ranks sum their parts. Scores and caches carry the fingerprint of the model that
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_kd.checkpoints.weights import CheckpointInfo, load_weights, open_checkpoint
+from megatron_kd.checkpoints.weights import (
+    CheckpointInfo,
+    load_weights,
+    open_checkpoint,
+)
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import CheckpointError
 from megatron_kd.models.architecture import ScoredModelConfig
@@ -129,3 +134,21 @@ def _weighted_sum(name: str, parameter: Tensor, model: torch.nn.Module) -> int:
         return int((bits * weights).sum()) % (1 << 64)
     columns = ((indices[1] + 1) * _COLUMN_FACTOR) | 1
     return int(((bits * columns).sum(1) * weights).sum()) % (1 << 64)
+
+
+def load_whole_model(path: str | Path) -> tuple[HiddenStateGPTModel, CheckpointInfo]:
+    """An unsharded model with a checkpoint's weights, inside a world of one rank."""
+    info = open_checkpoint(path)
+    layout = ParallelLayout.for_world(ParallelConfig(), 1)
+    groups = create_process_groups(layout)
+    chunks = build_model(
+        info.architecture,
+        layout,
+        groups,
+        precision=info.manifest["precision"],
+        device=torch.device("cpu"),
+        layer_spec="local",
+        max_sequence_length=info.manifest["seq_length"],
+    )
+    load_weights(chunks, groups, info)
+    return chunks[0].eval(), info

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator, Sequence
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
@@ -26,6 +25,7 @@ from megatron_kd.models.architecture import ModelArchitecture, Precision
 from megatron_kd.models.gpt import build_model
 from megatron_kd.parallel.groups import create_process_groups
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
+from megatron_kd.parallel.mcore_patches.model_patches import replica_of_tied_output_layer
 
 
 def meta_state(architecture: ModelArchitecture, precision: Precision) -> dict[str, Any]:
@@ -197,12 +197,8 @@ class PlacedTensors:
 
 def sharded_weights(chunk: torch.nn.Module, groups: ProcessGroupCollection) -> dict[str, Any]:
     """Megatron-Core's sharded state dict of one model chunk."""
-    # The tied output layer of a pipeline's last stage asks global state, not the groups, which replica it is.
-    parallel_state.set_data_parallel_rank(groups.dp_cp.rank())
-    try:
+    with replica_of_tied_output_layer(groups):
         return chunk.sharded_state_dict(metadata=sharding_metadata(groups))
-    finally:
-        parallel_state.set_data_parallel_rank(None)
 
 
 def sharding_metadata(groups: ProcessGroupCollection) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from megatron_kd.artefacts.artefact_folder import building, refuse_existing
 from megatron_kd.artefacts.checksums import Checksums
-from megatron_kd.checkpoints.checkpoint_writer import FORMAT
+from megatron_kd.checkpoints.checkpoint_writer import FORMAT, write_checkpoint_manifest
 from megatron_kd.checkpoints.hf_folder import HFFolder
+from megatron_kd.checkpoints.loading import load_whole_model
 from megatron_kd.checkpoints.sharded_save import ShardedSave
 from megatron_kd.checkpoints.sharded_state import PlacedTensors, meta_state, tensors_of
 from megatron_kd.conversion.parity import compare_logits, progress_bar
@@ -29,7 +30,6 @@ from megatron_kd.data.tokenizer_info import TOKENIZER_FOLDER, is_tokenizer_file
 from megatron_kd.errors import CheckpointError, DataError
 from megatron_kd.models.gpt import padded_vocab_size
 from megatron_kd.parallel.runtime import distributed_runtime
-from megatron_kd.training.checkpoint import load_whole_model, write_checkpoint_manifest
 
 logger = logging.getLogger(__name__)
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from megatron_kd.artefacts.artefact_folder import building, refuse_existing
 from megatron_kd.checkpoints.families import family_of, hf_config
 from megatron_kd.checkpoints.hf_folder import HFFolder
+from megatron_kd.checkpoints.loading import load_whole_model
 from megatron_kd.checkpoints.rules import decoder_rules, expand, mcore_to_hf
 from megatron_kd.checkpoints.safetensors_file import SafetensorsWriter, TensorSpec, parse_size
 from megatron_kd.checkpoints.sharded_state import meta_state, stream_tensors, tensors_of
@@ -34,7 +35,6 @@ from megatron_kd.data.tokenizer_info import is_tokenizer_file
 from megatron_kd.errors import CheckpointError
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.parallel.runtime import distributed_runtime
-from megatron_kd.training.checkpoint import load_whole_model
 
 
 @dataclass(frozen=True)

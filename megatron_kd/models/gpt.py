@@ -10,13 +10,7 @@ from typing import Sequence
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    gather_from_sequence_parallel_region,
-    set_tensor_model_parallel_attributes,
-)
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -25,9 +19,15 @@ from megatron_kd.errors import ConfigError
 from megatron_kd.losses import OutputHead, run_forward_pre_hooks
 from megatron_kd.models.architecture import LayerSpecName, ModelArchitecture, Precision
 from megatron_kd.models.layer_specs import choose_layer_spec, decoder_layer_spec
-from megatron_kd.models.local_modules import provide_fused_rotary
+from megatron_kd.models.local_modules import apply_rotary
 from megatron_kd.parallel.groups import is_first_stage, is_last_stage, own_part
 from megatron_kd.parallel.layout import ParallelLayout
+from megatron_kd.parallel.mcore_patches.model_patches import (
+    mark_sharded_weights,
+    pipeline_communication,
+    scale_rotary,
+    use_rotary_kernel,
+)
 
 VOCABULARY_MULTIPLE = 128
 
@@ -77,9 +77,8 @@ def transformer_config(
     """Megatron-Core's configuration of ``architecture`` under ``layout``."""
     on_cuda = device.type == "cuda"
     if not on_cuda:
-        provide_fused_rotary()
+        use_rotary_kernel(apply_rotary)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    interleaved = layout.virtual_pipeline is not None
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -106,9 +105,7 @@ def transformer_config(
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=precision == "bf16",
-        # Interleaved pipelines are silently wrong with the default point-to-point calls (docs/architecture.md).
-        overlap_p2p_comm=interleaved,
-        batch_p2p_comm=not interleaved,
+        **pipeline_communication(is_interleaved=layout.virtual_pipeline is not None),
         perform_initialization=False,
         use_cpu_initialization=not on_cuda,
         calculate_per_token_loss=True,
@@ -174,35 +171,16 @@ def _build_chunk(
     if config.bf16:
         model.bfloat16()
     model.valid_vocab_size = architecture.vocab_size
-    _scale_rotary(model, architecture)
-    _mark_sharded_weights(model)
-    return model
-
-
-def _scale_rotary(model: GPTModel, architecture: ModelArchitecture) -> None:
-    """Llama 3.1's scaling. Megatron-Core has it with fixed bounds; config.json gives them."""
     if architecture.rope_scaling_factor != 1.0 and hasattr(model, "rotary_pos_emb"):
-        rotary = model.rotary_pos_emb
-        rotary.inv_freq = rotary._apply_scaling(
-            rotary.inv_freq,
-            architecture.rope_scaling_factor,
-            architecture.rope_low_freq_factor,
-            architecture.rope_high_freq_factor,
-            architecture.rope_original_positions,
+        scale_rotary(
+            model.rotary_pos_emb,
+            factor=architecture.rope_scaling_factor,
+            low_freq_factor=architecture.rope_low_freq_factor,
+            high_freq_factor=architecture.rope_high_freq_factor,
+            original_positions=architecture.rope_original_positions,
         )
-
-
-def _mark_sharded_weights(model: torch.nn.Module) -> None:
-    """Tell which weights are shards, and along which dimension.
-
-    Megatron-Core does it while drawing initial weights, which is left to models/parameters.py here; gradient norms
-    and placement read it.
-    """
-    dimensions = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if type(module) in dimensions and weight is not None and not hasattr(weight, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(weight, True, dimensions[type(module)], 1)
+    mark_sharded_weights(model)
+    return model
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ Megatron-Core's own unfused version takes a dozen passes and copies. It calls a 
 import functools
 
 import torch
-from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -108,12 +107,6 @@ class _SwiGLUFunction(torch.autograd.Function):
         torch.mul(gradient, activated, out=up_gradient)
         torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=gate_gradient)
         return result
-
-
-def provide_fused_rotary() -> None:
-    """Give Megatron-Core :func:`apply_rotary` where it found no kernel of Transformer Engine."""
-    if rope_utils.fused_apply_rotary_pos_emb is None:
-        rope_utils.fused_apply_rotary_pos_emb = apply_rotary
 
 
 def apply_rotary(values: Tensor, angles: Tensor, interleaved: bool = False) -> Tensor:

@@ -14,11 +14,11 @@ from typing import Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_kd.parallel.layout import ParallelLayout
+from megatron_kd.parallel.mcore_patches.model_patches import ensure_sequence_parallel_workspace
 
 GROUP_DIMENSIONS: dict[str, tuple[str, ...]] = {
     "tp": ("tensor",),
@@ -51,7 +51,7 @@ def create_process_groups(
     members = list(range(dist.get_world_size())) if ranks is None else list(ranks)
     if len(members) != layout.world_size:
         raise ValueError(f"layout {layout.describe()} needs {layout.world_size} ranks, got {len(members)}")
-    _ensure_sequence_parallel_workspace()
+    ensure_sequence_parallel_workspace()
     cache: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
 
     def make(dimensions: Sequence[str]) -> dist.ProcessGroup:
@@ -74,12 +74,6 @@ def create_process_groups(
     groups.pos_embd = None
     groups.embd = _create_embedding_group(layout, members, timeout)
     return groups
-
-
-def _ensure_sequence_parallel_workspace() -> None:
-    """Megatron-Core's linear layers gather sequence-parallel inputs into one process-wide scratch buffer."""
-    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
-        parallel_state._set_global_memory_buffer()
 
 
 def _create_embedding_group(

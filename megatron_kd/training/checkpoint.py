@@ -7,7 +7,6 @@ How one is written: ``checkpoint_writer.py``.
 """
 
 import dataclasses
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,25 +18,22 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_kd.artefacts.artefact_folder import write_file
 from megatron_kd.artefacts.checksums import Checksums
-from megatron_kd.artefacts.folder_lock import LOCK_NAME
-from megatron_kd.artefacts.manifest import versions, write_manifest
-from megatron_kd.checkpoints.checkpoint_writer import FORMAT, CheckpointWriter, Describe, Retention
+from megatron_kd.checkpoints.checkpoint_writer import (
+    CheckpointWriter,
+    Describe,
+    Retention,
+    write_checkpoint_manifest,
+)
 from megatron_kd.checkpoints.sharded_state import sharded_weights, sharding_metadata
 from megatron_kd.checkpoints.weights import (
-    CHECKPOINT_KIND,
     CheckpointInfo,
     checkpoint_folders,
     load_sharded_state,
-    load_weights,
     open_checkpoint,
 )
 from megatron_kd.errors import CheckpointError
 from megatron_kd.models.architecture import ModelArchitecture
-from megatron_kd.models.gpt import HiddenStateGPTModel, build_model
 from megatron_kd.parallel.coordination import on_main_rank
-from megatron_kd.parallel.groups import create_process_groups
-from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
-from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.training.fault_tolerance import Incidents
 
 logger = logging.getLogger(__name__)
@@ -135,35 +131,6 @@ def training_state(
     return state
 
 
-def load_full_state(path: str | Path) -> tuple[ModelArchitecture, dict[str, torch.Tensor], dict[str, Any]]:
-    """All weights of a checkpoint on the CPU, in one process: architecture, name -> whole tensor, manifest.
-
-    Vocabulary matrices keep their padded rows; the architecture's ``vocab_size`` says how many are real.
-    """
-    with distributed_runtime():
-        model, info = load_whole_model(path)
-        state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
-        return info.architecture, state, dict(info.manifest)
-
-
-def load_whole_model(path: str | Path) -> tuple[HiddenStateGPTModel, CheckpointInfo]:
-    """An unsharded model with a checkpoint's weights, inside a world of one rank."""
-    info = open_checkpoint(path)
-    layout = ParallelLayout.for_world(ParallelConfig(), 1)
-    groups = create_process_groups(layout)
-    chunks = build_model(
-        info.architecture,
-        layout,
-        groups,
-        precision=info.manifest["precision"],
-        device=torch.device("cpu"),
-        layer_spec="local",
-        max_sequence_length=info.manifest["seq_length"],
-    )
-    load_weights(chunks, groups, info)
-    return chunks[0].eval(), info
-
-
 def _find_whole(checkpoints: Path) -> Path | None:
     faults = []
     for folder in checkpoint_folders(checkpoints):
@@ -200,19 +167,3 @@ def description(
         return None
 
     return describe
-
-
-def write_checkpoint_manifest(
-    folder: Path, checksums: Checksums, architecture: ModelArchitecture, about: Mapping[str, Any]
-) -> None:
-    """Add the checksums of files that have none yet, and write the manifest.
-
-    Raises:
-        OSError: it could not be written.
-    """
-    for file in sorted(folder.rglob("*")):
-        name = str(file.relative_to(folder))
-        if file.is_file() and name not in checksums.files and name != LOCK_NAME:
-            checksums.add_file(folder, name)
-    body = {"architecture": dataclasses.asdict(architecture), "format": FORMAT, "versions": versions(), **about}
-    write_manifest(folder, CHECKPOINT_KIND, json.loads(json.dumps(body)), checksums)

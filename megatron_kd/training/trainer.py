@@ -23,6 +23,7 @@ from megatron_kd.metrics.device import MemoryMeter, peak_flops
 from megatron_kd.metrics.tracker import RunTracker
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.parallel.layout import ParallelLayout, as_mapping
+from megatron_kd.parallel.mcore_patches.optimizer_patches import gather_parameters
 from megatron_kd.parallel.runtime import Runtime
 from megatron_kd.scoring.chunk_losses import HeldoutLoss, heldout_loss
 from megatron_kd.teachers.interface import Action, Decision
@@ -275,7 +276,7 @@ class Trainer:
             self.source.after_evaluation(self._heldout_totals().loss)
 
     def _heldout_totals(self) -> HeldoutLoss:
-        self._gather_parameters()
+        gather_parameters(self.model)
         return heldout_loss(
             [unwrap(chunk) for chunk in self.model],
             self.groups,
@@ -288,13 +289,7 @@ class Trainer:
     def _gather_parameters_for_text(self) -> None:
         """Text is written by the model itself, outside DDP's forward pass."""
         if self.config.distillation.method in METHODS_WITH_TEXT:
-            self._gather_parameters()
-
-    def _gather_parameters(self) -> None:
-        """Under overlapped gathering a rank has only its own part of the update until the next forward pass."""
-        if self.config.parallel.overlap_param_gather:
-            for chunk in self.model:
-                chunk.start_param_sync(force_sync=True)
+            gather_parameters(self.model)
 
     def _save(self, progress: Progress, in_background: bool) -> None:
         """Begin a checkpoint; without a background, finish it too."""
@@ -302,7 +297,7 @@ class Trainer:
         self._tell(Action.SAVE, progress)
         self._saved_step = progress.step
         self.tracker.flush()
-        self._gather_parameters()
+        gather_parameters(self.model)
         in_background &= self.config.training.async_save
         state = training_state(self.model, self.optimizer, self.groups, is_loading=False)
         about = description(progress, self.architecture, self._about(progress), source_files(self.source))

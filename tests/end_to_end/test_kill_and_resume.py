@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from megatron_kd.metrics.tracker import read_metrics
-from megatron_kd.training.checkpoint import load_full_state
 from tests.end_to_end.commands import SMALL, kill, run, start
+from tests.reference.full_state import load_full_state
 
 STEPS = 8
 DETERMINED = ("step", "tokens", "loss", "lm_loss", "kd_loss", "grad_norm", "learning_rate")

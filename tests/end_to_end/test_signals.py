@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_kd.metrics.tracker import read_metrics
-from megatron_kd.training.checkpoint import load_full_state
 from tests.end_to_end.commands import SMALL, run, start
+from tests.reference.full_state import load_full_state
 
 STEPS = 60
 

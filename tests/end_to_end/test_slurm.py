@@ -78,7 +78,7 @@ def finish(cluster, job, log, seconds=300):
 
 
 def assert_same(ours, whole):
-    from megatron_kd.training.checkpoint import load_full_state
+    from tests.reference.full_state import load_full_state
 
     assert [row["loss"] for row in rows_of(ours)] == [row["loss"] for row in rows_of(whole)]
     (_, weights, _), (_, expected, _) = load_full_state(ours), load_full_state(whole)

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from megatron_kd.metrics.tracker import read_metrics
-from megatron_kd.training.checkpoint import load_full_state
 from megatron_kd.training.fault_tolerance import EVENTS_NAME
 from tests.end_to_end.commands import REPOSITORY, SMALL, environment, kill, run, start
+from tests.reference.full_state import load_full_state
 
 STEPS = 12
 POISONED = """

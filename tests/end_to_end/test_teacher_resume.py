@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from megatron_kd.metrics.tracker import read_metrics
-from megatron_kd.training.checkpoint import load_full_state
 from tests.end_to_end.commands import SMALL, kill, run, start_ranks
+from tests.reference.full_state import load_full_state
 
 STEPS = 40
 DETERMINED = ("step", "tokens", "loss", "lm_loss", "kd_loss", "grad_norm")

@@ -13,14 +13,13 @@ from tests.reference.hf_models import make_hf_folder
 
 def save_under(layout: dict, checkpoint: str, output: str) -> None:
     """Load a checkpoint into a model of this layout and write the model's own."""
-    from megatron_kd.checkpoints.checkpoint_writer import CheckpointWriter
+    from megatron_kd.checkpoints.checkpoint_writer import CheckpointWriter, write_checkpoint_manifest
     from megatron_kd.checkpoints.sharded_state import sharded_weights
     from megatron_kd.checkpoints.weights import load_weights, open_checkpoint
     from megatron_kd.models.gpt import build_model
     from megatron_kd.parallel.groups import create_process_groups
     from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
     from megatron_kd.parallel.runtime import distributed_runtime
-    from megatron_kd.training.checkpoint import write_checkpoint_manifest
 
     with distributed_runtime() as runtime:
         info = open_checkpoint(checkpoint)

@@ -95,6 +95,6 @@ def largest_relative_difference(ours: list[dict[str, Any]], reference: list[dict
 
 def whole_weights(run_folder: str) -> dict[str, Any]:
     """Every unsharded weight of a run's newest checkpoint (in a world of one)."""
-    from megatron_kd.training.checkpoint import load_full_state
+    from tests.reference.full_state import load_full_state
 
     return load_full_state(run_folder)[1]

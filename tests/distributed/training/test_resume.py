@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_kd.metrics.tracker import read_metrics
-from megatron_kd.training.checkpoint import load_full_state
 from tests.distributed.training.runs import largest_relative_difference, train_in_ranks
+from tests.reference.full_state import load_full_state
 
 TOLERANCE = 1e-5
 STEPS, SAVED_AT = 12, 6

@@ -12,7 +12,8 @@ from megatron_kd.checkpoints.checkpoint_writer import CheckpointWriter, Retentio
 from megatron_kd.checkpoints.weights import checkpoint_folders, open_checkpoint
 from megatron_kd.errors import UserError
 from megatron_kd.parallel.runtime import distributed_runtime
-from megatron_kd.training.checkpoint import Progress, description, load_full_state, training_state
+from megatron_kd.training.checkpoint import Progress, description, training_state
+from tests.reference.full_state import load_full_state
 from tests.reference.one_rank import TrainingParts
 
 ABOUT = {"tokenizer_hash": "x", "seq_length": 32, "precision": "fp32"}

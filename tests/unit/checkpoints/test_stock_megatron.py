@@ -10,6 +10,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.transformer.enums import AttnBackend
 
+from megatron_kd.checkpoints.loading import load_whole_model
 from megatron_kd.checkpoints.sharded_state import sharded_weights
 from megatron_kd.checkpoints.weights import open_checkpoint
 from megatron_kd.conversion.convert_to_hf import ConvertToHFConfig
@@ -19,7 +20,6 @@ from megatron_kd.errors import CheckpointError
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.models.gpt import full_logits
 from megatron_kd.parallel.runtime import distributed_runtime
-from megatron_kd.training.checkpoint import load_whole_model
 from tests.reference.hf_models import TEXTS
 from tests.reference.one_rank import tiny_model
 

@@ -83,9 +83,9 @@ def test_a_wrong_rotary_scaling_is_found(tmp_path):
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5000.0}
     unscaled = import_folder(source, tmp_path / "plain", verify=False)
     (source / "config.json").write_text(json.dumps(config))
+    from megatron_kd.checkpoints.loading import load_whole_model
     from megatron_kd.conversion.parity import compare_logits
     from megatron_kd.parallel.runtime import distributed_runtime
-    from megatron_kd.training.checkpoint import load_whole_model
 
     with distributed_runtime():
         model, _ = load_whole_model(unscaled)

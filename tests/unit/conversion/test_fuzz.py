@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_kd.checkpoints.hf_folder import HFFolder
+from megatron_kd.checkpoints.loading import load_whole_model
 from megatron_kd.checkpoints.weights import open_checkpoint
 from megatron_kd.errors import CheckpointError
 from megatron_kd.parallel.runtime import distributed_runtime
-from megatron_kd.training.checkpoint import load_whole_model
 from tests.reference.hf_models import make_hf_folder
 from tests.unit.conversion.test_convert_from_hf import import_folder
 

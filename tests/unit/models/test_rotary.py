@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from megatron_kd.models.local_modules import apply_rotary, provide_fused_rotary
+from megatron_kd.models.local_modules import apply_rotary
+from megatron_kd.parallel.runtime import distributed_runtime
+from tests.reference.one_rank import tiny_model
 
 
 def angles(length: int, width: int) -> torch.Tensor:
@@ -39,10 +41,9 @@ def test_what_it_cannot_do_is_refused(interleaved: bool, width: int) -> None:
         apply_rotary(torch.zeros(5, 1, 2, 4), angles(5, width), interleaved)
 
 
-def test_megatron_core_is_given_it_once() -> None:
+def test_a_model_on_a_cpu_calls_it() -> None:
     from megatron.core.models.common.embeddings import rope_utils
 
-    provide_fused_rotary()
-    first = rope_utils.fused_apply_rotary_pos_emb
-    provide_fused_rotary()
-    assert rope_utils.fused_apply_rotary_pos_emb is first
+    with distributed_runtime():
+        assert tiny_model().config.apply_rope_fusion
+    assert rope_utils.fused_apply_rotary_pos_emb is apply_rotary

@@ -14,10 +14,11 @@ from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.teachers.colocated import ColocatedTeacher
 from megatron_kd.teachers.routing import Routing
 from megatron_kd.teachers.teacher_config import TeacherConfig
-from megatron_kd.training.checkpoint import Progress, load_full_state, save_checkpoint
+from megatron_kd.training.checkpoint import Progress, save_checkpoint
 from megatron_kd.training.methods.method_builders import build_loss
 from megatron_kd.training.train_step import TrainStep
 from tests.distributed.training.runs import make_dataset
+from tests.reference.full_state import load_full_state
 from tests.reference.one_rank import TINY, TrainingParts, tiny_model
 
 

@@ -9,14 +9,8 @@ from megatron_kd.checkpoints import checkpoint_writer
 from megatron_kd.checkpoints.weights import LATEST_NAME, checkpoint_folders, open_checkpoint
 from megatron_kd.errors import CheckpointError, UserError
 from megatron_kd.parallel.runtime import distributed_runtime
-from megatron_kd.training import checkpoint
-from megatron_kd.training.checkpoint import (
-    Progress,
-    load_checkpoint,
-    load_full_state,
-    newest_whole_checkpoint,
-    save_checkpoint,
-)
+from megatron_kd.training.checkpoint import Progress, load_checkpoint, newest_whole_checkpoint, save_checkpoint
+from tests.reference.full_state import load_full_state
 from tests.reference.one_rank import TrainingParts
 
 
@@ -147,7 +141,7 @@ def test_a_save_that_fails_leaves_the_previous_checkpoint(checkpoints, dataset, 
     def full(*_, **__):
         raise OSError(28, "No space left on device", "somewhere")
 
-    owner = checkpoint_writer.dist_checkpointing if "." in failing else checkpoint
+    owner = checkpoint_writer.dist_checkpointing if "." in failing else checkpoint_writer
     monkeypatch.setattr(owner, failing.split(".")[-1], full)
     with distributed_runtime() as runtime:
         with pytest.raises(UserError, match="step_3 could not be written: .*No space left on device"):

@@ -7,9 +7,9 @@ import torch
 
 from megatron_kd.config import from_mapping
 from megatron_kd.errors import ConfigError
+from megatron_kd.parallel.mcore_patches.optimizer_patches import clipped_step
 from megatron_kd.parallel.runtime import distributed_runtime
-from megatron_kd.training.checkpoint import training_state
-from megatron_kd.training.optimizer import OptimizerConfig, build_optimizer, clipped_step, learning_rate
+from megatron_kd.training.optimizer import OptimizerConfig, build_optimizer, learning_rate
 from tests.reference.one_rank import TrainingParts
 
 SCHEDULE = OptimizerConfig(lr=1e-3, min_lr=1e-4, lr_warmup_iters=10)
@@ -96,31 +96,6 @@ def test_one_step_is_adamw_written_out(dataset):
         for parameter, old in zip(parts.model[0].parameters(), before):
             expected = old * (1 - settings.lr * settings.weight_decay) - step
             torch.testing.assert_close(parameter.detach(), expected, rtol=1e-4, atol=1e-8)
-
-
-def test_step_counts_are_independent_after_a_load(dataset):
-    """Megatron-Core gives all parameters one step tensor, which then advances once a parameter."""
-    with distributed_runtime() as runtime:
-        parts = TrainingParts(dataset, runtime)
-        set_gradients(parts, 0.01)
-        clipped_step(parts.optimizer, 1.0, 1.0)
-        states = parts.optimizer.chained_optimizers[0].state_dict()
-        parts.optimizer.chained_optimizers[0].load_state_dict(states)
-        steps = [state["step"] for _, _, state in adam_parameters(parts.optimizer)]
-        assert len({step.data_ptr() for step in steps}) == len(steps) > 10
-        assert {float(step) for step in steps} == {1.0}
-        set_gradients(parts, 0.01)
-        clipped_step(parts.optimizer, 1.0, 1.0)
-        assert {float(state["step"]) for _, _, state in adam_parameters(parts.optimizer)} == {2.0}
-
-
-def test_an_optimizer_that_has_not_stepped_has_a_state(dataset):
-    with distributed_runtime() as runtime:
-        parts = TrainingParts(dataset, runtime)
-        assert "optimizer" in training_state(parts.model, parts.optimizer, parts.groups, is_loading=False)
-        assert all(
-            float(state["step"]) == 0 and not state["exp_avg"].any() for _, _, state in adam_parameters(parts.optimizer)
-        )
 
 
 def test_bf16_keeps_fp32_master_weights(dataset):

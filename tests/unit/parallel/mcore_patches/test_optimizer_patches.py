@@ -1,4 +1,4 @@
-"""Adam's moments in a checkpoint are those of their own parameter, wherever buckets of the buffer end."""
+"""Checkpoints of torch's AdamW: state before the first step, step counts, moments of padded buckets."""
 
 import pytest
 import torch
@@ -6,8 +6,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 from megatron_kd.checkpoints.weights import open_checkpoint
 from megatron_kd.models.architecture import ModelArchitecture
+from megatron_kd.parallel.mcore_patches.optimizer_patches import clipped_step
 from megatron_kd.parallel.runtime import distributed_runtime
-from megatron_kd.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from megatron_kd.training.checkpoint import Progress, load_checkpoint, save_checkpoint, training_state
 from megatron_kd.training.optimizer import OptimizerConfig, build_optimizer
 from tests.reference.one_rank import one_rank_groups, tiny_model
 
@@ -52,3 +53,31 @@ def test_moments_stay_with_their_parameter_across_padded_buckets(saved, loaded, 
         for name, tensors in expected.items():
             for key in ("param", "exp_avg", "exp_avg_sq"):
                 assert torch.equal(found[name][key], tensors[key]), (name, key)
+
+
+def update(model, optimizer):
+    for parameter in model[0].parameters():
+        parameter.main_grad.fill_(0.01)
+    optimizer.prepare_grads()
+    clipped_step(optimizer, 1.0, 1.0)
+
+
+def test_step_counts_are_independent_after_a_load():
+    with distributed_runtime():
+        model, optimizer, _ = wrapped(None, "fp32")
+        (part,) = optimizer.chained_optimizers
+        update(model, optimizer)
+        part.load_state_dict(part.state_dict())
+        steps = [state["step"] for state in part.optimizer.state.values()]
+        assert len({step.data_ptr() for step in steps}) == len(steps) > 10
+        assert {float(step) for step in steps} == {1.0}
+        update(model, optimizer)
+        assert {float(state["step"]) for state in part.optimizer.state.values()} == {2.0}
+
+
+def test_an_optimizer_that_has_not_stepped_has_a_state():
+    with distributed_runtime():
+        model, optimizer, groups = wrapped(None, "fp32")
+        assert "optimizer" in training_state(model, optimizer, groups, is_loading=False)
+        states = optimizer.chained_optimizers[0].optimizer.state.values()
+        assert all(float(state["step"]) == 0 and not state["exp_avg"].any() for state in states)

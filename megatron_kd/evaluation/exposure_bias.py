@@ -22,7 +22,9 @@ from torch import Tensor
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.random_numbers import sequence_seeds
 from megatron_kd.errors import DataError
-from megatron_kd.generation import Decoder, ModelPolicy, SamplingConfig, generate
+from megatron_kd.generation.decoder import Decoder
+from megatron_kd.generation.generate import ModelPolicy, generate
+from megatron_kd.generation.sampling import SamplingConfig
 from megatron_kd.losses import DenseKnowledge, DistillationObjective, ForwardKL, linear_distillation_loss
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import is_last_stage, sum_over_group

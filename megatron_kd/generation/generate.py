@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_kd.data.random_numbers import uniforms
 from megatron_kd.errors import DataError, LayoutError
 from megatron_kd.generation.decoder import Decoder
-from megatron_kd.generation.sampling import SamplingConfig, choose
+from megatron_kd.generation.sampling import SamplingConfig
 from megatron_kd.parallel.groups import is_last_stage
 
 
@@ -220,3 +220,35 @@ def _record(records: list[Tensor], next_token: NextToken, tokens: Tensor, writes
     for record, values in zip(records, next_token.log_probabilities):
         chosen = values.gather(1, tokens.clamp_max(values.shape[1] - 1).unsqueeze(1)).squeeze(1)
         record[:, position] = torch.where(writes, chosen, 0.0)
+
+
+def sampling_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
+    """Logits [b, v] of the distribution that is drawn from: divided by the temperature, -inf for what is left out.
+
+    top_k keeps the k likeliest ids (and those equal to the last of them), then top_p the fewest of the likeliest ids
+    whose probabilities reach p.
+    """
+    if config.temperature not in (0.0, 1.0):
+        logits = logits / config.temperature
+    if 0 < config.top_k < logits.shape[1]:
+        logits = logits.masked_fill(logits < logits.topk(config.top_k).values[:, -1:], -torch.inf)
+    if config.top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        probabilities = ordered.softmax(-1)
+        beyond = probabilities.cumsum(-1) - probabilities >= config.top_p
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
+    return logits
+
+
+def choose(logits: Tensor, draws: Tensor, config: SamplingConfig) -> Tensor:
+    """The next token of each sequence, int64 [b].
+
+    Args:
+        logits: [b, v], or log-probabilities.
+        draws: [b] uniform in [0, 1); unused at temperature 0.
+    """
+    if config.temperature == 0:
+        return logits.argmax(-1)
+    cumulative = sampling_logits(logits, config).double().softmax(-1).cumsum(-1)
+    targets = draws.to(cumulative).unsqueeze(1) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, targets, right=True).squeeze(1).clamp_max(logits.shape[1] - 1)

@@ -34,7 +34,7 @@ from megatron_kd.checkpoints.weights import (
 from megatron_kd.errors import CheckpointError
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.parallel.coordination import on_main_rank
-from megatron_kd.training.fault_tolerance import Incidents
+from megatron_kd.training.fault_tolerance import FaultHistory
 
 logger = logging.getLogger(__name__)
 
@@ -49,18 +49,24 @@ class Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    incidents: Incidents = field(default_factory=Incidents)
+    faults: FaultHistory = field(default_factory=FaultHistory)
 
     @property
     def position(self) -> int:
         """The next global batch, counted from the start of the run: skipped ones count."""
-        return self.step + self.incidents.skipped_batches
+        return self.step + self.faults.skipped_batches
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return the values that a checkpoint's manifest keeps under ``progress``."""
+        values = dataclasses.asdict(self)
+        faults = values.pop("faults")
+        return {**values, "incidents": faults}
 
     @classmethod
     def from_manifest(cls, manifest: Mapping[str, Any]) -> "Progress":
-        """What a checkpoint's manifest says."""
+        """Read the progress from a checkpoint's manifest."""
         values = dict(manifest["progress"])
-        return cls(**{**values, "incidents": Incidents.from_mapping(values.get("incidents"))})
+        return cls(faults=FaultHistory.from_mapping(values.pop("incidents", None)), **values)
 
 
 def save_checkpoint(
@@ -159,9 +165,7 @@ def description(
         try:
             for name, contents in (files or {}).items():
                 write_file(folder / name, contents)
-            write_checkpoint_manifest(
-                folder, checksums, architecture, {"progress": dataclasses.asdict(progress), **about}
-            )
+            write_checkpoint_manifest(folder, checksums, architecture, {"progress": progress.to_mapping(), **about})
         except OSError as error:
             return f"{error.strerror} ({error.filename or folder})"
         return None

@@ -5,8 +5,7 @@ the latter is fixed in ``parallel/mcore_patches/optimizer_patches.py``.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Iterator, Sequence
+from typing import Sequence
 
 import torch
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -15,49 +14,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_kd.parallel.mcore_patches.optimizer_patches import patch_optimizer
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """The ``optimizer.*`` keys. Defaults are MiniPLM's (arXiv 2410.17215) except the rate."""
-
-    lr: float = 1e-3
-    min_lr: float | None = None
-    """None means a tenth of ``lr``."""
-    lr_warmup_iters: int = 0
-    weight_decay: float = 0.01
-    weight_decay_on_norms_and_biases: bool = True
-    """MiniPLM decays every parameter; Megatron's custom is False."""
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.98
-    adam_eps: float = 1e-6
-    clip_grad: float = 1.0
-    """Largest norm of the gradient; 0 turns clipping off."""
-
-    def validate(self) -> Iterator[str]:
-        """Faults in the values, one message each."""
-        if self.lr <= 0:
-            yield f"'optimizer.lr' must be above 0, not {self.lr}"
-        if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
-            yield f"'optimizer.min_lr' must be between 0 and optimizer.lr {self.lr}, not {self.min_lr}"
-        for name in ("weight_decay", "clip_grad", "lr_warmup_iters"):
-            if getattr(self, name) < 0:
-                yield f"'optimizer.{name}' must not be negative, it is {getattr(self, name)}"
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                yield f"'optimizer.{name}' must be in [0, 1), not {getattr(self, name)}"
-
-
-def learning_rate(step: int, config: OptimizerConfig, train_iters: int) -> float:
-    """The rate of ``step`` (from 0): linear warm-up from 0, then half a cosine down to ``min_lr``.
-
-    Source: MiniPLM's schedule; the first step of a warm-up has rate 0.
-    """
-    low = config.lr / 10 if config.min_lr is None else config.min_lr
-    if step < config.lr_warmup_iters:
-        return config.lr * step / config.lr_warmup_iters
-    done = (step - config.lr_warmup_iters) / max(1, train_iters - config.lr_warmup_iters)
-    return low + 0.5 * (config.lr - low) * (1.0 + math.cos(math.pi * min(1.0, done)))
+from megatron_kd.training.train_config import OptimizerConfig
 
 
 def build_optimizer(
@@ -90,3 +47,15 @@ def set_learning_rate(optimizer: ChainedOptimizer, rate: float) -> None:
     """The same rate for every parameter."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def learning_rate(step: int, config: OptimizerConfig, train_iters: int) -> float:
+    """The rate of ``step`` (from 0): linear warm-up from 0, then half a cosine down to ``min_lr``.
+
+    Source: MiniPLM's schedule; the first step of a warm-up has rate 0.
+    """
+    low = config.lr / 10 if config.min_lr is None else config.min_lr
+    if step < config.lr_warmup_iters:
+        return config.lr * step / config.lr_warmup_iters
+    done = (step - config.lr_warmup_iters) / max(1, train_iters - config.lr_warmup_iters)
+    return low + 0.5 * (config.lr - low) * (1.0 + math.cos(math.pi * min(1.0, done)))

@@ -17,7 +17,7 @@ from megatron_kd.teachers.placements import build_teacher_ranks, plan_teacher
 from megatron_kd.training.preflight import check_teacher_ranks
 from megatron_kd.training.setup import open_datasets, student_architecture, student_run
 from megatron_kd.training.train_config import TrainConfig
-from megatron_kd.training.watches import WATCHED
+from megatron_kd.training.watchdogs import STOP_SIGNALS
 
 
 class StudentsBatches:
@@ -59,7 +59,7 @@ def signals_left_to_the_student() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in WATCHED}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
     try:
         yield
     finally:

@@ -1,4 +1,7 @@
-"""What ``train`` reads: the ``data.*`` and ``training.*`` keys, and the tree of all of them."""
+"""Configuration of ``train``: the ``data.*``, ``training.*`` and ``optimizer.*`` keys, and the tree of all sections.
+
+Importing this loads neither torch nor Megatron-Core, so a misspelt key is refused at once.
+"""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Iterator, Mapping
@@ -8,9 +11,8 @@ from megatron_kd.metrics.sinks import MetricsConfig
 from megatron_kd.models.architecture import ModelConfig, Precision
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.teachers.teacher_config import TeacherConfig
+from megatron_kd.training.distillation_config import METHODS_WITH_TEXT, DistillationConfig, LossReduction
 from megatron_kd.training.fault_tolerance import FaultToleranceConfig
-from megatron_kd.training.objective import METHODS_WITH_TEXT, DistillationConfig, LossReduction
-from megatron_kd.training.optimizer import OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,37 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"'training.{name}' must be at least 1, not {value}"
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The ``optimizer.*`` keys. Defaults are MiniPLM's (arXiv 2410.17215) except the rate."""
+
+    lr: float = 1e-3
+    min_lr: float | None = None
+    """None means a tenth of ``lr``."""
+    lr_warmup_iters: int = 0
+    weight_decay: float = 0.01
+    weight_decay_on_norms_and_biases: bool = True
+    """MiniPLM decays every parameter; Megatron's custom is False."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.98
+    adam_eps: float = 1e-6
+    clip_grad: float = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+
+    def validate(self) -> Iterator[str]:
+        """Faults in the values, one message each."""
+        if self.lr <= 0:
+            yield f"'optimizer.lr' must be above 0, not {self.lr}"
+        if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
+            yield f"'optimizer.min_lr' must be between 0 and optimizer.lr {self.lr}, not {self.min_lr}"
+        for name in ("weight_decay", "clip_grad", "lr_warmup_iters"):
+            if getattr(self, name) < 0:
+                yield f"'optimizer.{name}' must not be negative, it is {getattr(self, name)}"
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"'optimizer.{name}' must be in [0, 1), not {getattr(self, name)}"
 
 
 @dataclass(frozen=True)

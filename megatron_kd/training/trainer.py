@@ -35,16 +35,17 @@ from megatron_kd.training.checkpoint import (
     newest_whole_checkpoint,
     training_state,
 )
-from megatron_kd.training.fault_tolerance import Survival
+from megatron_kd.training.distillation_config import METHODS_WITH_TEXT
+from megatron_kd.training.fault_tolerance import FaultPolicy
 from megatron_kd.training.methods.source import BatchSource, Place, restore_source, source_files
-from megatron_kd.training.objective import METHODS_WITH_TEXT, build_objective, pretraining_uses_teacher
+from megatron_kd.training.objective import build_objective, pretraining_uses_teacher
 from megatron_kd.training.optimizer import learning_rate
 from megatron_kd.training.setup import student_run, unwrap
 from megatron_kd.training.teacher_process import build_schedule
 from megatron_kd.training.train_config import TrainConfig
 from megatron_kd.training.train_step import StepResult, TrainStep
 from megatron_kd.training.validation import heldout_distillation
-from megatron_kd.training.watches import HangWatch, SignalWatch
+from megatron_kd.training.watchdogs import HangWatchdog, StopSignals
 
 
 class Trainer:
@@ -101,11 +102,9 @@ class Trainer:
             self.folder / "checkpoints", Retention(settings.keep_checkpoints, settings.keep_every)
         )
         with ExitStack() as stack:
-            signals = stack.enter_context(SignalWatch(self.config.fault_tolerance.exit_within_seconds))
-            self.survival = Survival(
-                self.config.fault_tolerance, self.folder, signals, self.groups.intra_dist_opt, self.runtime.is_main
-            )
-            self.hang_watch = stack.enter_context(HangWatch(60.0 * self.config.fault_tolerance.hang_minutes))
+            self.signals = stack.enter_context(StopSignals(self.config.fault_tolerance.exit_within_seconds))
+            self.fault_policy = FaultPolicy(self.config.fault_tolerance, self.folder, self.runtime.is_main)
+            self.watchdog = stack.enter_context(HangWatchdog(60.0 * self.config.fault_tolerance.hang_minutes))
             stack.callback(self.writer.abandon)
             stack.callback(lambda: self.tracker.close())
             self.tracker = self._open_tracker(progress)
@@ -118,15 +117,15 @@ class Trainer:
     def _advance(self, batches: Sequence[Batch], progress: Progress) -> Progress:
         """One global batch and whatever is due after it."""
         settings, before = self.config.training, progress
-        self.hang_watch.beat(f"step {progress.step + 1}")
+        self.watchdog.beat(f"step {progress.step + 1}")
         progress, rolls_back = self._train_one(batches, progress)
         if rolls_back:
             return self._rewind(progress)
         has_stepped = progress.step > before.step
         if has_stepped and _is_due(progress.step, settings.eval_interval, settings.train_iters):
-            self.hang_watch.beat(f"evaluation after step {progress.step}")
+            self.watchdog.beat(f"evaluation after step {progress.step}")
             self._evaluate(progress)
-        stops, writing = self.survival.agree(self.runtime.device, self.writer.is_writing)
+        stops, writing = self.signals.agree(self.groups.intra_dist_opt, self.runtime.device, self.writer.is_writing)
         ended = progress.step == settings.train_iters
         is_due = has_stepped and _is_due(progress.step, settings.save_interval, settings.train_iters)
         if is_due or (stops and self._saved_step != progress.step):
@@ -154,39 +153,39 @@ class Trainer:
             result = self.step(made.batches, rate, scheduled=made.scheduled, with_gradient_ratio=measures)
         except NonFiniteLossError as error:
             reason = f"{error}; chunks of the batch: {chunks}"
-            incidents = self.survival.skip(progress.incidents, progress.step + 1, reason)
-            if incidents is None:
+            faults = self.fault_policy.skip(progress.faults, progress.step + 1, reason)
+            if faults is None:
                 self.writer.finish()  # every rank sees the same loss, so all are here
                 raise NonFiniteLossError(f"step {progress.step + 1}: {reason}") from None
-            return dataclasses.replace(progress, incidents=incidents), False
+            return dataclasses.replace(progress, faults=faults), False
         seconds = time.perf_counter() - started
-        incidents, rolls_back = self.survival.after_loss(
-            progress.incidents,
+        faults, rolls_back = self.fault_policy.after_loss(
+            progress.faults,
             progress.step + 1,
             result.loss,
             chunks,
             has_checkpoint=self._saved_step is not None,
         )
-        progress = Progress(progress.step + 1, progress.tokens + result.tokens, progress.seconds + seconds, incidents)
+        progress = Progress(progress.step + 1, progress.tokens + result.tokens, progress.seconds + seconds, faults)
         self.tracker.step(self._row(progress, result, rate, seconds) | made.facts)
         return progress, rolls_back
 
     def _rewind(self, progress: Progress) -> Progress:
         """Back to the newest checkpoint; the batches since then are passed over."""
         self._tell(Action.REWIND, progress)
-        self.hang_watch.beat(f"rollback after step {progress.step}")
+        self.watchdog.beat(f"rollback after step {progress.step}")
         self.writer.finish()
         info = newest_whole_checkpoint(self.folder / "checkpoints")
         self._saved_step = info.manifest["progress"]["step"]
         restored = load_checkpoint(info, self.model, self.optimizer, self.groups)
         restore_source(self.source, info)
-        incidents = dataclasses.replace(
-            progress.incidents, skipped_batches=progress.position - restored.step, losses=restored.incidents.losses
+        faults = dataclasses.replace(
+            progress.faults, skipped_batches=progress.position - restored.step, losses=restored.faults.losses
         )
-        self.survival.record(
+        self.fault_policy.record(
             "rollback", progress.step, f"going on from step {restored.step} with global batch {progress.position}"
         )
-        restored = dataclasses.replace(restored, incidents=incidents)
+        restored = dataclasses.replace(restored, faults=faults)
         self.tracker.close()
         self.tracker = self._open_tracker(restored)
         return restored
@@ -293,7 +292,7 @@ class Trainer:
 
     def _save(self, progress: Progress, in_background: bool) -> None:
         """Begin a checkpoint; without a background, finish it too."""
-        self.hang_watch.beat(f"checkpoint of step {progress.step}")
+        self.watchdog.beat(f"checkpoint of step {progress.step}")
         self._tell(Action.SAVE, progress)
         self._saved_step = progress.step
         self.tracker.flush()

@@ -15,7 +15,8 @@ from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import is_last_stage, sum_over_group
 from megatron_kd.parallel.schedule import forward_only
 from megatron_kd.teachers.interface import Teacher
-from megatron_kd.training.objective import LossConfig, sequence_major
+from megatron_kd.training.distillation_config import LossConfig
+from megatron_kd.training.objective import sequence_major
 
 MICRO_BATCHES_PER_SCHEDULE = 8
 

@@ -22,10 +22,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_kd.data.batch import Batch
 from megatron_kd.data.random_numbers import sequence_seeds, uniform, uniforms
-from megatron_kd.training.methods.generated_text import Texts, text_of
+from megatron_kd.training.methods.generated_text import PolicyMaker, Texts, TextWriter, gather_rows, own_rows, text_of
 from megatron_kd.training.methods.method_config import DistiLLMConfig
 from megatron_kd.training.methods.source import Place, StepBatches, TextCounts
-from megatron_kd.training.methods.text_writer import PolicyMaker, TextWriter, gather_rows, own_rows
 
 
 class DistiLLMSource:

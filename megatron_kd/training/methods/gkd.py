@@ -10,9 +10,9 @@ import numpy as np
 
 from megatron_kd.data.batch import Batch
 from megatron_kd.data.random_numbers import uniform
+from megatron_kd.training.methods.generated_text import PolicyMaker, TextWriter
 from megatron_kd.training.methods.method_config import GKDConfig
 from megatron_kd.training.methods.source import Place, StepBatches, TextCounts
-from megatron_kd.training.methods.text_writer import PolicyMaker, TextWriter
 
 
 class GKDSource:

@@ -8,18 +8,19 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import LayoutError
-from megatron_kd.generation import Decoder, MixedPolicy, ModelPolicy
+from megatron_kd.generation.decoder import Decoder
+from megatron_kd.generation.generate import MixedPolicy, ModelPolicy
 from megatron_kd.losses import LM_ONLY
 from megatron_kd.teachers.colocated import ColocatedTeacher
 from megatron_kd.teachers.interface import Teacher
+from megatron_kd.training.distillation_config import METHODS_WITH_TEXT
 from megatron_kd.training.methods.distillm import DistiLLMSource
+from megatron_kd.training.methods.generated_text import PolicyMaker, TextWriter
 from megatron_kd.training.methods.gkd import GKDSource
 from megatron_kd.training.methods.minillm import MiniLLMLoss, MiniLLMSource, main_count
 from megatron_kd.training.methods.pretraining import PretrainingBeside, PretrainingLoss
 from megatron_kd.training.methods.source import BatchSource, DatasetSource
-from megatron_kd.training.methods.text_writer import PolicyMaker, TextWriter
 from megatron_kd.training.objective import (
-    METHODS_WITH_TEXT,
     BatchLoss,
     DistillationLoss,
     FusedLoss,

@@ -1,30 +1,7 @@
 """The keys of the methods that train on generated text, below ``distillation.``; defaults are the released codes'."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Iterator, Literal
-
-from megatron_kd.generation.sampling import SamplingConfig
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    """``distillation.rollout``: what is generated during training."""
-
-    prompt_length: int = 768
-    """First ids of a chunk; a shorter chunk is its own prompt. A dataset with prompts of its own gives those."""
-    response_length: int | None = None
-    """None means up to ``data.seq_length``."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """Its temperature is apart from the loss's ``distillation.temperature``."""
-    rows: int = 64
-    """The most sequences that a rank decodes at a time; changes memory and speed, never the text."""
-
-    def validate(self) -> Iterator[str]:
-        """Faults in the values, one message each."""
-        for name in ("prompt_length", "response_length", "rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                yield f"'distillation.rollout.{name}' must be at least 1, not {value}"
 
 
 @dataclass(frozen=True)

@@ -31,18 +31,21 @@ from megatron_kd.losses import (
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import is_last_stage, sum_over_group
 from megatron_kd.teachers.interface import Teacher
+from megatron_kd.training.distillation_config import LossConfig
 from megatron_kd.training.methods import policy_gradient as pg
-from megatron_kd.training.methods.generated_text import GeneratedText, Texts, text_of
-from megatron_kd.training.methods.method_config import MiniLLMConfig
-from megatron_kd.training.methods.source import Place, StepBatches, TextCounts
-from megatron_kd.training.methods.text_writer import (
+from megatron_kd.training.methods.generated_text import (
+    GeneratedText,
     PolicyMaker,
+    Texts,
     TextWriter,
     gather_rows,
     gather_values,
     own_row_numbers,
+    text_of,
 )
-from megatron_kd.training.objective import FusedLoss, Knowledge, LossConfig, LossSums, sequence_major
+from megatron_kd.training.methods.method_config import MiniLLMConfig
+from megatron_kd.training.methods.source import Place, StepBatches, TextCounts
+from megatron_kd.training.objective import FusedLoss, Knowledge, LossSums, sequence_major
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from megatron_kd.data.batch import Batch
 from megatron_kd.losses import DistillationObjective
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import sum_over_group
+from megatron_kd.training.distillation_config import LossReduction
 from megatron_kd.training.methods.source import BatchSource, Place, StepBatches, TextCounts
-from megatron_kd.training.objective import FusedLoss, Knowledge, LossReduction, LossSums, token_weights
+from megatron_kd.training.objective import FusedLoss, Knowledge, LossSums, token_weights
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from megatron_kd.costs.flops import (
     matched_steps,
     training_flops,
 )
-from megatron_kd.generation import Decoder, ModelPolicy, generate
+from megatron_kd.generation.decoder import Decoder
+from megatron_kd.generation.generate import ModelPolicy, generate
 from megatron_kd.parallel.runtime import distributed_runtime
 from tests.reference.one_rank import TINY, tiny_model
 

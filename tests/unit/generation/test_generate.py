@@ -8,8 +8,10 @@ import torch
 
 from megatron_kd.data.random_numbers import sequence_seeds
 from megatron_kd.errors import DataError
-from megatron_kd.generation import Decoder, MixedPolicy, ModelPolicy, SamplingConfig, generate
 from megatron_kd.generation import decoder as decoding_mode
+from megatron_kd.generation.decoder import Decoder
+from megatron_kd.generation.generate import MixedPolicy, ModelPolicy, generate
+from megatron_kd.generation.sampling import SamplingConfig
 from megatron_kd.models.gpt import full_logits
 from megatron_kd.parallel.runtime import distributed_runtime
 from tests.reference.one_rank import TINY, tiny_model

@@ -6,7 +6,8 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from megatron_kd.data.random_numbers import sequence_seeds, uniform, uniforms
-from megatron_kd.generation.sampling import SamplingConfig, choose, sampling_logits
+from megatron_kd.generation.generate import choose, sampling_logits
+from megatron_kd.generation.sampling import SamplingConfig
 
 
 def test_frequencies_are_probabilities():

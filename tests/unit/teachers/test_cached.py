@@ -19,7 +19,7 @@ from megatron_kd.teachers.cache.cache_reader import LogitCache, View
 from megatron_kd.teachers.cache.codec import Codec
 from megatron_kd.teachers.cached import CachedTeacher, choose_kind
 from megatron_kd.teachers.teacher_config import TeacherConfig
-from megatron_kd.training.objective import DistillationConfig
+from megatron_kd.training.distillation_config import DistillationConfig
 from megatron_kd.training.train_config import TrainConfig
 from tests.distributed.training.runs import VOCABULARY, make_dataset
 from tests.reference.caches import write_cache

@@ -10,14 +10,20 @@ from megatron_kd.config import load_config
 from megatron_kd.errors import ConfigError
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.training.checkpoint import Progress
-from megatron_kd.training.fault_tolerance import EVENTS_NAME, FaultToleranceConfig, Incidents, LossStatistics, Survival
+from megatron_kd.training.fault_tolerance import (
+    EVENTS_NAME,
+    FaultHistory,
+    FaultPolicy,
+    FaultToleranceConfig,
+    LossStatistics,
+)
 from megatron_kd.training.train_config import TrainConfig
-from megatron_kd.training.watches import SignalWatch
+from megatron_kd.training.watchdogs import StopSignals
 from tests.reference.one_rank import one_rank_groups
 
 
-def survival(folder, **keys):
-    return Survival(FaultToleranceConfig(**keys), folder, SignalWatch(1.0), group=None, is_main=True)
+def fault_policy(folder, **keys):
+    return FaultPolicy(FaultToleranceConfig(**keys), folder, is_main=True)
 
 
 def noisy_losses(count, level=3.0):
@@ -35,12 +41,12 @@ def test_statistics_are_mean_and_variance():
 
 
 def test_a_spike_is_found_said_and_kept_but_noise_is_not(tmp_path, capsys):
-    policy, incidents = survival(tmp_path, spike_warmup_steps=20), Incidents()
+    policy, history = fault_policy(tmp_path, spike_warmup_steps=20), FaultHistory()
     for step, loss in enumerate(noisy_losses(60), start=1):
-        incidents, rolls_back = policy.after_loss(incidents, step, loss, [1])
+        history, rolls_back = policy.after_loss(history, step, loss, [1])
         assert not rolls_back
     assert capsys.readouterr().err == ""
-    incidents, rolls_back = policy.after_loss(incidents, 61, 6.0, [5, 8])
+    history, rolls_back = policy.after_loss(history, 61, 6.0, [5, 8])
     said = capsys.readouterr().err
     assert not rolls_back and "step 61: loss spike: loss 6.0000" in said and "chunks of the batch: [5, 8]" in said
     (event,) = [json.loads(line) for line in (tmp_path / EVENTS_NAME).read_text().splitlines()]
@@ -49,71 +55,72 @@ def test_a_spike_is_found_said_and_kept_but_noise_is_not(tmp_path, capsys):
 
 def test_no_spike_before_the_warm_up_nor_where_detection_is_off(tmp_path, capsys):
     for keys in ({"spike_warmup_steps": 20}, {"spike_warmup_steps": 2, "spike_deviations": 0.0}):
-        policy, incidents = survival(tmp_path, **keys), Incidents()
+        policy, history = fault_policy(tmp_path, **keys), FaultHistory()
         for step, loss in enumerate([*noisy_losses(10), 50.0], start=1):
-            incidents, _ = policy.after_loss(incidents, step, loss, [])
+            history, _ = policy.after_loss(history, step, loss, [])
     assert capsys.readouterr().err == ""
 
 
 def test_a_lasting_new_level_stops_being_a_spike(tmp_path, capsys):
-    policy, incidents = survival(tmp_path, spike_warmup_steps=20), Incidents()
+    policy, history = fault_policy(tmp_path, spike_warmup_steps=20), FaultHistory()
     for step, loss in enumerate([*noisy_losses(50), *noisy_losses(60, level=6.0)], start=1):
-        incidents, _ = policy.after_loss(incidents, step, loss, [])
+        history, _ = policy.after_loss(history, step, loss, [])
     lines = capsys.readouterr().err.splitlines()
     assert 0 < len(lines) < 30 and "step 110" not in lines[-1]
 
 
 def test_rollbacks_are_limited(tmp_path, capsys):
-    policy, incidents = survival(tmp_path, spike_warmup_steps=20, spike_action="rollback", max_rollbacks=2), Incidents()
+    policy = fault_policy(tmp_path, spike_warmup_steps=20, spike_action="rollback", max_rollbacks=2)
+    history = FaultHistory()
     for step, loss in enumerate(noisy_losses(40), start=1):
-        incidents, _ = policy.after_loss(incidents, step, loss, [])
+        history, _ = policy.after_loss(history, step, loss, [])
     answers = []
     for step in range(41, 44):
-        before = incidents.losses
-        incidents, rolls_back = policy.after_loss(incidents, step, 9.0, [])
-        incidents = dataclasses.replace(incidents, losses=before)  # as a rollback does
+        before = history.losses
+        history, rolls_back = policy.after_loss(history, step, 9.0, [])
+        history = dataclasses.replace(history, losses=before)  # as a rollback does
         answers.append(rolls_back)
-    assert answers == [True, True, False] and incidents.rollbacks == 2
-    assert "fault_tolerance.max_rollbacks 2 is reached" in capsys.readouterr().err
+    assert answers == [True, True, False] and history.rollbacks == 2
+    assert "2 were made (fault_tolerance.max_rollbacks)" in capsys.readouterr().err
 
 
 def test_without_a_checkpoint_a_spike_leaves_the_rollbacks_alone(tmp_path, capsys):
-    policy, incidents = survival(tmp_path, spike_warmup_steps=20, spike_action="rollback", max_rollbacks=1), Incidents()
+    policy = fault_policy(tmp_path, spike_warmup_steps=20, spike_action="rollback", max_rollbacks=1)
+    history = FaultHistory()
     for step, loss in enumerate(noisy_losses(40), start=1):
-        incidents, _ = policy.after_loss(incidents, step, loss, [], has_checkpoint=False)
-    incidents, rolls_back = policy.after_loss(incidents, 41, 9.0, [], has_checkpoint=False)
-    assert not rolls_back and incidents.rollbacks == 0
+        history, _ = policy.after_loss(history, step, loss, [], has_checkpoint=False)
+    history, rolls_back = policy.after_loss(history, 41, 9.0, [], has_checkpoint=False)
+    assert not rolls_back and history.rollbacks == 0
     assert "step 41: no rollback: nothing saved" in capsys.readouterr().err
 
 
 def test_skips_are_limited_and_counted(tmp_path):
-    policy, incidents = survival(tmp_path, non_finite="skip", max_skipped_batches=2), Incidents()
+    policy, history = fault_policy(tmp_path, non_finite="skip", max_skipped_batches=2), FaultHistory()
     for number in (1, 2):
-        incidents = policy.skip(incidents, 5, "loss nan")
-        assert incidents.skipped_batches == incidents.non_finite == number
-    assert policy.skip(incidents, 5, "loss nan") is None
-    assert survival(tmp_path).skip(Incidents(), 5, "loss nan") is None, "the default is to stop"
+        history = policy.skip(history, 5, "loss nan")
+        assert history.skipped_batches == history.non_finite == number
+    assert policy.skip(history, 5, "loss nan") is None
+    assert fault_policy(tmp_path).skip(FaultHistory(), 5, "loss nan") is None, "the default is to stop"
 
 
 def test_progress_passes_through_a_manifest_exactly():
     statistics = LossStatistics()
     for loss in noisy_losses(30):
         statistics = statistics.add(loss)
-    progress = Progress(7, 70, 0.1, Incidents(skipped_batches=3, non_finite=2, rollbacks=1, losses=statistics))
-    manifest = json.loads(json.dumps({"progress": dataclasses.asdict(progress)}))
+    progress = Progress(7, 70, 0.1, FaultHistory(skipped_batches=3, non_finite=2, rollbacks=1, losses=statistics))
+    manifest = json.loads(json.dumps({"progress": progress.to_mapping()}))
     assert Progress.from_manifest(manifest) == progress and progress.position == 10
     old = {"progress": {"step": 7, "tokens": 70, "seconds": 0.5}}
     assert Progress.from_manifest(old) == Progress(7, 70, 0.5) and Progress.from_manifest(old).position == 7
 
 
-def test_stop_is_asked_of_the_signals(tmp_path):
+def test_a_signal_on_any_rank_stops_all():
     with distributed_runtime() as runtime:
-        policy = survival(tmp_path)
-        policy._group = one_rank_groups().intra_dist_opt
-        assert policy.agree(runtime.device) == (False, False)
-        assert policy.agree(runtime.device, is_writing=True) == (False, True)
-        policy._signals._note(10, None)
-        assert policy.agree(runtime.device) == (True, False)
+        signals, group = StopSignals(1.0), one_rank_groups().intra_dist_opt
+        assert signals.agree(group, runtime.device) == (False, False)
+        assert signals.agree(group, runtime.device, is_writing=True) == (False, True)
+        signals._note(10, None)
+        assert signals.agree(group, runtime.device) == (True, False)
 
 
 @pytest.mark.parametrize(

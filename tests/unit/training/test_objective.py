@@ -7,7 +7,8 @@ from megatron_kd.config import from_mapping
 from megatron_kd.data.batch import Batch
 from megatron_kd.errors import ConfigError
 from megatron_kd.losses import ForwardKL, JensenShannon, Mixture
-from megatron_kd.training.objective import DistillationConfig, build_objective, sequence_major, token_weights
+from megatron_kd.training.distillation_config import DistillationConfig
+from megatron_kd.training.objective import build_objective, sequence_major, token_weights
 
 
 def batch_with_mask(mask):

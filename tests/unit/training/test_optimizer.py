@@ -9,7 +9,8 @@ from megatron_kd.config import from_mapping
 from megatron_kd.errors import ConfigError
 from megatron_kd.parallel.mcore_patches.optimizer_patches import clipped_step
 from megatron_kd.parallel.runtime import distributed_runtime
-from megatron_kd.training.optimizer import OptimizerConfig, build_optimizer, learning_rate
+from megatron_kd.training.optimizer import build_optimizer, learning_rate
+from megatron_kd.training.train_config import OptimizerConfig
 from tests.reference.one_rank import TrainingParts
 
 SCHEDULE = OptimizerConfig(lr=1e-3, min_lr=1e-4, lr_warmup_iters=10)

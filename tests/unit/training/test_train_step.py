@@ -12,8 +12,9 @@ from megatron_kd.losses import linear_distillation_loss
 from megatron_kd.models.gpt import full_logits
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.training import objective
+from megatron_kd.training.distillation_config import LossConfig
 from megatron_kd.training.methods.method_builders import build_loss
-from megatron_kd.training.objective import DistillationLoss, FusedLoss, LossConfig, MicroBatchLoss, build_objective
+from megatron_kd.training.objective import DistillationLoss, FusedLoss, MicroBatchLoss, build_objective
 from megatron_kd.training.setup import unwrap
 from megatron_kd.training.train_step import TrainStep
 from tests.reference.one_rank import TrainingParts

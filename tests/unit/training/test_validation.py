@@ -6,7 +6,7 @@ import torch
 
 from megatron_kd.losses import DenseKnowledge, DistillationObjective, OutputHead, linear_distillation_loss
 from megatron_kd.training import validation
-from megatron_kd.training.objective import LossConfig
+from megatron_kd.training.distillation_config import LossConfig
 from tests.reference.loss_cases import LossCase, build
 
 

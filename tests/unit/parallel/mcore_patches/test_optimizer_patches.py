@@ -9,7 +9,8 @@ from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.parallel.mcore_patches.optimizer_patches import clipped_step
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.training.checkpoint import Progress, load_checkpoint, save_checkpoint, training_state
-from megatron_kd.training.optimizer import OptimizerConfig, build_optimizer
+from megatron_kd.training.optimizer import build_optimizer
+from megatron_kd.training.train_config import OptimizerConfig
 from tests.reference.one_rank import one_rank_groups, tiny_model
 
 ODD = ModelArchitecture(2, 40, 44, 4, 2, vocab_size=300, rope_theta=10_000.0)

@@ -8,18 +8,13 @@ import torch
 
 from megatron_kd.config import from_mapping
 from megatron_kd.losses import LM_ONLY, DenseKnowledge, DistillationObjective, OutputHead
+from megatron_kd.training.distillation_config import DistillationConfig
 from megatron_kd.training.methods import policy_gradient as pg
 from megatron_kd.training.methods.generated_text import GeneratedText, Texts, text_of
 from megatron_kd.training.methods.method_config import MiniLLMConfig
 from megatron_kd.training.methods.minillm import MiniLLMLoss, Rollout, main_count
 from megatron_kd.training.methods.pretraining import PretrainingLoss, PretrainingShare
-from megatron_kd.training.objective import (
-    DistillationConfig,
-    DistillationLoss,
-    FusedLoss,
-    MicroBatchLoss,
-    build_objective,
-)
+from megatron_kd.training.objective import DistillationLoss, FusedLoss, MicroBatchLoss, build_objective
 from tests.reference import naive_losses
 from tests.unit.training.methods.made_batches import micro_batch
 

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_kd.generation import Decoder, MixedPolicy
+from megatron_kd.generation.decoder import Decoder
+from megatron_kd.generation.generate import MixedPolicy
 from megatron_kd.parallel.runtime import distributed_runtime
-from megatron_kd.training.methods.generated_text import Texts
-from megatron_kd.training.methods.method_config import MiniLLMConfig, RolloutConfig
+from megatron_kd.training.distillation_config import RolloutConfig
+from megatron_kd.training.methods.generated_text import Texts, TextWriter
+from megatron_kd.training.methods.method_config import MiniLLMConfig
 from megatron_kd.training.methods.minillm import MiniLLMSource
 from megatron_kd.training.methods.source import Place
-from megatron_kd.training.methods.text_writer import TextWriter
 from tests.reference import naive_minillm as naive
 from tests.reference.one_rank import tiny_model
 from tests.unit.training.methods.made_batches import micro_batch

@@ -8,12 +8,11 @@ import torch
 
 from megatron_kd.data.random_numbers import uniform
 from megatron_kd.training.methods.distillm import DistiLLMSource, ReplayBuffer
-from megatron_kd.training.methods.generated_text import Texts
+from megatron_kd.training.methods.generated_text import Texts, own_rows
 from megatron_kd.training.methods.gkd import GKDSource
 from megatron_kd.training.methods.method_config import DistiLLMConfig, GKDConfig
 from megatron_kd.training.methods.pretraining import PretrainingBeside
 from megatron_kd.training.methods.source import DatasetSource, Place, StepBatches
-from megatron_kd.training.methods.text_writer import own_rows
 from megatron_kd.training.objective import token_weights
 from tests.unit.training.methods.made_batches import micro_batch
 

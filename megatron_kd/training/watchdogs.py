@@ -1,13 +1,13 @@
-"""SIGTERM and SIGUSR1 (a scheduler's warning): noted for the next step's end, with a limit on how long that may take.
+"""Threads that end a run which does not end by itself: after a scheduler's signal, or in a step that hangs.
 
-Python runs signal handlers between two of its own instructions, which a process that waits inside a collective does
-not reach. So the limit is kept by a thread that the operating system's handler wakes through a pipe.
+:class:`StopSignals` notes SIGTERM and SIGUSR1 (a scheduler's warning) for the end of the step, and limits how long that
+may take. Python runs signal handlers between two of its own instructions, which a process that waits inside a
+collective does not reach. So the limit is kept by a thread that the operating system's handler wakes through a pipe.
 
-A step that does not end: which rank holds it up, said before every process ends.
-
-Every rank runs a thread that watches the loop's beats. Once one is overdue, each thread writes into the world's store
-where its main thread stands; a rank that does not write is stopped or gone, one that does not wait for others holds
-them up. The store has a connection of its own, so a main thread inside a collective does not block it.
+:class:`HangWatchdog` names the rank that holds a step up before every process ends. Every rank has a thread that
+watches the loop's beats. Once one is overdue, each thread writes into the world's store where its main thread stands; a
+rank that does not write is stopped or gone, one that does not wait for others holds them up. The store has a connection
+of its own, so a main thread inside a collective does not block it.
 """
 
 import json
@@ -20,9 +20,10 @@ import sys
 import threading
 import time
 from collections import Counter
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_kd.errors import EXIT_REQUEUE
@@ -30,11 +31,11 @@ from megatron_kd.logs import EVERY_RANK
 
 logger = logging.getLogger(__name__)
 
-WATCHED = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class SignalWatch:
-    """A context in which the watched signals do not end the process at once.
+class StopSignals:
+    """A context in which a scheduler's signals do not end the process at once.
 
     Args:
         limit_seconds: the process ends with status 75 this long after the first signal, whatever it does.
@@ -50,16 +51,27 @@ class SignalWatch:
 
     @property
     def received(self) -> signal.Signals | None:
-        """The first watched signal that came, if one did."""
+        """The first signal that arrived; None before."""
         return self._received
 
-    def __enter__(self) -> "SignalWatch":
+    def agree(self, group: dist.ProcessGroup, device: torch.device, is_writing: bool = False) -> tuple[bool, bool]:
+        """Return whether any rank has received a signal, and whether any is still writing a checkpoint.
+
+        Collective over ``group``: the same answer on all of its ranks.
+        """
+        flags = torch.tensor([bool(self._received), is_writing], dtype=torch.int32, device=device)
+        if group.size() > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+        stops, writing = flags.tolist()
+        return bool(stops), bool(writing)
+
+    def __enter__(self) -> "StopSignals":
         if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
             return self
         self._ours, self._theirs = socket.socketpair()
         self._theirs.setblocking(False)
         self._wakeup_before = signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)
-        for number in WATCHED:
+        for number in STOP_SIGNALS:
             self._before[number] = signal.signal(number, self._note)
         threading.Thread(target=self._limit_time, args=(self._ours,), name="signal limit", daemon=True).start()
         return self
@@ -80,7 +92,7 @@ class SignalWatch:
     def _limit_time(self, pipe: socket.socket) -> None:
         with pipe:
             while numbers := pipe.recv(16):
-                if any(number in WATCHED for number in numbers):
+                if any(number in STOP_SIGNALS for number in numbers):
                     break
             else:
                 return
@@ -93,8 +105,8 @@ class SignalWatch:
                 except TimeoutError:
                     continue
         logger.info(
-            f"{self._limit:g} s after the signal (fault_tolerance.exit_within_seconds) the run has not ended: it ends "
-            "now, the newest whole checkpoint counts",
+            f"the run is still busy {self._limit:g} s after the signal (fault_tolerance.exit_within_seconds) and is "
+            "ended now: the newest whole checkpoint counts",
             extra=EVERY_RANK,
         )
         os._exit(EXIT_REQUEUE)
@@ -104,8 +116,8 @@ _PREFIX = "megatron_kd/hang/"
 _GRACE_SECONDS = 15.0
 
 
-class HangWatch:
-    """A context in which a step, evaluation or save may take at most ``limit_seconds``; 0 means any time."""
+class HangWatchdog:
+    """A context in which a step, evaluation or save may take at most ``limit_seconds``; 0 sets no limit."""
 
     def __init__(self, limit_seconds: float):
         self._limit = limit_seconds
@@ -113,18 +125,19 @@ class HangWatch:
         self._ended = threading.Event()
 
     def beat(self, doing: str) -> None:
-        """The main thread has come to a new piece of work, e.g. ``step 12``."""
+        """Note that the main thread has begun a new piece of work, e.g. ``step 12``."""
         self._doing, self._last = doing, time.monotonic()
 
-    def __enter__(self) -> "HangWatch":
+    def __enter__(self) -> "HangWatchdog":
         if self._limit > 0 and dist.get_world_size() > 1:
-            store = dist.distributed_c10d._get_default_store().clone()
+            # torch's type stubs lack Store.clone
+            store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
             place = (dist.get_rank(), dist.get_world_size(), threading.get_ident())
-            threading.Thread(target=self._watch, args=(store, *place), name="hang watch", daemon=True).start()
+            threading.Thread(target=self._watch, args=(store, *place), name="hang watchdog", daemon=True).start()
         self.beat("start")
         return self
 
-    def __exit__(self, _: type | None, __: BaseException | None, ___: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
 
     def _watch(self, store: dist.Store, rank: int, world_size: int, main_thread: int) -> None:
@@ -151,7 +164,7 @@ class HangWatch:
 
 
 def where_it_stands(frame: FrameType | None) -> dict[str, Any]:
-    """The innermost place outside torch.distributed, and whether the thread waits there for other ranks."""
+    """Return the innermost place outside torch.distributed, and whether the thread waits there for other ranks."""
     waits = False
     while frame is not None:
         file, line = frame.f_code.co_filename, frame.f_lineno
@@ -166,7 +179,7 @@ def where_it_stands(frame: FrameType | None) -> dict[str, Any]:
 
 
 def describe(states: dict[int, dict[str, Any] | None]) -> str:
-    """Which ranks hold the others up.
+    """Say which ranks hold the others up.
 
     Args:
         states: rank -> what it wrote, None for one that wrote nothing.

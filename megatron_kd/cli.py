@@ -59,7 +59,7 @@ VERBS: dict[str, Verb] = {
     ),
     "convert_from_hf": Verb("conversion.convert_from_hf.ConvertFromHFConfig", "Hugging Face folder to checkpoint"),
     "convert_to_hf": Verb("conversion.convert_to_hf.ConvertToHFConfig", "checkpoint to Hugging Face folder"),
-    "evaluate": Verb("evaluation.evaluate.EvaluateConfig", "held-out loss, bits per byte, zero-shot tasks"),
+    "evaluate": Verb("evaluation.evaluate_config.EvaluateConfig", "held-out loss, bits per byte, zero-shot tasks"),
     "plan_run": Verb("planning.plan_config.PlanRunConfig", "memory, time and storage of a run, before it starts"),
     "fit_scaling_law": Verb(
         "evaluation.fit_scaling_law.FitScalingLawConfig", "loss over FLOPs, extrapolated", positional="runs"

@@ -3,13 +3,14 @@
     ECE = sum over bins of (predictions in the bin / all) · |their accuracy - their mean confidence|
 
 A prediction's confidence is its largest probability; it is right if that id is the label. Bins are equal intervals of
-the confidence, lower end excluded. Collectives a micro-batch: MAX and SUM all-reduces of a few rows over the
+the confidence, lower end excluded. Collectives per micro-batch: MAX and SUM all-reduces of a few rows over the
 tensor-parallel group.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -24,12 +25,13 @@ from megatron_kd.parallel.groups import is_last_stage, own_part, sum_over_group
 from megatron_kd.parallel.schedule import forward_only
 
 BINS = 15
-TOKENS_A_CHUNK = 1024
+TOKENS_PER_TILE = 1024
+"""Tokens whose logits are held at a time."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Sums over predictions, by bin: float64 ``[bins]`` counts, summed confidences, right ones."""
+    """Sums over predictions by bin, float64 ``[bins]`` each: number, summed confidence, number of right ones."""
 
     counts: Tensor
     confidences: Tensor
@@ -37,12 +39,12 @@ class Calibration:
 
     @property
     def error(self) -> float:
-        """ECE, between 0 and 1; 0 without predictions."""
+        """Expected calibration error, between 0 and 1; 0 without predictions."""
         return float((self.right - self.confidences).abs().sum() / self.counts.sum().clamp_min(1))
 
     @property
     def accuracy(self) -> float:
-        """Share of predictions that are right."""
+        """Share of right predictions."""
         return float(self.right.sum() / self.counts.sum().clamp_min(1))
 
     @property
@@ -53,7 +55,7 @@ class Calibration:
 
 @torch.no_grad()
 def calibration(
-    chunks: Sequence[HiddenStateGPTModel],
+    model_chunks: Sequence[HiddenStateGPTModel],
     groups: ProcessGroupCollection,
     dataset: ChunkDataset,
     *,
@@ -61,17 +63,20 @@ def calibration(
     micro_batch_size: int,
     bins: int = BINS,
 ) -> Calibration:
-    """Of every unmasked prediction of a dataset, equal on all ranks. Collective over the ranks that hold the model."""
+    """Measure the calibration of every unmasked prediction of a dataset.
+
+    Collective over the ranks that hold the model; the result is equal on all of them.
+    """
     sums = torch.zeros(3, bins, dtype=torch.float64, device=device)
     starts = range(0, dataset.num_chunks, micro_batch_size)
     for start in starts[groups.dp.rank() :: groups.dp.size()]:
         rows = range(start, min(start + micro_batch_size, dataset.num_chunks))
-        batch = make_batch(dataset, list(rows), dataset.seq_length).to(device)
+        batch = make_batch(dataset, np.asarray(rows), dataset.seq_length).to(device)
         found = forward_only(
-            chunks,
+            model_chunks,
             groups,
             lambda item: (item.tokens, item.position_ids),
-            lambda item, hidden: bin_sums(*_predictions(item, hidden, chunks[-1], groups), bins),
+            lambda item, hidden: bin_sums(*_predictions(item, hidden, model_chunks[-1], groups), bins),
             [batch],
             seq_length=dataset.seq_length,
             micro_batch_size=len(rows),
@@ -82,7 +87,12 @@ def calibration(
 
 
 def bin_sums(confidence: Tensor, right: Tensor, bins: int) -> Tensor:
-    """[3, bins] float64: counts, summed confidences and right ones, of predictions [n]."""
+    """Sum n predictions by bin: float64 ``[3, bins]``, the number, the summed confidence and the number of right ones.
+
+    Args:
+        confidence: largest probabilities, ``[n]``.
+        right: whether each is the label's, ``[n]``.
+    """
     bin_of = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
     rows = torch.stack([torch.ones_like(confidence, dtype=torch.float64), confidence.double(), right.double()])
     return torch.zeros(3, bins, dtype=torch.float64, device=rows.device).index_add(1, bin_of, rows)
@@ -91,15 +101,15 @@ def bin_sums(confidence: Tensor, right: Tensor, bins: int) -> Tensor:
 def _predictions(
     batch: Batch, hidden: Tensor, model: HiddenStateGPTModel, groups: ProcessGroupCollection
 ) -> tuple[Tensor, Tensor]:
-    """Confidence and rightness of this rank's unmasked positions, [n] each."""
+    """Return confidence and rightness, ``[n]`` each, of this rank's unmasked positions."""
     if model.config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, group=groups.tp)
     mask, labels = (own_part(values, groups.cp, 1).t().reshape(-1) for values in (batch.loss_mask, batch.labels))
     mask = mask > 0
     tokens, labels = hidden.flatten(0, 1)[mask], labels[mask]
     parts = [
-        _largest(tokens[at : at + TOKENS_A_CHUNK], model.output_head(), groups.tp)
-        for at in range(0, len(tokens), TOKENS_A_CHUNK)
+        _largest(tokens[at : at + TOKENS_PER_TILE], model.output_head(), groups.tp)
+        for at in range(0, len(tokens), TOKENS_PER_TILE)
     ]
     if not parts:
         return hidden.new_zeros(0), hidden.new_zeros(0)
@@ -108,7 +118,7 @@ def _predictions(
 
 
 def _largest(hidden: Tensor, head: OutputHead, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """The largest probability of each token and its id, over all ranks' ids."""
+    """Return each token's largest probability over the whole vocabulary, and its id, ``[tokens]`` each."""
     rows = head.rows_below(head.valid_vocab_size)
     logits = torch.nn.functional.linear(hidden, head.weight[:rows]).float()
     if rows:

@@ -1,4 +1,4 @@
-"""``evaluate``: held-out loss and bits per byte of a checkpoint under any layout, not exported; zero-shot tasks.
+"""``evaluate``: held-out loss and bits per byte of a checkpoint under any layout, without an export; zero-shot tasks.
 
 torchrun --nproc-per-node 2 tools/evaluate.py model.path=RUN data.path=HELDOUT [output=FILE.json] [parallel.…]
 python tools/evaluate.py model.path=HF_FOLDER harness.tasks=[paper] [output=FILE.json]
@@ -7,77 +7,40 @@ python tools/evaluate.py model.path=HF_FOLDER harness.tasks=[paper] [output=FILE
 import dataclasses
 import json
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 from megatron_kd.artefacts.artefact_folder import write_file
 from megatron_kd.checkpoints.loading import LoadedModel, load_for_inference
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import LayoutError
 from megatron_kd.evaluation.calibration import calibration
-from megatron_kd.evaluation.exposure_bias import ExposureConfig, exposure_bias
-from megatron_kd.evaluation.harness import HarnessConfig, run_harness
-from megatron_kd.models.architecture import ScoredModelConfig
+from megatron_kd.evaluation.evaluate_config import EvaluateConfig
+from megatron_kd.evaluation.exposure_bias import exposure_bias
+from megatron_kd.evaluation.harness import run_harness
 from megatron_kd.models.gpt import padded_vocab_size
-from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.parallel.runtime import Runtime, distributed_runtime
 from megatron_kd.scoring.chunk_losses import heldout_loss
 
 
-@dataclass(frozen=True)
-class HeldoutDataConfig:
-    """The ``data.*`` keys of evaluation."""
-
-    path: str | None = None
-    """A held-out chunk dataset; None leaves the loss out."""
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Everything that ``evaluate`` reads."""
-
-    model: ScoredModelConfig
-    data: HeldoutDataConfig = field(default_factory=HeldoutDataConfig)
-    harness: HarnessConfig = field(default_factory=HarnessConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    micro_batch_size: int = 8
-    calibration: bool = False
-    """Also the expected calibration error of the next-token predictions; a second pass."""
-    teacher: str | None = None
-    """A checkpoint: also the exposure bias against it, on text that both write (``exposure.*``)."""
-    exposure: ExposureConfig = field(default_factory=ExposureConfig)
-    output: str | None = None
-    """A JSON file for the figures; they are printed in any case."""
-
-    def validate(self) -> Iterator[str]:
-        """Faults in the values, one message each."""
-        if self.teacher is not None:
-            yield from self.parallel.context_parallel_faults("the exposure bias is of text generated token by token")
-        if self.micro_batch_size < 1:
-            yield f"'micro_batch_size' must be at least 1, not {self.micro_batch_size}"
-        if self.data.path is None and not self.harness.tasks:
-            yield "'data.path' (a held-out dataset) or 'harness.tasks' is required"
-        if self.data.path is None and (self.calibration or self.teacher):
-            yield "'calibration' and 'teacher' are about held-out text: 'data.path' is required"
-
-
 def run(config: EvaluateConfig) -> dict[str, Any]:
-    """Evaluate; returns and prints the figures.
+    """Evaluate, print the figures and return them.
 
     Raises:
-        LayoutError: zero-shot tasks under several ranks; what is loaded does not divide over them.
-        CheckpointError, DataError, ConfigError: as :func:`heldout_figures` and ``run_harness``.
+        LayoutError: zero-shot tasks under several ranks, or a model that does not divide over the ranks.
+        CheckpointError: the model or the teacher cannot be read.
+        DataError: the held-out dataset or the data of a task cannot be read, or the dataset has another tokenizer.
+        ConfigError: lm-evaluation-harness is not installed, or knows none of the tasks.
     """
     with distributed_runtime() as runtime:
         if config.harness.tasks and runtime.world_size > 1:
             raise LayoutError(
-                f"harness.tasks runs in one process, and here are {runtime.world_size}: start evaluate "
-                "without torchrun, or leave the tasks to a second call"
+                f"harness.tasks runs in one process, not in {runtime.world_size}: start evaluate without torchrun, or "
+                "evaluate the tasks in a second call"
             )
-        figures = {"model": config.model.path}
+        figures: dict[str, Any] = {"model": config.model.path}
         if config.data.path is not None:
-            figures |= heldout_figures(config, runtime)
+            figures |= _heldout_figures(config, config.data.path, runtime)
         if config.harness.tasks:
             figures["harness"] = run_harness(config.harness, config.model.path, runtime.device.type)
         if runtime.is_main:
@@ -89,16 +52,16 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         return figures
 
 
-def heldout_figures(config: EvaluateConfig, runtime: Runtime) -> dict[str, Any]:
-    """Loss, bits per byte and what else is asked for of ``data.path``; collective over the world."""
-    dataset = ChunkDataset.open(config.data.path)
+def _heldout_figures(config: EvaluateConfig, path: str, runtime: Runtime) -> dict[str, Any]:
+    """Return loss, bits per byte and the other figures of a held-out dataset. Collective over the world."""
+    dataset = ChunkDataset.open(path)
     loaded = load_for_inference(config.model, config.parallel, dataset, runtime)
     totals = heldout_loss(
         loaded.chunks, loaded.groups, dataset, device=runtime.device, micro_batch_size=config.micro_batch_size
     )
     figures = {
         "model": str(loaded.info.path),
-        "dataset": config.data.path,
+        "dataset": path,
         "dataset_fingerprint": dataset.fingerprint,
         "heldout_loss": totals.loss,
         "bits_per_byte": totals.bits_per_byte,
@@ -108,7 +71,7 @@ def heldout_figures(config: EvaluateConfig, runtime: Runtime) -> dict[str, Any]:
     if config.calibration:
         figures |= _calibration_figures(config, loaded, dataset, runtime)
     if config.teacher is not None:
-        figures |= _exposure_figures(config, loaded, dataset, runtime)
+        figures |= _exposure_figures(config, config.teacher, loaded, dataset, runtime)
     return figures
 
 
@@ -122,10 +85,10 @@ def _calibration_figures(
 
 
 def _exposure_figures(
-    config: EvaluateConfig, loaded: LoadedModel, dataset: ChunkDataset, runtime: Runtime
+    config: EvaluateConfig, teacher_path: str, loaded: LoadedModel, dataset: ChunkDataset, runtime: Runtime
 ) -> dict[str, float]:
-    given = dataclasses.replace(config.model, path=config.teacher)
-    teacher = load_for_inference(given, config.parallel, dataset, runtime)
+    source = dataclasses.replace(config.model, path=teacher_path)
+    teacher = load_for_inference(source, config.parallel, dataset, runtime)
     _check_same_rows(loaded, teacher, config.parallel.tensor_model_parallel_size)
     found = exposure_bias(
         loaded.chunks,
@@ -144,11 +107,15 @@ def _exposure_figures(
 
 
 def _check_same_rows(student: LoadedModel, teacher: LoadedModel, tensor_parallel_size: int) -> None:
-    """Both output layers must be split at the same ids, on every rank alike."""
+    """Refuse output layers that tensor parallelism splits at different ids.
+
+    Raises:
+        LayoutError: the two vocabularies are padded to different sizes.
+    """
     sizes = [model.info.architecture.vocab_size for model in (student, teacher)]
     rows = [padded_vocab_size(size, tensor_parallel_size) for size in sizes]
     if tensor_parallel_size > 1 and rows[0] != rows[1]:
         raise LayoutError(
             f"the exposure bias compares vocabularies of {sizes[0]} and {sizes[1]} ids, which "
-            f"'parallel.tensor_model_parallel_size' {tensor_parallel_size} splits at different ids: use 1"
+            f"'parallel.tensor_model_parallel_size' {tensor_parallel_size} splits at different ids: set it to 1"
         )

@@ -1,41 +1,71 @@
 """``fit_scaling_law``: L(C) = L_inf + A / C^alpha from run folders or a CSV, extrapolated to 1T and 10T tokens.
 
-    python tools/fit_scaling_law.py RUN… output=FOLDER                      # one law a run, from its evaluations
+    python tools/fit_scaling_law.py RUN… output=FOLDER            # one law per run, from its evaluations
     python tools/fit_scaling_law.py csv=points.csv parameters=500000000 output=FOLDER   # columns: flops,loss[,name]
     python tools/fit_scaling_law.py amplitude=2.73e8 alpha=0.45 floor=3.06 parameters=500000000 output=FOLDER
 
-"1T" is the MiniPLM paper's: 20 x 100K steps x 524,288 tokens = 1.048576e12 tokens of plain pre-training, 6 N FLOPs
+"1T" is the MiniPLM paper's: 20 x 100K steps x 524,288 tokens = 1.048576e12 tokens of plain pre-training at 6 N FLOPs
 each; 10T is ten times that. Writes scaling_law.json and scaling_law.png.
 
-L(C) = L_inf + A / C^alpha: the loss that training FLOPs buy, fitted, with uncertainty, and extrapolated.
-
-For a given alpha the law is linear in L_inf and A, so a grid over alpha with linear least squares gives the start, and
-scipy's least squares the end. C is divided by its geometric mean inside, since A is 1e7 to 1e11 in practice. The
-uncertainty is the covariance of the parameters at the optimum, carried to predictions by the delta method; it knows
-nothing of a law that does not hold beyond the data.
+For a given alpha the law is linear in L_inf and A, so linear least squares over a grid of alphas gives the start, and
+scipy's nonlinear least squares the result. C is divided by its geometric mean while fitting, since A is 1e7 to 1e11 in
+practice. The uncertainty is the covariance of the parameters at the optimum, carried to predictions by the delta
+method; it does not cover a law that stops holding beyond the data.
 """
 
 import csv
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from megatron_kd.artefacts.artefact_folder import write_file
-from megatron_kd.costs.flops import training_flops
+from megatron_kd.costs.flops import TRAINING_FLOPS_PER_PARAMETER, training_flops
 from megatron_kd.errors import DataError
-from megatron_kd.metrics.tracker import METRICS_NAME, read_metrics
+from megatron_kd.metrics.plot import COLOURS
+from megatron_kd.metrics.tracker import read_evaluations
 
 ALPHAS = np.linspace(0.02, 1.5, 149)
 FEWEST_POINTS = 4
+ONE_TRILLION = 20 * 100_000 * 524_288
+HORIZONS = {"1T": ONE_TRILLION, "10T": 10 * ONE_TRILLION}
+
+
+@dataclass(frozen=True)
+class FitScalingLawConfig:
+    """The keys of ``fit_scaling_law``; arguments without ``=`` are values of ``runs``."""
+
+    output: str
+    runs: tuple[str, ...] = ()
+    csv: str | None = None
+    amplitude: float | None = None
+    alpha: float | None = None
+    floor: float | None = None
+    parameters: float | None = None
+    """N, which turns 1T and 10T tokens into FLOPs; None for the parameters of the run's own model."""
+    skip: float = 0.1
+    """Share of a run's FLOPs whose evaluations are left out: the warm-up follows no power law."""
+
+    def validate(self) -> Iterator[str]:
+        """Yield one message for each fault in the values."""
+        given = [self.amplitude is not None, self.alpha is not None, self.floor is not None]
+        if any(given) != all(given):
+            yield "amplitude, alpha and floor go together: give all three or none"
+        if bool(self.runs) + (self.csv is not None) + all(given) != 1:
+            yield "give run folders, csv=FILE, or amplitude, alpha and floor"
+        if not self.runs and self.parameters is None:
+            yield "'parameters' (N) is required without run folders"
+        if not 0 <= self.skip < 1:
+            yield f"'skip' must be in [0, 1), not {self.skip}"
 
 
 @dataclass(frozen=True)
 class ScalingLaw:
-    """Coefficients, with the standard errors and what is needed for those of predictions where it was fitted.
+    """The coefficients of a law, and what their standard errors and those of predictions need.
 
     Attributes:
         amplitude: A, in nats times FLOPs to the alpha.
@@ -54,11 +84,11 @@ class ScalingLaw:
     _scale: float = 1.0
 
     def loss(self, flops: float) -> float:
-        """Predicted loss."""
+        """Predict the loss in nats per token."""
         return self.floor + self.amplitude / flops**self.alpha
 
     def loss_error(self, flops: float) -> float | None:
-        """Standard error of the prediction; None without a fit."""
+        """Return the standard error of the prediction; None for coefficients that were not fitted."""
         if self._covariance is None:
             return None
         gradient = _gradient(np.array([flops / self._scale]), self._scaled_amplitude, self.alpha)[0]
@@ -69,8 +99,34 @@ class ScalingLaw:
         return self.amplitude / self._scale**self.alpha
 
 
-def fit_scaling_law(flops: Sequence[float], losses: Sequence[float]) -> ScalingLaw:
-    """The law through points (C, L).
+@dataclass(frozen=True)
+class Series:
+    """The points of one run, and the FLOPs of plain pre-training per token, from which 1T and 10T follow."""
+
+    name: str
+    flops: np.ndarray
+    losses: np.ndarray
+    flops_per_token: float
+
+
+def run(config: FitScalingLawConfig) -> dict[str, Any]:
+    """Fit, print, and write the JSON and the chart.
+
+    Raises:
+        DataError: a file is missing or malformed, or its points determine no law.
+    """
+    laws = list(_laws(config))
+    figures = {series.name: _figures(series, law) for series, law in laws}
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "scaling_law.json", json.dumps(figures, indent=2) + "\n")
+    chart(laws).savefig(folder / "scaling_law.png", dpi=120)
+    sys.stdout.write(_text(figures) + f"\n{folder / 'scaling_law.json'}, scaling_law.png\n")
+    return figures
+
+
+def fit_scaling_law(flops: Sequence[float] | np.ndarray, losses: Sequence[float] | np.ndarray) -> ScalingLaw:
+    """Fit a law to points (C, L).
 
     Raises:
         DataError: fewer than four different C, values that are not positive and finite, or losses that do not fall.
@@ -87,19 +143,19 @@ def fit_scaling_law(flops: Sequence[float], losses: Sequence[float]) -> ScalingL
     x = c / scale
     start = min((_linear(x, y, alpha) for alpha in ALPHAS), key=lambda found: found[1])[0]
     if start[0] <= 0:
-        raise DataError("the losses do not fall with the FLOPs: there is no law to fit")
+        raise DataError("the losses do not fall as the FLOPs grow: there is no law to fit")
     return _refine(x, y, start, scale)
 
 
 def _linear(x: np.ndarray, y: np.ndarray, alpha: float) -> tuple[np.ndarray, float]:
-    """(amplitude, alpha, floor) with the least squares for this alpha, and their sum of squares."""
+    """Return (amplitude, alpha, floor) by linear least squares for this alpha, and the sum of squared residuals."""
     design = np.stack([x**-alpha, np.ones_like(x)], axis=1)
     (amplitude, floor), *_ = np.linalg.lstsq(design, y, rcond=None)
     return np.array([amplitude, alpha, floor]), float(((design @ [amplitude, floor] - y) ** 2).sum())
 
 
 def _gradient(x: np.ndarray, amplitude: float, alpha: float) -> np.ndarray:
-    """d loss / d (amplitude, alpha, floor), [points, 3]."""
+    """Return d loss / d (amplitude, alpha, floor), ``[points, 3]``."""
     power = x**-alpha
     return np.stack([power, -amplitude * power * np.log(x), np.ones_like(x)], axis=1)
 
@@ -120,7 +176,7 @@ def _refine(x: np.ndarray, y: np.ndarray, start: np.ndarray, scale: float) -> Sc
     amplitude, alpha, floor = map(float, result.x)
     squares, spare = float((result.fun**2).sum()), max(1, len(y) - 3)
     covariance = np.linalg.pinv(result.jac.T @ result.jac) * squares / spare
-    # A = a · scale^alpha: both a's and alpha's errors reach it.
+    # A = a · scale^alpha depends on the errors of both a and alpha.
     to_amplitude = np.array([scale**alpha, amplitude * scale**alpha * np.log(scale), 0.0])
     errors = (
         float(np.sqrt(max(0.0, to_amplitude @ covariance @ to_amplitude))),
@@ -138,97 +194,31 @@ def _refine(x: np.ndarray, y: np.ndarray, start: np.ndarray, scale: float) -> Sc
     )
 
 
-ONE_TRILLION = 20 * 100_000 * 524_288
-HORIZONS = {"1T": ONE_TRILLION, "10T": 10 * ONE_TRILLION}
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
-
-
-@dataclass(frozen=True)
-class FitScalingLawConfig:
-    """The keys of ``fit_scaling_law``; arguments without ``=`` are ``runs``."""
-
-    output: str
-    runs: tuple[str, ...] = ()
-    csv: str | None = None
-    amplitude: float | None = None
-    alpha: float | None = None
-    floor: float | None = None
-    parameters: float | None = None
-    """N, by which 1T and 10T tokens become FLOPs; None reads a run's own from its rows."""
-    skip: float = 0.1
-    """Share of a run's FLOPs whose evaluations are left out: the warm-up follows no power law."""
-
-    def validate(self) -> Iterator[str]:
-        """Faults in the values together, one message each."""
-        given = [self.amplitude is not None, self.alpha is not None, self.floor is not None]
-        if any(given) != all(given):
-            yield "amplitude, alpha and floor go together: give all three or none"
-        if bool(self.runs) + (self.csv is not None) + all(given) != 1:
-            yield "give run folders, csv=FILE, or amplitude, alpha and floor"
-        if not self.runs and self.parameters is None:
-            yield "'parameters' (N) is required without run folders"
-        if not 0 <= self.skip < 1:
-            yield f"'skip' must be in [0, 1), not {self.skip}"
-
-
-@dataclass(frozen=True)
-class Series:
-    """Points of one run and the FLOPs of plain pre-training on a token."""
-
-    name: str
-    flops: np.ndarray
-    losses: np.ndarray
-    flops_per_token: float
-
-
-def run(config: FitScalingLawConfig) -> dict[str, Any]:
-    """Fit, print, and write the JSON and the chart.
-
-    Raises:
-        DataError: a file is missing or malformed, or its points determine no law.
-    """
-    if config.amplitude is not None:
-        laws = [
-            (
-                Series("given", np.array([]), np.array([]), 6 * config.parameters),
-                ScalingLaw(config.amplitude, config.alpha, config.floor),
-            )
-        ]
-    else:
-        laws = [(series, _fit(series)) for series in _read(config)]
-    figures = {series.name: _figures(series, law) for series, law in laws}
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "scaling_law.json", json.dumps(figures, indent=2) + "\n")
-    chart(laws).savefig(folder / "scaling_law.png", dpi=120)
-    sys.stdout.write(_text(figures) + f"\n{folder / 'scaling_law.json'}, scaling_law.png\n")
-    return figures
-
-
-def _read(config: FitScalingLawConfig) -> list[Series]:
+def _laws(config: FitScalingLawConfig) -> Iterator[tuple[Series, ScalingLaw]]:
+    per_token = None if config.parameters is None else TRAINING_FLOPS_PER_PARAMETER * config.parameters
+    if config.amplitude is not None and config.alpha is not None and config.floor is not None:
+        assert per_token is not None  # Required by validate() where no run is given.
+        law = ScalingLaw(config.amplitude, config.alpha, config.floor)
+        yield Series("given", np.array([]), np.array([]), per_token), law
+        return
     if config.csv is not None:
-        return _read_csv(Path(config.csv), 6 * config.parameters)
-    return [_read_run(Path(folder), config) for folder in config.runs]
+        assert per_token is not None
+        found = _read_csv(Path(config.csv), per_token)
+    else:
+        found = [_read_run(Path(folder), config.skip, per_token) for folder in config.runs]
+    for series in found:
+        try:
+            yield series, fit_scaling_law(series.flops, series.losses)
+        except DataError as error:
+            raise DataError(f"{series.name}: {error}") from None
 
 
-def _fit(series: Series) -> ScalingLaw:
-    try:
-        return fit_scaling_law(series.flops, series.losses)
-    except DataError as error:
-        raise DataError(f"{series.name}: {error}") from None
-
-
-def _read_run(folder: Path, config: FitScalingLawConfig) -> Series:
-    if not (folder / METRICS_NAME).is_file():
-        raise DataError(f"{folder} is not a run folder: it has no {METRICS_NAME}")
-    rows = [row for row in read_metrics(folder) if "eval_loss" in row]
-    if not rows:
-        raise DataError(f"{folder / METRICS_NAME} has no evaluation: set training.eval_interval and data.eval_path")
+def _read_run(folder: Path, skip: float, flops_per_token: float | None) -> Series:
+    rows = read_evaluations(folder)
     flops = np.array([row["train_flops"] for row in rows], dtype=float)
     losses = np.array([row["eval_loss"] for row in rows])
-    kept = flops >= config.skip * flops.max()
-    per_token = 6 * config.parameters if config.parameters else _plain_flops_per_token(folder)
-    return Series(str(folder), flops[kept], losses[kept], per_token)
+    kept = flops >= skip * flops.max()
+    return Series(str(folder), flops[kept], losses[kept], flops_per_token or _plain_flops_per_token(folder))
 
 
 def _plain_flops_per_token(folder: Path) -> float:
@@ -248,11 +238,15 @@ def _read_csv(path: Path, flops_per_token: float) -> list[Series]:
         raise DataError(f"{path}: cannot read the points ({error.strerror})") from None
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"{path}: columns 'flops' and 'loss' (and perhaps 'name') with numbers are needed ({error})"
+            f"{path}: needs columns 'flops' and 'loss' (and optionally 'name') with numbers ({error})"
         ) from None
     if not points:
-        raise DataError(f"{path}: no points")
-    return [Series(name, *np.array(values).T, flops_per_token) for name, values in points.items()]
+        raise DataError(f"{path}: has no points")
+    found = []
+    for name, values in points.items():
+        flops, losses = np.array(values).T
+        found.append(Series(name, flops, losses, flops_per_token))
+    return found
 
 
 def _figures(series: Series, law: ScalingLaw) -> dict[str, Any]:
@@ -292,14 +286,14 @@ def _text(figures: dict[str, dict[str, Any]]) -> str:
         if law["largest_flops"]:
             reach = law["extrapolation"]["1T"]["flops"] / law["largest_flops"]
             lines.append(
-                f"  1T is {reach:,.1f} times the largest run that was fitted; the errors assume that the law "
-                "holds so far"
+                f"  1T is {reach:,.1f} times the largest run that was fitted; the errors assume that the law holds "
+                "that far"
             )
     return "\n".join(lines)
 
 
 def chart(laws: Sequence[tuple[Series, ScalingLaw]]) -> Any:
-    """Points, laws and their floors over FLOPs, out to 10T tokens; a band of one standard error."""
+    """Draw points, laws and their floors over FLOPs, out to 10T tokens, with a band of one standard error."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")

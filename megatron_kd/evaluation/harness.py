@@ -1,15 +1,16 @@
 """Zero-shot tasks through lm-evaluation-harness, on a folder that transformers loads.
 
-The MiniPLM paper's nine tasks, its choice of metric (``acc_norm`` where a task has it, else ``acc``) and its plain
-average. Data sets come from the Hugging Face hub or, with ``harness.include_path``, from task files that name local
-data. ``storycloze_2018`` needs data that its authors hand out; a task that this harness does not know is said to be
-missing and left out of the average, which then names how many tasks it covers.
+Follows the MiniPLM paper: its nine tasks, its choice of metric (``acc_norm`` where a task has it, else ``acc``) and its
+plain average. Data sets come from the Hugging Face hub or, with ``harness.include_path``, from task files that name
+local data. ``storycloze_2018`` needs data that its authors distribute on request. A task that the harness does not know
+is listed as missing and left out of the average; the result names how many tasks the average covers.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 from megatron_kd.errors import CheckpointError, ConfigError, DataError
 
@@ -33,46 +34,46 @@ class HarnessConfig:
     """The ``harness.*`` keys of ``evaluate``."""
 
     tasks: tuple[str, ...] = ()
-    """Names of tasks; ``paper`` means the paper's nine."""
+    """Names of tasks; ``paper`` stands for the paper's nine."""
     include_path: str | None = None
-    """A folder with task files of one's own."""
+    """A folder with your own task files."""
     num_fewshot: int = 0
     batch_size: int = 64
     limit: int | None = None
-    """Documents a task; None means all."""
+    """Documents per task; None for all."""
     dtype: str | None = None
-    """None means float16 on CUDA, as the paper, and float32 on a CPU."""
+    """Data type of the model; None for float16 on CUDA, as in the paper, and float32 on a CPU."""
     add_bos_token: bool | None = None
-    """Whether every text begins with bos; None as the paper: for Llama and Mistral, not for others."""
+    """Whether every text begins with bos; None follows the paper: for Llama and Mistral only."""
     bootstrap_iters: int = 100_000
 
     def validate(self) -> Iterator[str]:
-        """Faults in the values, one message each."""
+        """Yield one message for each fault in the values."""
         if self.num_fewshot < 0 or self.batch_size < 1:
             yield "'harness.num_fewshot' must not be negative and 'harness.batch_size' at least 1"
 
     @property
     def task_names(self) -> tuple[str, ...]:
-        """Every task once, ``paper`` expanded."""
+        """Every task once, with ``paper`` expanded."""
         return tuple(
             dict.fromkeys(name for task in self.tasks for name in (PAPER_TASKS if task == "paper" else (task,)))
         )
 
 
 def run_harness(config: HarnessConfig, hf_folder: str, device: str) -> dict[str, Any]:
-    """Accuracy of every task and their plain average.
+    """Measure the accuracy of every task, and their plain average.
 
     Args:
-        hf_folder: what ``convert_to_hf`` wrote.
+        hf_folder: a folder that ``convert_to_hf`` wrote, or another model in the Hugging Face format.
         device: ``cuda`` or ``cpu``.
 
     Raises:
         ConfigError: lm-eval is not installed, or knows none of the tasks.
-        CheckpointError: ``hf_folder`` is not an exported model.
-        DataError: the data of the tasks is neither on the hub, as far as that can be reached, nor on this machine.
+        CheckpointError: ``hf_folder`` is not a Hugging Face folder.
+        DataError: the data of a task is neither on this machine nor reachable on the hub.
     """
     if not (Path(hf_folder) / "config.json").is_file():
-        raise CheckpointError(f"{hf_folder} is no Hugging Face folder: export the run with convert_to_hf first")
+        raise CheckpointError(f"{hf_folder} is not a Hugging Face folder: export the run with convert_to_hf first")
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
@@ -82,7 +83,7 @@ def run_harness(config: HarnessConfig, hf_folder: str, device: str) -> dict[str,
     known = [name for name in config.task_names if name in manager.all_tasks]
     missing = [name for name in config.task_names if name not in known]
     if not known:
-        raise ConfigError(f"lm-eval knows none of the tasks {', '.join(missing)}; its own are listed by 'lm-eval ls'")
+        raise ConfigError(f"lm-eval knows none of the tasks {', '.join(missing)}; list its tasks with 'lm-eval ls'")
     dtype = config.dtype or ("float16" if device == "cuda" else "float32")
     try:
         results = lm_eval.simple_evaluate(
@@ -96,23 +97,23 @@ def run_harness(config: HarnessConfig, hf_folder: str, device: str) -> dict[str,
             bootstrap_iters=config.bootstrap_iters,
             task_manager=manager,
         )["results"]
-    except OSError as error:  # what datasets raises where there is no hub, no cache, no file
+    except OSError as error:  # raised by datasets without a hub, a cache or a file
         raise DataError(
-            f"the data of {', '.join(known)} cannot be had: {error}; fetch it once on a machine with the "
-            "hub (HF_HOME names the cache), or give task files with local data by harness.include_path"
+            f"the data of {', '.join(known)} cannot be loaded: {error}; download it once on a machine that reaches the "
+            "hub (HF_HOME names the cache), or give task files with local data in harness.include_path"
         ) from None
     return summarise({name: results[name] for name in known}, missing)
 
 
 def begins_with_bos(config: HarnessConfig, hf_folder: str) -> bool:
-    """What ``harness.add_bos_token`` says, or else the model's family."""
+    """Return whether texts begin with bos: by ``harness.add_bos_token``, or else by the model's family."""
     if config.add_bos_token is not None:
         return config.add_bos_token
     return json.loads((Path(hf_folder) / "config.json").read_text("utf-8")).get("model_type") in BOS_FAMILIES
 
 
 def summarise(results: dict[str, dict[str, Any]], missing: list[str]) -> dict[str, Any]:
-    """The paper's metric of every task, with its standard error, and their plain average in per cent.
+    """Return the paper's metric of every task, with its standard error, and their plain average, in percent.
 
     Raises:
         ConfigError: a task has neither ``acc_norm`` nor ``acc``.
@@ -121,7 +122,7 @@ def summarise(results: dict[str, dict[str, Any]], missing: list[str]) -> dict[st
     for name, result in results.items():
         metric = next((metric for metric in METRICS if metric in result), None)
         if metric is None:
-            raise ConfigError(f"task {name} has neither acc_norm nor acc: it cannot enter an average of accuracies")
+            raise ConfigError(f"task {name} has neither acc_norm nor acc, so no accuracy to average")
         kind, _, variant = metric.partition(",")
         error = result.get(f"{kind}_stderr,{variant}")
         tasks[name] = {

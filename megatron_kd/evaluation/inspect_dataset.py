@@ -1,12 +1,10 @@
-"""What a chunk dataset, score file or teacher cache is, where it comes from, what is in it, and whether it is whole.
+"""``inspect_dataset``: what an artefact on disk is, what it holds, where it comes from, and whether it is intact.
 
 python tools/inspect_dataset.py path=… [verify=true] [samples=3]
-
-What a teacher cache holds, for a person: ``inspect_dataset``.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,34 +25,38 @@ from megatron_kd.teachers.cache.cache_reader import LogitCache
 from megatron_kd.teachers.cache.codec import Codec
 
 SAMPLE_CHARACTERS = 300
+MOST_READ_CHUNKS = 500
+"""Chunks of a cache from which the tail mass is estimated."""
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+BIN_EDGES = (0.0, 1e-4, 1e-3, 1e-2, 0.05, 0.1, 0.2, 0.4, 1.0)
+BAR_WIDTH = 40
 
 
 @dataclass(frozen=True)
 class InspectDatasetConfig:
-    """Keys of ``inspect_dataset``: the artefact, whether to verify every checksum, how many chunks to decode."""
+    """The keys of ``inspect_dataset``."""
 
     path: str
+    """The artefact's folder."""
     verify: bool = False
+    """Compare every checksum."""
     samples: int = 3
+    """How many chunks of a dataset to decode and print."""
 
     def validate(self) -> Iterator[str]:
-        """Yield what is wrong."""
+        """Yield one message for each fault in the values."""
         if self.samples < 0:
-            yield f"samples must not be negative, not {self.samples}"
+            yield f"'samples' must not be negative, not {self.samples}"
 
 
 def run(config: InspectDatasetConfig) -> None:
     """Print the description of an artefact.
 
     Raises:
-        DataError: it is missing, or damaged (with ``verify=true``: anywhere).
+        DataError: it is missing or damaged; every block is read with ``verify=true`` only.
     """
     manifest, checksums = read_manifest(config.path)
-    describers = {
-        CHUNK_DATASET: _describe_dataset, SCORE_FILE: _describe_scores, DIFFERENCE_KIND: _describe_scores,
-        LOGIT_CACHE: _describe_cache,
-    }  # fmt: skip
-    describe = describers.get(manifest["kind"], _describe_other)
+    describe = DESCRIBERS.get(manifest["kind"], _describe_other)
     lines = [f"{config.path}: {manifest['kind'].replace('_', ' ')}, fingerprint {manifest.get('fingerprint', 'none')}"]
     lines += describe(config, manifest)
     lines += [f"  made by      {manifest.get('producer', {}).get('tool', 'unknown')}"]
@@ -65,17 +67,17 @@ def run(config: InspectDatasetConfig) -> None:
 
 
 def lineage(manifest: dict[str, Any], depth: int = 0) -> Iterator[str]:
-    """One line per ancestor, indented by generation; those no longer on disk, or changed, are marked."""
+    """Yield a line per ancestor, indented by generation; ancestors that are missing or have changed are marked."""
     for parent in manifest.get("parents", []):
         role = f" ({parent['role']})" if "role" in parent else ""
         line = f"{'  ' * depth}← {parent['kind'].replace('_', ' ')}{role} {parent['path']} {parent['fingerprint'][:12]}"
         try:
             above, _ = read_manifest(parent["path"], parent["kind"])
         except DataError:
-            yield f"{line} (not there any more, or not readable)"
+            yield f"{line} (missing or not readable)"
             continue
         if above["fingerprint"] != parent["fingerprint"]:
-            yield f"{line} (now another: {above['fingerprint'][:12]})"
+            yield f"{line} (replaced by {above['fingerprint'][:12]})"
             continue
         yield line
         yield from lineage(above, depth + 1)
@@ -84,7 +86,7 @@ def lineage(manifest: dict[str, Any], depth: int = 0) -> Iterator[str]:
 def _describe_dataset(config: InspectDatasetConfig, manifest: dict[str, Any]) -> list[str]:
     dataset = ChunkDataset.open(config.path)
     lengths = dataset.lengths
-    root = "its own" if dataset.is_root else dataset.root_fingerprint
+    root = "this dataset" if dataset.is_root else dataset.root_fingerprint
     lines = [
         f"  chunks       {dataset.num_chunks:,} in {len(dataset.shards)} shards, "
         f"{dataset.num_tokens:,} ids of {dataset.dtype}",
@@ -103,7 +105,7 @@ def _describe_dataset(config: InspectDatasetConfig, manifest: dict[str, Any]) ->
 
 
 def _describe_origin(dataset: ChunkDataset) -> Iterator[str]:
-    """Role, domains, and the tokenizer that chunks were converted from, where the manifest tells of them."""
+    """Yield role, domains and the tokenizer that chunks were converted from, as far as the manifest has them."""
     producer = dataset.manifest.get("producer", {})
     if "role" in producer:
         yield f"  role         {producer['role']}"
@@ -133,7 +135,18 @@ def _describe_scores(config: InspectDatasetConfig, manifest: dict[str, Any]) -> 
 
 
 def _describe_cache(config: InspectDatasetConfig, manifest: dict[str, Any]) -> list[str]:
-    return describe_cache(config.path)
+    cache = LogitCache.open(config.path)
+    made_from = manifest["dataset"]
+    return [
+        f"  chunks       {cache.num_chunks:,} in {len(manifest['shards'])} shards, {manifest['tokens']:,} tokens, of "
+        f"{made_from['path']} {made_from['fingerprint']}",
+        f"  chunk ids    refer to {cache.root_fingerprint}",
+        f"  codec        {describe_codec(cache.codec)}; {cache.codec.vocab_size:,} ids of {cache.codec.id_bits} bits",
+        f"  size         {manifest['ids_per_token']} ids and {manifest['bytes_per_token']} bytes per token",
+        f"  teacher      {manifest['teacher']['path']}, fingerprint {cache.teacher_fingerprint}",
+        "  seen with    " + ", ".join(f"{key}={value}" for key, value in cache.view.to_mapping().items()),
+        *describe_tail_mass(tail_masses(cache)),
+    ]
 
 
 def _describe_other(config: InspectDatasetConfig, manifest: dict[str, Any]) -> list[str]:
@@ -148,45 +161,31 @@ def _verify(path: Path, checksums: Checksums) -> str:
     return f"  verified     {len(checksums.files)} files, {total:,} bytes: every checksum agrees"
 
 
-MOST_READ_CHUNKS = 500
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-BIN_EDGES = (0.0, 1e-4, 1e-3, 1e-2, 0.05, 0.1, 0.2, 0.4, 1.0)
-BAR_WIDTH = 40
-
-
-def describe_cache(path: str | Path) -> list[str]:
-    """Lines about a cache; its tail masses are those of at most ``MOST_READ_CHUNKS`` evenly spaced chunks."""
-    cache = LogitCache.open(path)
-    manifest, made_from = cache.manifest, cache.manifest["dataset"]
-    return [
-        f"  chunks       {cache.num_chunks:,} in {len(manifest['shards'])} shards, {manifest['tokens']:,} tokens, of "
-        f"{made_from['path']} {made_from['fingerprint']}",
-        f"  chunk ids    refer to {cache.root_fingerprint}",
-        f"  codec        {describe_codec(cache.codec)}; {cache.codec.vocab_size:,} ids of {cache.codec.id_bits} bits",
-        f"  size         {manifest['ids_per_token']} ids and {manifest['bytes_per_token']} bytes a token",
-        f"  teacher      {manifest['teacher']['path']}, fingerprint {cache.teacher_fingerprint}",
-        "  seen with    " + ", ".join(f"{key}={value}" for key, value in cache.view.to_mapping().items()),
-        *describe_tail_mass(tail_masses(cache)),
-    ]
+DESCRIBERS: dict[str, Callable[[InspectDatasetConfig, dict[str, Any]], list[str]]] = {
+    CHUNK_DATASET: _describe_dataset,
+    SCORE_FILE: _describe_scores,
+    DIFFERENCE_KIND: _describe_scores,
+    LOGIT_CACHE: _describe_cache,
+}
 
 
 def describe_codec(codec: Codec) -> str:
-    """One phrase."""
+    """Return what a codec keeps of each token, in a phrase."""
     if codec.name == "sampled":
-        drawn = f"sampled, {codec.max_ids} draws a token (seed {codec.seed})"
+        drawn = f"sampled, {codec.max_ids} draws per token (seed {codec.seed})"
         return f"{drawn} from the teacher to the power of {codec.proposal_exponent}" if codec.is_weighted else drawn
     held = f" that hold {codec.top_p}, at most" if codec.name == "top_p" else ""
-    return f"{codec.name}, the largest{held} {codec.max_ids} of a token"
+    return f"{codec.name}, the largest{held} {codec.max_ids} per token"
 
 
 def tail_masses(cache: LogitCache) -> np.ndarray:
-    """float32, the probability outside of the kept ids, of the tokens of evenly spaced chunks."""
+    """Return the probability outside the kept ids of each token of evenly spaced chunks, float32 ``[tokens]``."""
     rows = np.unique(np.linspace(0, cache.num_chunks - 1, MOST_READ_CHUNKS).astype(np.int64))
     return np.concatenate([cache.read(int(row)).tail for row in rows])
 
 
 def describe_tail_mass(masses: np.ndarray) -> list[str]:
-    """Mean, quantiles and a histogram."""
+    """Return mean, quantiles and a histogram of tail masses, as lines."""
     if not len(masses):
         return ["  tail mass    no token"]
     quantiles = np.quantile(masses, QUANTILES)

@@ -1,13 +1,13 @@
-"""``measure_diversity``: how diverse corpora are, side by side, by standard measures that need no reference.
+"""``measure_diversity``: the diversity of corpora, side by side, by standard measures that need no reference.
 
 - **Vendi score** (Friedman & Dieng, arXiv 2210.02410): exp of the entropy of the eigenvalues of K / n, K the cosine
-  similarities of n chunks; the effective number of different chunks, 1 to n.
-- **Mean pairwise distance**: the mean of 1 − cosine over all pairs of different chunks.
+  similarities of n chunks: the effective number of different chunks, 1 to n.
+- **Mean pairwise distance**: the mean of 1 − cosine over all pairs of distinct chunks.
 - **n-gram diversity** (Padmakumar & He, arXiv 2309.05196): the sum over n = 1 … 4 of distinct n-grams / n-grams of ids.
 
-Chunks are embedded as TF-IDF of their ids, or, with ``model.path``, as a model's mean final hidden state. The MiniPLM
-paper prints a semantic diversity without naming its measure; none of these is claimed to be that one. Corpora are
-compared on equally many chunks and equally many ids; the idf is that of all of them together.
+Chunks are embedded as TF-IDF of their ids or, with ``model.path``, as a model's mean final hidden state. The MiniPLM
+paper prints a semantic diversity without naming its measure, which need not be one of these. Corpora are compared on
+equally many chunks and equally many ids; the idf is that of all corpora together.
 """
 
 import json
@@ -18,57 +18,56 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from megatron_kd.artefacts.artefact_folder import write_file
-from megatron_kd.checkpoints.loading import load_for_inference
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import DataError
 from megatron_kd.models.architecture import ScoredModelConfig
 from megatron_kd.parallel.layout import ParallelConfig
-from megatron_kd.parallel.runtime import Runtime, distributed_runtime
-from megatron_kd.selection.proxy import read_batch
 
 MAX_NGRAM = 4
+CHUNKS_PER_BATCH = 16
 
 
 @dataclass(frozen=True)
 class ComparedDataConfig:
-    """``data.*`` keys: ``paths``, chunk datasets of one tokenizer."""
+    """The ``data.*`` keys of ``measure_diversity``."""
 
     paths: tuple[str, ...]
+    """Chunk datasets of one tokenizer."""
 
 
 @dataclass(frozen=True)
 class OptionalModelConfig:
-    """``model.*`` keys: a checkpoint or Hugging Face folder that embeds the chunks; None for TF-IDF of ids."""
+    """The ``model.*`` keys of ``measure_diversity``."""
 
     path: str | None = None
+    """A checkpoint or Hugging Face folder that embeds the chunks; None for TF-IDF of their ids."""
 
 
 @dataclass(frozen=True)
 class MeasureDiversityConfig:
-    """Keys of ``measure_diversity``."""
+    """The keys of ``measure_diversity``."""
 
     data: ComparedDataConfig
     model: OptionalModelConfig = OptionalModelConfig()
     samples: int = 2000
-    """Chunks of each corpus, drawn at random without replacement."""
+    """Chunks per corpus, drawn at random without replacement."""
     seed: int = 0
     output: str | None = None
-    """A JSON file for the figures; they are printed in any case."""
+    """A JSON file for the figures, which are always printed."""
 
     def validate(self) -> Iterator[str]:
-        """Yield what is wrong."""
+        """Yield one message for each fault in the values."""
         if not self.data.paths:
-            yield "data.paths names no dataset"
+            yield "'data.paths' names no dataset"
         if self.samples < 2:
-            yield f"samples must be at least 2, not {self.samples}"
+            yield f"'samples' must be at least 2, not {self.samples}"
 
 
 @dataclass(frozen=True)
 class Diversity:
-    """Of one corpus: ``samples`` chunks, ``ids`` counted for n-grams; the measures of the module's docstring."""
+    """The measures of one corpus, taken on ``samples`` chunks, those of n-grams on ``ids`` ids."""
 
     path: str
     fingerprint: str
@@ -81,7 +80,7 @@ class Diversity:
 
 
 def run(config: MeasureDiversityConfig) -> list[dict[str, Any]]:
-    """Measure every corpus; prints and returns the figures.
+    """Measure every corpus, print the figures and return them.
 
     Raises:
         DataError: a dataset is missing or damaged, or the tokenizers differ.
@@ -90,7 +89,7 @@ def run(config: MeasureDiversityConfig) -> list[dict[str, Any]]:
     datasets = [ChunkDataset.open(path) for path in config.data.paths]
     if len({dataset.tokenizer_hash for dataset in datasets}) > 1:
         hashes = ", ".join(f"{dataset.path}: {dataset.tokenizer_hash}" for dataset in datasets)
-        raise DataError(f"corpora of several tokenizers cannot be compared by their ids ({hashes})")
+        raise DataError(f"corpora of several tokenizers cannot be compared by their ids: {hashes}")
     samples = min(config.samples, *(len(dataset) for dataset in datasets), config.samples)
     drawn = [_draw(dataset, samples, config.seed) for dataset in datasets]
     num_ids = min(sum(map(len, chunks)) for _, chunks in drawn)
@@ -112,7 +111,8 @@ def run(config: MeasureDiversityConfig) -> list[dict[str, Any]]:
 
 
 def vendi_score(vectors: np.ndarray) -> float:
-    """exp(−Σ λ log λ), λ the eigenvalues of V Vᵀ / n for unit rows V ``[n, d]``; those of Vᵀ V / n are the same."""
+    """Return exp(−Σ λ log λ), λ the eigenvalues of V Vᵀ / n for unit rows V ``[n, d]``."""
+    # Vᵀ V has the same positive eigenvalues and may be smaller.
     gram = vectors.T @ vectors if vectors.shape[1] < vectors.shape[0] else vectors @ vectors.T
     eigenvalues = np.linalg.eigvalsh(gram / len(vectors))
     positive = eigenvalues[eigenvalues > 1e-12]
@@ -120,14 +120,14 @@ def vendi_score(vectors: np.ndarray) -> float:
 
 
 def mean_pairwise_distance(vectors: np.ndarray) -> float:
-    """Mean of 1 − cosine over the pairs of different rows of unit vectors ``[n, d]``."""
+    """Return the mean of 1 − cosine over the pairs of different rows of unit vectors ``[n, d]``."""
     count = len(vectors)
     total = float(np.square(vectors.sum(0)).sum()) - float(np.square(vectors).sum())
     return 1.0 - total / (count * (count - 1))
 
 
 def ngram_diversity(chunks: list[np.ndarray], num_ids: int) -> float:
-    """Σ over n = 1 … 4 of distinct / all n-grams inside chunks, of the first ``num_ids`` ids."""
+    """Return Σ over n = 1 … 4 of distinct / all n-grams inside chunks, counted on the first ``num_ids`` ids."""
     shortened, left = [], num_ids
     for chunk in chunks:
         shortened.append(chunk[:left])
@@ -144,7 +144,10 @@ def ngram_diversity(chunks: list[np.ndarray], num_ids: int) -> float:
 
 
 def tf_idf(corpora: list[list[np.ndarray]], vocab_size: int, eos_id: int) -> list[np.ndarray]:
-    """Unit rows ``[n, d]`` of log-scaled counts times idf, over the ids that occur; the idf is that of all corpora."""
+    """Embed chunks as unit rows ``[n, d]`` of log-scaled counts times idf, over the d ids that occur in any corpus.
+
+    Returns an array per corpus; the idf is that of all corpora together.
+    """
     everything = [chunk[chunk != eos_id] for chunks in corpora for chunk in chunks]
     occurring = np.unique(np.concatenate(everything)) if everything else np.zeros(0, np.int64)
     column = np.full(vocab_size, -1)
@@ -168,29 +171,32 @@ def _embed(
 ) -> list[np.ndarray]:
     if config.model.path is None:
         return tf_idf([chunks for _, chunks in drawn], datasets[0].vocab_size, datasets[0].eos_id)
-    with distributed_runtime() as runtime:
+    return _mean_hidden_states(config.model.path, datasets, [indices for indices, _ in drawn])
+
+
+def _mean_hidden_states(path: str, datasets: list[ChunkDataset], indices: list[np.ndarray]) -> list[np.ndarray]:
+    """Return the mean final hidden state of each chunk over its unmasked positions: unit rows ``[n, hidden]``."""
+    # TF-IDF needs neither torch nor Megatron-Core.
+    import torch
+
+    from megatron_kd.checkpoints.loading import load_for_inference
+    from megatron_kd.parallel.runtime import Runtime, distributed_runtime
+    from megatron_kd.selection.proxy import read_batch
+
+    def embed(dataset: ChunkDataset, rows: np.ndarray, runtime: Runtime) -> np.ndarray:
+        (model,) = load_for_inference(ScoredModelConfig(path), ParallelConfig(), dataset, runtime).chunks
+        vectors = []
+        for start in range(0, len(rows), CHUNKS_PER_BATCH):
+            batch = read_batch(dataset, rows[start : start + CHUNKS_PER_BATCH]).to(runtime.device)
+            hidden = model(batch.tokens, batch.position_ids, None).float().transpose(0, 1)
+            mask = batch.loss_mask.unsqueeze(-1)
+            vectors.append(((hidden * mask).sum(1) / mask.sum(1).clamp_min(1.0)).double().cpu().numpy())
+        return _unit(np.concatenate(vectors))
+
+    with distributed_runtime() as runtime, torch.no_grad():
         if runtime.world_size > 1:
             raise DataError("measure_diversity runs on one rank: start it without torchrun")
-        source = ScoredModelConfig(config.model.path)
-        return [
-            _hidden_states(source, dataset, indices, runtime)
-            for dataset, (indices, _) in zip(datasets, drawn, strict=True)
-        ]
-
-
-@torch.no_grad()
-def _hidden_states(
-    source: ScoredModelConfig, dataset: ChunkDataset, indices: np.ndarray, runtime: Runtime
-) -> np.ndarray:
-    """Mean final hidden state of each chunk over the positions that count, unit rows ``[n, hidden]``."""
-    (model,) = load_for_inference(source, ParallelConfig(), dataset, runtime).chunks
-    rows = []
-    for start in range(0, len(indices), 16):
-        batch = read_batch(dataset, indices[start : start + 16]).to(runtime.device)
-        hidden = model(batch.tokens, batch.position_ids, None).float().transpose(0, 1)
-        mask = batch.loss_mask.unsqueeze(-1)
-        rows.append(((hidden * mask).sum(1) / mask.sum(1).clamp_min(1.0)).double().cpu().numpy())
-    return _unit(np.concatenate(rows))
+        return [embed(dataset, rows, runtime) for dataset, rows in zip(datasets, indices, strict=True)]
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

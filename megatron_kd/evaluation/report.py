@@ -1,29 +1,31 @@
 """The quickstart's report: report.json, report.md, report.png and the printed table, from one :class:`Report`.
 
-    Report  →  report.json  (what scripts read)
-            →  report.md    (table, comparisons, checks, what it cost)
-            →  report.png   (held-out loss over training FLOPs, one line a method; report_plot.py)
+    Report  →  report.json  (read by scripts)
+            →  report.md    (table, comparisons, checks, provenance)
+            →  report.png   (held-out loss over training FLOPs, one line per method)
 
-A gap between two students counts only when it is wider than the noise band: the gap between two runs of Pre-Train
-w/o KD that differ in nothing but the seed. Inside it, 'no difference' is what is printed.
-
-report.png: held-out loss over training FLOPs, one line a method.
+A gap between two students counts only if it is wider than the noise band: the gap between two runs of Pre-Train w/o KD
+that differ in nothing but the seed. A gap inside the band is reported as 'no difference'.
 """
 
 import dataclasses
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_kd.artefacts.artefact_folder import write_file
+from megatron_kd.metrics.plot import COLOURS
 
 BASELINE = "Pre-Train w/o KD"
 NO_DIFFERENCE = "no difference"
+MARKERS = ("o", "s", "^", "D", "v", "P")
+COUNTING = "6 N_s per token, and 2 N_t where a teacher runs; N = all parameters, tied weights once"
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,20 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """A trained model, judged on the held-out split.
+    """A trained model and its result on the held-out split.
 
     Attributes:
         name: the method's name, or ``Teacher`` and ``Reference``.
-        run_path, hf_path: its run folder and its Hugging Face folder (None: not exported).
-        parameters: all of them, tied weights once: the N of ``train_flops``.
-        steps, train_tokens: optimizer steps, and token positions (batch x sequence length) that they went over.
-        train_flops: with the teacher's forward pass counted (``costs/flops.py``).
-        offline_flops: scoring and reference training, spent once before the student's training.
-        heldout_loss: nats per predicted token. bits_per_byte: per UTF-8 byte of the predicted tokens.
-        seconds: wall-clock time of the training step.
+        run_path: its run folder.
+        hf_path: its Hugging Face folder; None if it was not exported.
+        parameters: all parameters, tied weights once: the N of ``train_flops``.
+        steps: optimizer steps.
+        train_tokens: token positions trained on: steps x batch x sequence length.
+        train_flops: training FLOPs, the teacher's forward pass counted (``costs/flops.py``).
+        offline_flops: FLOPs of scoring and reference training, spent once before the student's training.
+        heldout_loss: nats per predicted token.
+        bits_per_byte: bits per UTF-8 byte of the predicted tokens.
+        seconds: wall-clock time of training.
         curve: evaluations during training, oldest first.
     """
 
@@ -66,7 +71,7 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class Check:
-    """Something that must hold for the table to mean anything."""
+    """A claim that must hold for the table to mean anything."""
 
     claim: str
     holds: bool
@@ -79,12 +84,15 @@ class Report:
     Attributes:
         heldout: path of the held-out chunk dataset.
         students: one per method, the baseline among them.
-        second_seed: the baseline again, with another seed.
-        teacher, reference: the two models that difference sampling needs.
-        bigram_loss, bigram_bits_per_byte: the floor.
-        facts: machine, versions, corpus sizes; goes into report.json as it is.
-        continuing: students whose method is meant to continue a trained one: from random weights they are not held to
-            the bigram model.
+        second_seed: the baseline with another seed.
+        teacher: the teacher, which also scores the corpus.
+        reference: the reference model of difference sampling.
+        bigram_loss: held-out loss of the bigram baseline, nats per token.
+        bigram_bits_per_byte: bits per byte of the bigram baseline.
+        seconds: wall-clock time of the quickstart.
+        facts: machine, versions and corpus sizes, copied into report.json.
+        continuing: students whose method is meant to continue a trained model. They start from random weights here,
+            so they need not beat the bigram baseline.
     """
 
     heldout: str
@@ -105,19 +113,19 @@ class Report:
 
     @property
     def noise_band(self) -> float:
-        """Held-out loss between the two seeds of the baseline, in nats per token."""
+        """Gap in held-out loss between the two seeds of the baseline, in nats per token."""
         return abs(self.baseline.heldout_loss - self.second_seed.heldout_loss)
 
     def compare(self, one: ModelResult, other: ModelResult) -> str:
-        """The gap in held-out loss of ``one`` against ``other`` as text, or 'no difference' inside the noise band."""
+        """Return the gap in held-out loss of ``one`` against ``other``, or 'no difference' inside the noise band."""
         gap = one.heldout_loss - other.heldout_loss
         return NO_DIFFERENCE if abs(gap) <= self.noise_band else f"{gap:+.4f}"
 
     def checks(self) -> list[Check]:
-        """What must hold so that the order of the methods means something."""
+        """Return the claims that must hold for the order of the methods to mean anything."""
         held = [student for student in (*self.students, self.second_seed) if student.name not in self.continuing]
         worst = max(held, key=lambda student: student.heldout_loss)
-        but = f" but those that are meant to continue a trained one ({', '.join(self.continuing)})"
+        but = f" except those meant to continue a trained model ({', '.join(self.continuing)})"
         best = min((*self.students, self.second_seed), key=lambda student: student.heldout_loss)
         teacher = self.teacher.heldout_loss
         return [
@@ -138,8 +146,10 @@ class Report:
 
 
 def result_table(report: Report) -> str:
-    """The table that is printed: students first, then what they are measured against."""
-    rows = [("", "held-out loss", "bits/byte", f"against {BASELINE}", "train FLOPs", "offline FLOPs", "seconds")]
+    """Return the printed table: the students, then the models they are measured against."""
+    rows: list[Sequence[str]] = [
+        ("", "held-out loss", "bits/byte", f"against {BASELINE}", "train FLOPs", "offline FLOPs", "seconds")
+    ]
     for student in report.students:
         against = "" if student is report.baseline else report.compare(student, report.baseline)
         rows.append(_row(student, student.name, against))
@@ -151,22 +161,21 @@ def result_table(report: Report) -> str:
 
 
 def comparisons(report: Report) -> list[str]:
-    """Every pair of students in one sentence each, the lower loss first."""
+    """Compare every pair of students in a sentence each, the lower loss first."""
     ordered = sorted(report.students, key=lambda student: student.heldout_loss)
     lines = []
     for better, worse in itertools.combinations(ordered, 2):
         gap = report.compare(better, worse)
-        relation = NO_DIFFERENCE if gap == NO_DIFFERENCE else f"{gap.lstrip('+-')} lower"
         lines.append(
-            f"{better.name} and {worse.name}: {relation}"
+            f"{better.name} and {worse.name}: {NO_DIFFERENCE}"
             if gap == NO_DIFFERENCE
-            else f"{better.name} against {worse.name}: {relation}"
+            else f"{better.name} against {worse.name}: {gap.lstrip('+-')} lower"
         )
     return lines
 
 
 def report_json(report: Report) -> dict[str, Any]:
-    """The content of report.json: JSON values only."""
+    """Return the content of report.json, as JSON values."""
     return {
         "heldout": report.heldout,
         "students": [_as_mapping(student) for student in report.students],
@@ -176,14 +185,14 @@ def report_json(report: Report) -> dict[str, Any]:
         "noise_band": {"heldout_loss": report.noise_band, "second_seed": _as_mapping(report.second_seed)},
         "comparisons": comparisons(report),
         "checks": [dataclasses.asdict(check) for check in report.checks()],
-        "flops": "training 6 N_s a token, and 2 N_t where a teacher runs; N = all parameters, tied weights once",
+        "flops": f"training {COUNTING}",
         "seconds": report.seconds,
         "facts": report.facts,
     }
 
 
 def report_markdown(report: Report) -> str:
-    """The content of report.md."""
+    """Return the content of report.md."""
     checks = [f"- {'yes' if check.holds else '**NO**'}: {check.claim}" for check in report.checks()]
     facts = [f"- {key}: {value}" for key, value in report.facts.items()]
     student = report.baseline
@@ -192,10 +201,9 @@ def report_markdown(report: Report) -> str:
             "# Quickstart report",
             "",
             f"Students of {_millions(student)} parameters, each trained for {student.train_flops:.3g} FLOPs with the "
-            f"teacher's forward pass counted (6 N_s a token, and 2 N_t where a teacher runs; N = all parameters, tied "
-            f"weights once). Losses are nats per token on the held-out documents. Noise band: {report.noise_band:.4f}, "
-            f"the gap between two seeds of {BASELINE}; a gap inside it is no difference. It comes from one pair of "
-            "runs: take small gaps just outside it as hints.",
+            f"teacher's forward pass counted ({COUNTING}). Losses are nats per token on the held-out documents. "
+            f"Noise band: {report.noise_band:.4f}, the gap between two seeds of {BASELINE}; a gap inside is no "
+            "difference. It comes from one pair of runs, so small gaps just outside it are hints at most.",
             "",
             result_table(report),
             "",
@@ -205,11 +213,11 @@ def report_markdown(report: Report) -> str:
             "",
             *[f"- {line}" for line in comparisons(report)],
             "",
-            "## Does it mean anything?",
+            "## Checks",
             "",
             *checks,
             "",
-            "## Made with",
+            "## Provenance",
             "",
             f"- wall-clock time: {report.seconds:.0f} s",
             *facts,
@@ -220,9 +228,8 @@ def report_markdown(report: Report) -> str:
 
 def write_report(folder: Path, report: Report) -> None:
     """Write report.json, report.md and report.png into ``folder``."""
-
     folder.mkdir(parents=True, exist_ok=True)
-    plot_curves(report, folder / "report.png")
+    curves_figure(report).savefig(folder / "report.png", dpi=120)
     write_file(folder / "report.md", report_markdown(report))
     write_file(folder / "report.json", json.dumps(report_json(report), indent=2, allow_nan=False) + "\n")
 
@@ -250,7 +257,7 @@ def _row(result: ModelResult, name: str, against: str) -> tuple[str, ...]:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up in a terminal; the first is flush left, the others right."""
+    """Return a Markdown table with columns aligned for a terminal, the first flush left and the others flush right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "| "
@@ -269,19 +276,8 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-# Distinguishable in grey and to colour-blind readers (Okabe and Ito).
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
-MARKERS = ("o", "s", "^", "D", "v", "P")
-
-
-def plot_curves(report: Report, path: Path) -> None:
-    """Write the figure of :func:`curves_figure` as a PNG."""
-    figure = curves_figure(report)
-    figure.savefig(path, dpi=120)
-
-
 def curves_figure(report: Report) -> Figure:
-    """The students' evaluations: all of them on the left, the second half of training on the right."""
+    """Draw the students' evaluations: the whole of training on the left, its second half on the right."""
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     whole, end = figure.subplots(1, 2)
     for axes in (whole, end):

@@ -4,7 +4,8 @@ import pytest
 
 from megatron_kd.config import from_mapping
 from megatron_kd.errors import LayoutError
-from megatron_kd.evaluation.evaluate import EvaluateConfig, run
+from megatron_kd.evaluation.evaluate import run
+from megatron_kd.evaluation.evaluate_config import EvaluateConfig
 from tests.distributed.ranks import shared_ranks
 from tests.distributed.training.runs import LAYOUTS, call_verb, make_dataset, train_in_ranks
 
@@ -58,6 +59,6 @@ def refusal(keys: dict) -> str | None:
     return None
 
 
-def test_tasks_are_refused_where_the_harness_would_wait_for_ranks_that_are_not_there():
+def test_tasks_are_refused_under_several_ranks():
     said = shared_ranks(2).run(refusal, {"model": {"path": "hf"}, "harness": {"tasks": ["piqa"]}})
-    assert said[0] == said[1] and "here are 2: start evaluate without torchrun" in said[0]
+    assert said[0] == said[1] and "not in 2: start evaluate without torchrun" in said[0]

@@ -8,7 +8,8 @@ from megatron_kd.data.batch import make_batch
 from megatron_kd.data.random_numbers import sequence_seeds
 from megatron_kd.errors import DataError
 from megatron_kd.evaluation.calibration import Calibration, bin_sums, calibration
-from megatron_kd.evaluation.exposure_bias import ExposureBias, ExposureConfig, exposure_bias
+from megatron_kd.evaluation.evaluate_config import ExposureConfig
+from megatron_kd.evaluation.exposure_bias import ExposureBias, exposure_bias
 from megatron_kd.generation.decoder import Decoder
 from megatron_kd.generation.generate import ModelPolicy, generate
 from megatron_kd.models.gpt import full_logits

@@ -8,7 +8,8 @@ import torch
 
 from megatron_kd.config import from_mapping
 from megatron_kd.errors import CheckpointError, ConfigError
-from megatron_kd.evaluation.evaluate import EvaluateConfig, run
+from megatron_kd.evaluation.evaluate import run
+from megatron_kd.evaluation.evaluate_config import EvaluateConfig
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.training.checkpoint import Progress, save_checkpoint
 from tests.distributed.training.runs import VOCABULARY, make_dataset

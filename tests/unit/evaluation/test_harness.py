@@ -148,7 +148,7 @@ def test_data_that_cannot_be_had(exported, tmp_path):
     (tmp_path / "tasks/gone.yaml").write_text(
         TASK.format(name="gone", data=tmp_path / "gone.jsonl", metrics="{metric: acc}")
     )
-    with pytest.raises(DataError, match="the data of gone cannot be had.*harness.include_path"):
+    with pytest.raises(DataError, match="the data of gone cannot be loaded.*harness.include_path"):
         run_harness(config(tasks=["gone"], include_path=str(tmp_path / "tasks")), str(exported), "cpu")
 
 

@@ -1,3 +1,5 @@
+"""Descriptions of datasets, score files and caches; lineage; verification."""
+
 import shutil
 from pathlib import Path
 
@@ -10,14 +12,24 @@ from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.tokenization import load_tokenizer
 from megatron_kd.data.tokenize_corpus import TokenizeCorpusConfig
 from megatron_kd.data.tokenize_corpus import run as tokenize
+from megatron_kd.evaluation.inspect_dataset import (
+    InspectDatasetConfig,
+    describe_codec,
+    describe_tail_mass,
+    run,
+    tail_masses,
+)
 from megatron_kd.scoring.score_file import write_score_file
 from megatron_kd.selection.sample_by_difference import SampleByDifferenceConfig
 from megatron_kd.selection.sample_by_difference import run as sample
+from megatron_kd.teachers.cache.codec import Codec
+from tests.distributed.training.runs import VOCABULARY, make_dataset
+from tests.reference.caches import write_cache
 
 
 @pytest.fixture
 def artefacts(tmp_path: Path, corpus: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    """A corpus tokenised, scored twice and sampled: ``dataset``, ``teacher``, ``reference``, ``selection``."""
+    """A corpus that was tokenised, scored twice and sampled: ``dataset``, ``teacher``, ``reference``, ``selection``."""
     tree = {
         "input": str(corpus),
         "tokenizer": str(tokenizer_folder),
@@ -60,7 +72,7 @@ def test_a_dataset_its_samples_and_its_lineage(artefacts: Path, capsys: pytest.C
     assert "every checksum agrees" in text
     assert "every checksum agrees" in inspect(capsys, "--verify", f"path={artefacts}/selection")
     text = inspect(capsys, f"path={artefacts}/dataset", "samples=0")
-    assert "its own" in text and "tokenize_corpus" in text and "checksum agrees" not in text
+    assert "refer to this dataset" in text and "tokenize_corpus" in text and "checksum agrees" not in text
 
 
 def test_a_score_file(artefacts: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,15 +81,15 @@ def test_a_score_file(artefacts: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "mask_rule=input_is_not_pad" in text
 
 
-def test_lost_and_changed_ancestors_are_marked(artefacts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_and_changed_ancestors_are_marked(artefacts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(artefacts / "teacher")
     shutil.rmtree(artefacts / "reference")
     shutil.copytree(artefacts / "selection", artefacts / "keep")
     text = inspect(capsys, f"path={artefacts}/keep")
-    assert text.count("not there any more") == 2
+    assert text.count("(missing or not readable)") == 2
     shutil.rmtree(artefacts / "dataset")
     shutil.copytree(artefacts / "selection", artefacts / "dataset")
-    assert "now another" in inspect(capsys, f"path={artefacts}/keep")
+    assert "(replaced by" in inspect(capsys, f"path={artefacts}/keep")
 
 
 def test_verify_reads_what_opening_does_not(artefacts: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +102,45 @@ def test_verify_reads_what_opening_does_not(artefacts: Path, capsys: pytest.Capt
     assert message.count("\n") == 1 and "chunks-00000.bin: block 0 has checksum" in message
 
 
-def test_what_is_no_artefact_is_refused(artefacts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_folders_are_refused(artefacts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such folder" in inspect(capsys, f"path={artefacts}/none", status=2)
     assert "not a whole artefact" in inspect(capsys, f"path={artefacts}", status=2)
-    assert "samples must not be negative" in inspect(capsys, f"path={artefacts}/dataset", "samples=-1", status=2)
+    assert "'samples' must not be negative" in inspect(capsys, f"path={artefacts}/dataset", "samples=-1", status=2)
+
+
+def test_a_cache(tmp_path, capsys):
+    dataset = make_dataset(tmp_path / "data", chunks=20)
+    cache = write_cache(dataset, tmp_path / "cache", Codec("top_k", 4, VOCABULARY), chunks_per_shard=6)
+    run(InspectDatasetConfig(str(cache.path), verify=True))
+    printed = capsys.readouterr().out
+    for part in (
+        f"logit cache, fingerprint {cache.fingerprint}",
+        "20 in 4 shards",
+        dataset.fingerprint,
+        "top_k, the largest 4 per token; 300 ids of 9 bits",
+        "4.0 ids and ",
+        cache.teacher_fingerprint,
+        "temperature=1.0, compute_dtype=fp32, mask_rule=input_is_not_pad, reset_attention_mask=False",
+        f"mean {tail_masses(cache).mean():.4f} over {cache.manifest['tokens']} tokens",
+        "every checksum agrees",
+    ):
+        assert part in printed, (part, printed)
+
+
+def test_the_histogram_counts_every_token():
+    lines = describe_tail_mass(np.array([0.0, 5e-5, 0.3, 0.35, 1.0], dtype=np.float32))
+    assert "mean 0.3300 over 5 tokens" in lines[0] and "50% 0.3," in lines[0]
+    shares = [float(line.split("%")[0].split()[-1]) for line in lines[1:]]
+    assert shares == [40.0, 0, 0, 0, 0, 0, 40.0, 20.0]
+
+
+@pytest.mark.parametrize(
+    ("codec", "text"),
+    [
+        (Codec("top_p", 9, 100, top_p=0.9), "top_p, the largest that hold 0.9, at most 9 per token"),
+        (Codec("sampled", 50, 100), "sampled, 50 draws per token (seed 0)"),
+        (Codec("sampled", 50, 100, proposal_exponent=0.9), "to the power of 0.9"),
+    ],
+)
+def test_a_codec_as_text(codec, text):
+    assert text in describe_codec(codec)

@@ -11,6 +11,7 @@ from megatron_kd.evaluation.report import (
     ModelResult,
     Report,
     comparisons,
+    curves_figure,
     report_json,
     report_markdown,
     result_table,
@@ -103,7 +104,7 @@ def test_json_keeps_the_contract(report: Report) -> None:
         ({}, [True, True, True]),
         ({"teacher": result("Teacher", 3.795)}, [False, True, True]),
         ({"reference": result("Reference", 3.4)}, [True, False, True]),
-        ({"bigram_loss": 4.049}, [True, True, False]),  # the second seed counts as a student too
+        ({"bigram_loss": 4.049}, [True, True, False]),  # the second seed counts as a student
         ({"bigram_loss": 4.0, "continuing": ("Pre-Train w/o KD",)}, [True, True, False]),  # Vanilla KD is above
         ({"bigram_loss": 4.045, "continuing": ("Pre-Train w/o KD",)}, [True, True, True]),
     ],
@@ -133,3 +134,33 @@ def test_writes_all_three(report: Report, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "report.md").read_text().startswith("# Quickstart report")
     image = (tmp_path / "out" / "report.png").read_bytes()
     assert image.startswith(b"\x89PNG") and len(image) > 20_000
+
+
+def with_losses(name: str, losses: list[float]) -> ModelResult:
+    curve = tuple(CurvePoint(flops=1e9 * (i + 1), loss=loss) for i, loss in enumerate(losses))
+    return ModelResult(name, "run", "hf", 1_000, len(losses), 10, len(losses) * 10**9, 0, losses[-1], 2.0, 1.0, curve)
+
+
+def test_the_figure_has_a_line_per_method_and_zooms_into_the_second_half() -> None:
+    names = ("Pre-Train w/o KD", "Vanilla KD", "MiniPLM", "MiniPLM + Vanilla KD")
+    students = tuple(with_losses(name, [6.0, 5.0, 4.0 + i / 10, 3.0 + i / 10]) for i, name in enumerate(names))
+    report = Report(
+        "heldout",
+        students,
+        with_losses("Pre-Train w/o KD", [6.0, 5.0, 4.0, 3.05]),
+        with_losses("Teacher", [2.5]),
+        with_losses("Reference", [5.0]),
+        5.5,
+        2.0,
+        10.0,
+    )
+    whole, end = curves_figure(report).axes
+    for axes in (whole, end):
+        lines = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+        for student in students:
+            assert lines[student.name] == [point.loss for point in student.curve]
+    assert "Bigram" in {line.get_label() for line in whole.get_lines()}
+    low, high = end.get_ylim()
+    # From half the budget (2e9 of 4e9 FLOPs) on: losses 5.0 down to 3.0, not the first point's 6.0.
+    assert low < 3.0 and 5.0 < high < 6.0
+    assert end.get_xlim()[0] == 2e9

@@ -1,1 +1,1 @@
-"""The quickstart: the whole method on the text that every machine with Python has."""
+"""The quickstart: the whole method at toy size, on text that comes with every Python."""

@@ -1,4 +1,4 @@
-"""From the quickstart's run folders to a :class:`~megatron_kd.evaluation.report.Report`."""
+"""Collects the quickstart's run folders into a :class:`~megatron_kd.evaluation.report.Report`."""
 
 import json
 import platform
@@ -14,16 +14,16 @@ from megatron_kd.errors import DataError
 from megatron_kd.evaluation.bigram import fit_bigram, score_bigram
 from megatron_kd.evaluation.report import CurvePoint, ModelResult, Report
 from megatron_kd.metrics.tracker import read_metrics
-from megatron_kd.quickstart import recipe as plan
+from megatron_kd.quickstart import recipe
 
-# Whole steps cannot match exactly: half a step of the dearest method is the most that rounding costs.
 FLOPS_TOLERANCE = 0.01
-# How often a method generates text is a matter of draws.
+"""Relative; whole steps cannot match exactly, and differ by at most half a step of the most expensive method."""
 FLOPS_TOLERANCE_WITH_TEXT = 0.03
+"""Relative, with methods that decide at random how often they generate text."""
 
 
 def model_result(name: str, run: Path, hf: Path | None = None, offline_flops: int = 0) -> ModelResult:
-    """A finished run, from its metrics and its newest checkpoint.
+    """Read the result of a finished run from its metrics and its newest checkpoint.
 
     Raises:
         DataError: the run has no evaluation at its last step.
@@ -52,37 +52,37 @@ def model_result(name: str, run: Path, hf: Path | None = None, offline_flops: in
 
 
 def collect_report(seconds: float, skipped_steps: int = 0, all_methods: bool = False) -> Report:
-    """Read what the steps left behind.
+    """Collect the results of all steps.
 
     Args:
         seconds: wall-clock time of this run of the quickstart.
-        all_methods: also of the students that generate text.
-        skipped_steps: how many steps an earlier run had done, so that ``seconds`` does not count them.
+        skipped_steps: number of steps that an earlier run had done, whose time ``seconds`` does not include.
+        all_methods: include the students whose methods generate text.
 
     Raises:
         DataError: a run is not finished, or the students did not get equal training FLOPs.
     """
-    corpus, heldout = ChunkDataset.open(plan.TRAIN_DATA), ChunkDataset.open(plan.HELDOUT_DATA)
-    teacher = model_result("Teacher", plan.run_folder("teacher"))
-    reference = model_result("Reference", plan.run_folder("reference"))
+    corpus, heldout = ChunkDataset.open(recipe.TRAIN_DATA), ChunkDataset.open(recipe.HELDOUT_DATA)
+    teacher = model_result("Teacher", recipe.run_folder("teacher"))
+    reference = model_result("Reference", recipe.run_folder("reference"))
     offline = difference_sampling_flops(
         teacher.parameters, reference.parameters, corpus.num_tokens, reference.train_tokens
     )
     students = tuple(
         model_result(
             student.method,
-            plan.run_folder(student.step),
-            plan.hf_folder(student.step),
+            recipe.run_folder(student.step),
+            recipe.hf_folder(student.step),
             _offline_flops(student, offline),
         )
-        for student in plan.chosen_students(all_methods)
+        for student in recipe.chosen_students(all_methods)
     )
-    second = plan.SECOND_SEED_RUN
-    second_seed = model_result(second.method, plan.run_folder(second.step))
+    second = recipe.SECOND_SEED_RUN
+    second_seed = model_result(second.method, recipe.run_folder(second.step))
     _require_equal_flops((*students, second_seed), FLOPS_TOLERANCE_WITH_TEXT if all_methods else FLOPS_TOLERANCE)
     bigram = score_bigram(fit_bigram(corpus), heldout)
     return Report(
-        heldout=str(plan.HELDOUT_DATA),
+        heldout=str(recipe.HELDOUT_DATA),
         students=students,
         second_seed=second_seed,
         teacher=teacher,
@@ -90,16 +90,16 @@ def collect_report(seconds: float, skipped_steps: int = 0, all_methods: bool = F
         bigram_loss=bigram.loss,
         bigram_bits_per_byte=bigram.bits_per_byte,
         seconds=seconds,
-        continuing=tuple(student.method for student in plan.chosen_students(all_methods) if student.continues),
+        continuing=tuple(student.method for student in recipe.chosen_students(all_methods) if student.continues),
         facts={"steps done before": skipped_steps, **_facts(corpus, heldout, bigram.tokens)},
     )
 
 
-def _offline_flops(student: plan.Student, difference_sampling: int) -> int:
+def _offline_flops(student: recipe.Student, difference_sampling: int) -> int:
     if "sample" in student.needs:
         return difference_sampling
     if "generate_seqkd" in student.needs:
-        return ChunkDataset.open(plan.GENERATED_DATA).manifest["producer"]["flops"]
+        return ChunkDataset.open(recipe.GENERATED_DATA).manifest["producer"]["flops"]
     return 0
 
 
@@ -111,8 +111,8 @@ def _require_equal_flops(students: tuple[ModelResult, ...], tolerance: float) ->
 
 
 def _facts(corpus: ChunkDataset, heldout: ChunkDataset, heldout_predictions: int) -> dict[str, Any]:
-    sampled, reference = ChunkDataset.open(plan.SAMPLED_DATA), ChunkDataset.open(plan.REFERENCE_DATA)
-    config = json.loads(json.dumps(open_checkpoint(plan.run_folder("pretrain")).manifest["config"]))
+    sampled, reference = ChunkDataset.open(recipe.SAMPLED_DATA), ChunkDataset.open(recipe.REFERENCE_DATA)
+    config = json.loads(json.dumps(open_checkpoint(recipe.run_folder("pretrain")).manifest["config"]))
     return {
         "corpus": f"{corpus.num_tokens:,} tokens, of which difference sampling kept {sampled.num_tokens:,}",
         "reference split": f"{reference.num_tokens:,} tokens",

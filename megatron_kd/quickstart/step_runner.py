@@ -1,11 +1,11 @@
 """Runs steps that depend on each other as processes, a few at a time, and remembers which are done.
 
-A step is done when it exited with 0 and its outputs exist; that is written to ``<state>/<name>.json`` with a key made
-from its command, the text of its configuration files and the keys of the steps that it needs. A later run skips a
-step whose key is still the same, and makes again what has changed and all that follows from it. An interrupted step
-with the same key starts over its own output only if it cannot continue from it (``resumable``).
+A step is done when it has exited with 0 and its outputs exist. That is recorded in ``<state>/<name>.json``, with a key
+made of its command, the text of its configuration files and the keys of the steps that it needs. A later run skips a
+step with an unchanged key, and repeats those that changed and all that depend on them. An interrupted step with the
+same key continues its own output if it can (``resumable``); otherwise the output is removed first.
 
-One line of progress over all steps: share done, ETA, and what the running ones are at.
+Progress is one line: the share of the work done, an ETA, and each running step with its last loss.
 """
 
 import hashlib
@@ -17,11 +17,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Callable, Iterator, Mapping, Sequence, TextIO
+from typing import TextIO
 
 from megatron_kd.artefacts.artefact_folder import write_file
 from megatron_kd.errors import EXIT_BAD_INPUT, UserError
@@ -30,22 +31,24 @@ from megatron_kd.metrics.tracker import METRICS_NAME
 POLL_SECONDS = 0.2
 STOP_SECONDS = 10
 LOG_TAIL_LINES = 25
-STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+METRICS_TAIL_BYTES = 4096
+SECONDS_BETWEEN_LINES = 20.0
+STOPPING_SIGNALS: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One process.
+    """A process to run.
 
     Attributes:
         name: unique; names the log and the state file.
-        command: what to run.
-        needs: names of steps that must be done before.
-        outputs: what it leaves behind; removed before it is made again.
+        command: program and arguments.
+        needs: names of the steps that must be done before.
+        outputs: paths that it creates; they are removed before it runs again.
         configs: files whose text is part of the step's identity.
-        seconds: what it takes on the machine where the quickstart was tuned; for order and ETA only.
-        metrics: run folder whose ``metrics.jsonl`` tells how far it is, and the number of training steps.
-        resumable: continues from its own half-made output.
+        seconds: estimated duration, for order and ETA only.
+        metrics: run folder whose ``metrics.jsonl`` shows the progress, and the number of training steps.
+        resumable: whether it continues its own unfinished output.
     """
 
     name: str
@@ -59,7 +62,11 @@ class Step:
 
 
 class StepFailed(UserError):
-    """A step exited with an error; the message holds the end of its log, or its last line if it refused its input."""
+    """A step that exited with an error; the message has the end of its log, or its last line for bad input.
+
+    Attributes:
+        status: the step's exit status.
+    """
 
     def __init__(self, step: Step, status: int, log: Path):
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
@@ -76,13 +83,13 @@ class StepFailed(UserError):
 
 @dataclass
 class Schedule:
-    """What is done, running and waiting.
+    """Steps that are done, running and waiting.
 
     Attributes:
-        steps: every step, in an order in which each comes after what it needs.
-        done: names, with the seconds that each took (of an earlier run where it was skipped).
-        skipped: names of those that an earlier run had done.
-        running: name → when it started.
+        steps: all steps, each after those that it needs.
+        done: finished steps by name, each with the seconds that it took, in an earlier run if it was skipped.
+        skipped: names of the steps that an earlier run had done.
+        running: running steps by name, each with its start on the monotonic clock.
     """
 
     steps: Sequence[Step]
@@ -91,7 +98,7 @@ class Schedule:
     running: dict[str, float] = field(default_factory=dict)
 
     def next_step(self) -> Step | None:
-        """Of the steps that could start, the one at the head of the longest chain of work."""
+        """Return the step to start next: among those that could start, the head of the longest chain of work."""
         ready = [
             step
             for step in self.steps
@@ -107,14 +114,18 @@ class Schedule:
 
 
 class StepRunner:
-    """Runs a schedule to its end.
+    """Runs steps until all are done.
 
     Args:
-        steps: each after those that it needs.
-        state: folder for state files. logs: folder for the steps' output.
-        processes: how many at a time.
-        environment: of the processes, over this one's.
-        on_progress: called a few times a second.
+        steps: all steps, each after those that it needs.
+        state: folder for state files.
+        logs: folder for the steps' output.
+        processes: how many steps run at a time.
+        environment: variables of the processes, added to this process's.
+        on_progress: called with the schedule a few times per second.
+
+    Raises:
+        ValueError: a step comes twice, or before one that it needs.
     """
 
     def __init__(
@@ -136,7 +147,7 @@ class StepRunner:
         self.schedule = Schedule(steps)
 
     def run(self) -> Schedule:
-        """Run everything.
+        """Run all steps and return the finished schedule.
 
         Raises:
             StepFailed: a step exited with an error; the others were stopped.
@@ -165,7 +176,7 @@ class StepRunner:
             if not (record and step.resumable):
                 _remove(step.outputs)
             self._write_record(step, None)
-            with open(self._logs / f"{step.name}.log", "wb") as log, signals_wait():
+            with open(self._logs / f"{step.name}.log", "wb") as log, _delayed_signals():
                 self._processes[step.name] = subprocess.Popen(
                     step.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=self._environment
                 )
@@ -182,7 +193,7 @@ class StepRunner:
             log = self._logs / f"{step.name}.log"
             if process.returncode == 0 and missing:
                 with open(log, "a", encoding="utf-8") as file:
-                    file.write(f"\nexited with 0 but left no {', '.join(missing)}\n")
+                    file.write(f"\nexited with 0 but did not create {', '.join(missing)}\n")
             if process.returncode != 0 or missing:
                 raise StepFailed(step, process.returncode, log)
             self._write_record(step, seconds)
@@ -199,7 +210,7 @@ class StepRunner:
                 process.wait()
 
     def _record(self, step: Step) -> dict:
-        """What an earlier run noted of this same step: {} if nothing, ``seconds`` None if it did not end."""
+        """Read an earlier run's record of this step: {} if there is none, ``seconds`` None if it did not finish."""
         try:
             record = json.loads((self._state / f"{step.name}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -212,25 +223,27 @@ class StepRunner:
 
 
 @contextmanager
-def signals_wait() -> Iterator[None]:
-    """Handle SIGINT and SIGTERM at the end: a process that starts now must be known to whoever stops all of them."""
+def _delayed_signals() -> Iterator[None]:
+    """Delay SIGINT and SIGTERM to the end of the block, so that a process started in it is known to the cleanup."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[tuple[int, FrameType | None]] = []
-    handlers = {number: signal.signal(number, lambda *arrived: came.append(arrived)) for number in STOPPING_SIGNALS}
+    received: list[tuple[int, FrameType | None]] = []
+    handlers = {
+        number: signal.signal(number, lambda *signaled: received.append(signaled)) for number in STOPPING_SIGNALS
+    }
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number, frame in came[:1]:
+        for number, frame in received[:1]:
             handler = handlers[number]
             handler(number, frame) if callable(handler) else signal.raise_signal(number)
 
 
 def step_keys(steps: Sequence[Step]) -> dict[str, str]:
-    """The identity of every step: its command, its configuration files, and those of the steps before it."""
+    """Return a key per step: a hash of its command, its configuration files, and the keys of the steps it needs."""
     keys: dict[str, str] = {}
     for step in steps:
         parts = [
@@ -247,7 +260,7 @@ def _check_order(steps: Sequence[Step]) -> None:
     for step in steps:
         unknown = set(step.needs) - known
         if unknown or step.name in known:
-            raise ValueError(f"step '{step.name}' is there twice or needs {sorted(unknown)}, not among those before it")
+            raise ValueError(f"step '{step.name}' comes twice, or before {sorted(unknown)}, which it needs")
         known.add(step.name)
 
 
@@ -259,16 +272,12 @@ def _remove(paths: Sequence[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
-TAIL_BYTES = 4096
-SECONDS_BETWEEN_LINES = 20.0
-
-
 class ProgressDisplay:
-    """Shows a schedule; on a terminal it rewrites one line, elsewhere it adds one now and then.
+    """Shows a schedule: on a terminal as one line that is rewritten, elsewhere as a line every 20 seconds.
 
     Args:
-        stream: where to.
-        width: columns of the terminal; None means that the stream is none.
+        stream: where the text goes.
+        width: columns of the terminal; None if the stream is not a terminal.
     """
 
     def __init__(self, stream: TextIO = sys.stdout, width: int | None = None):
@@ -277,7 +286,7 @@ class ProgressDisplay:
         self._announced: set[str] = set()
 
     def __call__(self, schedule: Schedule) -> None:
-        """Show the present state."""
+        """Show the schedule as it is now."""
         for name in schedule.done:
             if name not in self._announced:
                 self._announced.add(name)
@@ -292,13 +301,13 @@ class ProgressDisplay:
             self._write_line(self.status(schedule))
 
     def finish(self) -> None:
-        """Leave the status line."""
+        """Erase the status line."""
         if self._width is not None:
             self._stream.write("\r" + " " * (self._width - 1) + "\r")
             self._stream.flush()
 
     def status(self, schedule: Schedule) -> str:
-        """The line: steps done, share of the work, ETA, and each running step with its last loss."""
+        """Return the line: steps done, share of the work, ETA, and each running step with its last loss."""
         total = sum(step.seconds for step in schedule.steps)
         before = sum(step.seconds for step in schedule.steps if step.name in schedule.skipped)
         worked = sum(step.seconds * share_done(step, schedule) for step in schedule.steps) - before
@@ -317,7 +326,7 @@ class ProgressDisplay:
 
 
 def share_done(step: Step, schedule: Schedule) -> float:
-    """Between 0 and 1: from the metrics of a training step, from the clock for others (never more than 0.95)."""
+    """Return a step's share of work done: by the metrics of a training step, by the clock (at most 0.95) for others."""
     if step.name in schedule.done:
         return 1.0
     if step.name not in schedule.running:
@@ -329,7 +338,7 @@ def share_done(step: Step, schedule: Schedule) -> float:
 
 
 def describe(step: Step) -> str:
-    """A running step in a few words: ``teacher 340/600 loss 4.31``."""
+    """Describe a running step: ``teacher 340/600 loss 4.31``."""
     if step.metrics is None:
         return step.name
     row = last_row(step.metrics[0])
@@ -337,11 +346,11 @@ def describe(step: Step) -> str:
 
 
 def last_row(run: Path) -> dict | None:
-    """The last training row of a run folder's metrics, read from the end of the file; None if there is none yet."""
+    """Return the last training row of a run folder, read from the end of the file; None if there is none yet."""
     try:
         with open(run / METRICS_NAME, "rb") as file:
             file.seek(0, 2)
-            file.seek(max(0, file.tell() - TAIL_BYTES))
+            file.seek(max(0, file.tell() - METRICS_TAIL_BYTES))
             lines = file.read().splitlines()
     except OSError:
         return None

@@ -45,8 +45,14 @@ def write_corpus(folder: Path, size_limit: int = BYTES) -> Path:
         size_limit: characters of text.
     """
     folder.mkdir(parents=True)
-    module("megatron_kd.quickstart.text", str(folder / "text.jsonl"))
-    module("megatron_kd.quickstart.tokenizer", str(folder / "text.jsonl"), str(VOCABULARY), str(folder / "tokenizer"))
+    module("megatron_kd.quickstart.corpus", "text", str(folder / "text.jsonl"))
+    module(
+        "megatron_kd.quickstart.corpus",
+        "tokenizer",
+        str(folder / "text.jsonl"),
+        str(VOCABULARY),
+        str(folder / "tokenizer"),
+    )
     documents, size = [], 0
     with open(folder / "text.jsonl", encoding="utf-8") as lines:
         for index, line in enumerate(lines):

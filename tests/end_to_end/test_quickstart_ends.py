@@ -1,4 +1,4 @@
-"""How the quickstart ends when it cannot go on: one line, its status, no process left behind."""
+"""How the quickstart ends when it cannot continue: one line, an exit status, no process left behind."""
 
 import os
 import resource
@@ -20,7 +20,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def is_running(pid: int) -> bool:
-    """Not gone, and not merely waiting to be collected by its parent."""
+    """Neither gone nor a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
@@ -59,6 +59,6 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
         capture_output=True, text=True, env=environment(), preexec_fn=limit_file_size, timeout=120,
     )  # fmt: skip
     assert ended.returncode == 2
-    assert ended.stderr.strip().startswith("quickstart: step 'text' stopped: quickstart.text: the disk is full while")
+    assert ended.stderr.strip().startswith("quickstart: step 'text' stopped: quickstart.corpus: the disk is full while")
     assert len(ended.stderr.strip().splitlines()) == 1
     assert list((tmp_path / "runs/quickstart/data").iterdir()) == []

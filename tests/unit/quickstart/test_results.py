@@ -1,4 +1,4 @@
-"""From real run folders to the report."""
+"""The report of real run folders."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_a_run_folder_gives_its_result(trained: Path) -> None:
+def test_the_result_of_a_run_folder(trained: Path) -> None:
     result = model_result("MiniPLM", trained / "run", Path("hf"), offline_flops=7)
     parameters = architecture_by_name("qwen_toy_reference").with_vocab_size(VOCABULARY).parameters
     assert result.parameters == parameters
@@ -62,8 +62,8 @@ def test_a_run_folder_gives_its_result(trained: Path) -> None:
     assert result.train_flops == 6 * parameters * result.train_tokens
     assert [point.flops for point in result.curve] == [result.train_flops / 2, result.train_flops]
     assert result.heldout_loss == result.curve[-1].loss
-    assert result.heldout_loss == pytest.approx(np.log(VOCABULARY), rel=0.2)  # random ids: nothing to learn
-    assert result.bits_per_byte == pytest.approx(result.heldout_loss / np.log(2), rel=1e-6)  # one byte an id
+    assert result.heldout_loss == pytest.approx(np.log(VOCABULARY), rel=0.2)  # random ids, nothing to learn
+    assert result.bits_per_byte == pytest.approx(result.heldout_loss / np.log(2), rel=1e-6)  # one byte per id
     assert result.seconds > 0 and (result.hf_path, result.offline_flops) == ("hf", 7)
 
 
@@ -77,7 +77,7 @@ def test_a_run_without_a_last_evaluation_is_refused(trained: Path, tmp_path: Pat
 
 @pytest.fixture
 def finished(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """As if every step had run, each with the same result; the working folder is there."""
+    """A working folder in which every step has run, each with the same result."""
     shutil.copytree(trained / plan.ROOT, tmp_path / plan.ROOT)
     for step in plan.quickstart_steps(Path(__file__).resolve().parents[3]):
         if step.metrics is not None:

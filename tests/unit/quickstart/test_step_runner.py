@@ -1,5 +1,6 @@
-"""The step runner with real small processes: order, parallel slots, skipping, resuming, failures."""
+"""Steps as real small processes: order, slots, skipping, resuming, failures; progress from metrics on disk."""
 
+import io
 import json
 import os
 import signal
@@ -10,7 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from megatron_kd.quickstart.step_runner import Schedule, Step, StepFailed, StepRunner, step_keys
+from megatron_kd.quickstart.step_runner import (
+    ProgressDisplay,
+    Schedule,
+    Step,
+    StepFailed,
+    StepRunner,
+    describe,
+    last_row,
+    share_done,
+    step_keys,
+)
 
 
 def python(name: str, code: str, folder: Path, **other) -> Step:
@@ -34,7 +45,7 @@ def events(folder: Path) -> list[str]:
     return path.read_text().split() if path.exists() else []
 
 
-def test_a_step_waits_for_what_it_needs_and_slots_are_shared(tmp_path: Path) -> None:
+def test_a_step_waits_for_those_it_needs_and_two_run_at_a_time(tmp_path: Path) -> None:
     # a and b each wait for the other's start: only two at a time can finish.
     meet = "note(''); OUT.touch()\nwhile not OUT.with_name('{other}.out').exists(): time.sleep(0.01)"
     steps = [
@@ -105,7 +116,7 @@ def test_a_failure_shows_the_log_and_stops_the_others(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "state" / "bad.json").read_text())["seconds"] is None
 
 
-def test_a_step_that_refuses_its_input_is_told_in_one_line(tmp_path: Path) -> None:
+def test_bad_input_of_a_step_is_one_line(tmp_path: Path) -> None:
     step = python("bad", "print('half'); print('train: no such dataset'); raise SystemExit(2)", tmp_path)
     with pytest.raises(StepFailed) as failure:
         runner([step], tmp_path).run()
@@ -114,8 +125,8 @@ def test_a_step_that_refuses_its_input_is_told_in_one_line(tmp_path: Path) -> No
     assert failure.value.status == 2
 
 
-def test_a_step_that_leaves_nothing_has_failed(tmp_path: Path) -> None:
-    with pytest.raises(StepFailed, match="left no .*a.out"):
+def test_a_step_without_its_output_has_failed(tmp_path: Path) -> None:
+    with pytest.raises(StepFailed, match="did not create .*a.out"):
         runner([python("a", "pass", tmp_path)], tmp_path).run()
 
 
@@ -132,11 +143,11 @@ def test_the_longest_chain_goes_first(tmp_path: Path) -> None:
 
 
 def test_refuses_an_order_that_cannot_run() -> None:
-    with pytest.raises(ValueError, match=r"'a' is there twice or needs \['b'\]"):
+    with pytest.raises(ValueError, match=r"'a' comes twice, or before \['b'\]"):
         StepRunner([Step("a", ("x",), needs=("b",)), Step("b", ("x",))], state=Path(), logs=Path(), processes=1)
 
 
-def test_keys_follow_what_a_step_needs() -> None:
+def test_keys_depend_on_those_of_needed_steps() -> None:
     before = step_keys([Step("a", ("x",)), Step("b", ("y",), needs=("a",)), Step("c", ("z",))])
     after = step_keys([Step("a", ("x2",)), Step("b", ("y",), needs=("a",)), Step("c", ("z",))])
     assert before["a"] != after["a"] and before["b"] != after["b"] and before["c"] == after["c"]
@@ -166,3 +177,50 @@ def test_a_signal_while_a_process_starts_stops_that_process_too(tmp_path: Path, 
     finally:
         signal.signal(number, before)
     assert len(started) == 1 and started[0].returncode == -signal.SIGTERM
+
+
+def write_metrics(run: Path, rows: list[dict], tail: str = "") -> Path:
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+    return run
+
+
+def test_last_row_skips_evaluations_and_a_line_cut_short(tmp_path: Path) -> None:
+    rows = [{"step": step, "loss": 5 - step / 100, "padding": "x" * 200} for step in range(1, 101)]
+    run = write_metrics(tmp_path / "run", [*rows, {"step": 100, "eval_loss": 4.0}], '{"step": 101, "lo')
+    assert last_row(run)["step"] == 100 and last_row(run)["loss"] == 4.0
+    assert last_row(tmp_path / "none") is None
+    assert last_row(write_metrics(tmp_path / "empty", [])) is None
+
+
+def test_share_comes_from_the_metrics(tmp_path: Path) -> None:
+    run = write_metrics(tmp_path / "run", [{"step": 25, "loss": 4.5}])
+    step = Step("student", ("x",), metrics=(run, 100), seconds=40)
+    schedule = Schedule([step], running={"student": time.monotonic()})
+    assert share_done(step, schedule) == 0.25
+    assert describe(step) == "student 25/100 loss 4.50"
+    assert share_done(step, Schedule([step])) == 0.0
+    assert share_done(step, Schedule([step], done={"student": 3.0})) == 1.0
+    plain = Step("score", ("x",), seconds=10)
+    assert share_done(plain, Schedule([plain], running={"score": time.monotonic() - 100})) == 0.95
+
+
+def test_status_counts_only_this_runs_work_for_the_eta(tmp_path: Path) -> None:
+    steps = [Step("old", ("x",), seconds=50), Step("new", ("x",), seconds=25), Step("later", ("x",), seconds=25)]
+    display = ProgressDisplay(io.StringIO())
+    display._started -= 10  # ten seconds for 'new', so 'later' takes ten more
+    status = display.status(Schedule(steps, done={"old": 1.0, "new": 10.0}, skipped={"old"}))
+    assert status.startswith("[2/3]  75% 0:10 left")
+
+
+def test_lines_off_a_terminal_and_on_one(tmp_path: Path) -> None:
+    schedule = Schedule([Step("a", ("x",)), Step("b", ("x",))], done={"a": 3.2}, running={"b": time.monotonic()})
+    plain = io.StringIO()
+    ProgressDisplay(plain)(schedule)
+    assert plain.getvalue() == "  a: 3 s\n"
+    terminal = io.StringIO()
+    display = ProgressDisplay(terminal, width=60)
+    display(schedule)
+    display.finish()
+    assert all(len(part) <= 60 for part in terminal.getvalue().replace("\n", "\r").split("\r"))
+    assert "[1/2]" in terminal.getvalue() and terminal.getvalue().endswith("\r")

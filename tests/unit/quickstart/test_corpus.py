@@ -1,11 +1,15 @@
-"""The corpus: what goes in, in which order."""
+"""The corpus: its documents and their order; the tokenizer step as a process."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from megatron_kd.errors import DataError
-from megatron_kd.quickstart.text import read_texts, standard_library_documents, within_budget, write_jsonl
+from megatron_kd.quickstart.corpus import read_texts, standard_library_documents, within_budget, write_jsonl
 
 LONG = "x = 1  # " + "a" * 300 + "\n"
 
@@ -29,7 +33,7 @@ def library(root: Path) -> Path:
     return root
 
 
-def test_takes_sources_and_leaves_out_packages_tests_and_giants(tmp_path: Path) -> None:
+def test_sources_without_packages_tests_and_giants(tmp_path: Path) -> None:
     documents = standard_library_documents(library(tmp_path))
     assert sorted(name for name, _ in documents) == ["source:a.py", "source:pkg/b.py"]
 
@@ -39,7 +43,7 @@ def test_refuses_a_folder_without_sources(tmp_path: Path) -> None:
         standard_library_documents(tmp_path)
 
 
-def test_the_real_library_is_mixed_and_the_same_twice() -> None:
+def test_the_real_library_is_mixed_and_reproducible() -> None:
     documents = standard_library_documents()
     names = [name for name, _ in documents]
     assert documents == standard_library_documents()
@@ -62,3 +66,17 @@ def test_budget_counts_bytes_not_characters() -> None:
     assert within_budget(documents, 6) == documents[:2]
     assert within_budget(documents, 5) == documents[:1]
     assert within_budget(documents, 7) == documents
+
+
+def test_trains_a_byte_level_bpe_that_round_trips(tmp_path: Path) -> None:
+    sources = [Path(module.__file__).read_text(encoding="utf-8") for module in (json, subprocess)]
+    texts = [part for source in sources for part in source.split("\n\n")]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    program = [sys.executable, "-m", "megatron_kd.quickstart.corpus", "tokenizer"]
+    subprocess.run([*program, str(corpus), "500", str(tmp_path / "tokenizer")], check=True, timeout=120)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == 500
+    text = "return é 漢 self.args"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert len(tokenizer.encode("        return self.args").ids) < 12

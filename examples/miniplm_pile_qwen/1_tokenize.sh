@@ -1,5 +1,5 @@
 #!/bin/bash
-# Documents to chunks of at most 1,025 ids, one domain a chunk; held-out and reference split by document.
+# Documents to chunks of at most 1,025 ids, one domain per chunk; held-out and reference split by document.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source examples/miniplm_pile_qwen/paths.sh

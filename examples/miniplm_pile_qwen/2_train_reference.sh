@@ -1,5 +1,5 @@
 #!/bin/bash
-# The reference model, 104M, on its own 5B tokens.
+# Train the reference model, 104M, on its own 5B tokens.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source examples/miniplm_pile_qwen/paths.sh

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Mean negative log-likelihood of every chunk under teacher and reference model.
+# Score every chunk under teacher and reference model: mean negative log-likelihood.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source examples/miniplm_pile_qwen/paths.sh

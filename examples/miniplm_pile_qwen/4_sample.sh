@@ -1,5 +1,5 @@
 #!/bin/bash
-# The share of the corpus that the teacher finds most easier than the reference model does.
+# Keep the share of the corpus with the largest difference between reference and teacher loss.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source examples/miniplm_pile_qwen/paths.sh

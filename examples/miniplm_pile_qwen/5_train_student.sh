@@ -1,5 +1,5 @@
 #!/bin/bash
-# The student of SIZE on the sampled corpus; started again, it goes on from its newest checkpoint.
+# Train the student of SIZE on the sampled corpus; started again, it resumes from its newest checkpoint.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source examples/miniplm_pile_qwen/paths.sh

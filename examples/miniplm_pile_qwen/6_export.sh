@@ -1,5 +1,5 @@
 #!/bin/bash
-# A Hugging Face folder, its logits compared with Megatron-Core's.
+# Export a Hugging Face folder and compare its logits with Megatron-Core's.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source examples/miniplm_pile_qwen/paths.sh

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Held-out loss and bits per byte; with TASKS=paper also the nine zero-shot tasks (needs the extra 'eval').
+# Measure held-out loss and bits per byte; with TASKS=paper also the nine zero-shot tasks (needs the extra 'eval').
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source examples/miniplm_pile_qwen/paths.sh

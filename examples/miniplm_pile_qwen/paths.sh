@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Where everything is, and how steps are started: the only file to edit. Variables can also come from the environment.
+# Where everything is and how steps are started: the only file to edit. Variables may also come from the environment.
 #
 #   ./1_tokenize.sh                       runs a step here, under torchrun with RANKS processes
 #   ./submit.sh                           gives all steps to Slurm, each after those that it needs
@@ -12,11 +12,11 @@ RUNS="${RUNS:-runs/pile_qwen}"
 SIZE="${SIZE:-500m}"                                 # 200m, 500m or 1.2b
 PYTHON="${PYTHON:-python}"
 RANKS="${RANKS:-8}"
-TOKENIZE_OPTIONS="${TOKENIZE_OPTIONS:-}"             # more key=value arguments, for trials
+TOKENIZE_OPTIONS="${TOKENIZE_OPTIONS:-}"             # more key=value arguments, for trial runs
 TRAIN_OPTIONS="${TRAIN_OPTIONS:-}"
 STUDENT_OPTIONS="${STUDENT_OPTIONS:-}"
 SCORE_OPTIONS="${SCORE_OPTIONS:-}"
-SBATCH_GPU="${SBATCH_GPU:---nodes=1 --gpus-per-node=8 --exclusive --mem=0}"   # a whole node: its cores and memory too
+SBATCH_GPU="${SBATCH_GPU:---nodes=1 --gpus-per-node=8 --exclusive --mem=0}"   # a whole node: all cores and memory
 SBATCH_CPU="${SBATCH_CPU:---nodes=1 --cpus-per-task=64}"
 export PYTHON
 

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Every step as a Slurm job, each after those that it needs: ./submit.sh
+# Submit every step as a Slurm job, each after those that it needs: ./submit.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 mkdir -p logs

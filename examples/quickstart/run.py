@@ -1,9 +1,9 @@
-"""``make quickstart``: from raw text to distilled students, every step a tool of its own.
+"""``make quickstart``: from raw text to distilled students, each step a tool of ``tools/``.
 
     python examples/quickstart/run.py [--output FOLDER] [--processes N] [--all-methods]
 
-Steps that are done are skipped; an interrupted run continues. See megatron_kd/quickstart/recipe.py for the steps,
-examples/quickstart/*.yaml for their settings, and runs/quickstart/logs for what they said.
+Finished steps are skipped; an interrupted run continues. The steps are in megatron_kd/quickstart/recipe.py, their
+settings in examples/quickstart/*.yaml, their logs in runs/quickstart/logs.
 """
 
 import argparse
@@ -17,21 +17,16 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-# the checkout comes first, installed or not
+# The checkout takes precedence over an installed package.
 from megatron_kd.data.workers import cpu_count  # noqa: E402
 from megatron_kd.errors import EXIT_BAD_INPUT, UserError, disk_full  # noqa: E402
-from megatron_kd.quickstart import recipe as plan  # noqa: E402
-from megatron_kd.quickstart.step_runner import (  # noqa: E402
-    ProgressDisplay,  # noqa: E402
-    Schedule,
-    StepFailed,
-    StepRunner,
-)
+from megatron_kd.quickstart import recipe  # noqa: E402
+from megatron_kd.quickstart.step_runner import ProgressDisplay, Schedule, StepFailed, StepRunner  # noqa: E402
 
 MAX_PROCESSES = 4  # about 0.7 GB each
 ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
-    "OMP_NUM_THREADS": "1",  # the same everywhere: one CPU core a step
+    "OMP_NUM_THREADS": "1",  # one CPU core per step on every machine
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "PYTHONUNBUFFERED": "1",
@@ -40,13 +35,11 @@ ENVIRONMENT = {
 
 
 def main() -> int:
-    """Run, report, and say whether the table means anything; the exit status is 1 if not."""
+    """Run and report; return 0 if every check of the report holds, otherwise 1."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path.cwd(), help="folder that gets runs/quickstart (default: .)")
     parser.add_argument("--processes", type=int, default=min(MAX_PROCESSES, cpu_count()))
-    parser.add_argument(
-        "--all-methods", action="store_true", help="also SeqKD, GKD, MiniLLM and DistiLLM: minutes more"
-    )
+    parser.add_argument("--all-methods", action="store_true", help="add SeqKD, GKD, MiniLLM and DistiLLM (minutes)")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     os.chdir(options.output)
@@ -69,26 +62,26 @@ def main() -> int:
 
 
 def interrupt(number: int, _: object) -> None:
-    """Stop as on Ctrl-C, with the steps that are running."""
+    """Stop as on Ctrl-C, together with the running steps."""
     raise KeyboardInterrupt(number)
 
 
 def refuse(error: UserError) -> int:
-    """One line for what the user can mend; the exit status."""
+    """Print an error that the user can fix in one line, and return the exit status."""
     sys.stderr.write(f"\nquickstart: {error}\n")
     return EXIT_BAD_INPUT
 
 
 def quickstart(processes: int, all_methods: bool) -> int:
-    """Every step, then the report."""
+    """Run every step and report; return the exit status."""
     started = time.monotonic()
-    sys.stdout.write(f"Quickstart: {processes} steps at a time, results in {plan.ROOT.absolute()}\n")
+    sys.stdout.write(f"Quickstart: {processes} steps at a time, results in {recipe.ROOT.absolute()}\n")
     display = ProgressDisplay(width=shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
-    steps = plan.quickstart_steps(REPOSITORY, all_methods)
+    steps = recipe.quickstart_steps(REPOSITORY, all_methods)
     runner = StepRunner(
         steps,
-        state=plan.ROOT / "state",
-        logs=plan.ROOT / "logs",
+        state=recipe.ROOT / "state",
+        logs=recipe.ROOT / "logs",
         processes=processes,
         environment=ENVIRONMENT,
         on_progress=display,
@@ -99,7 +92,7 @@ def quickstart(processes: int, all_methods: bool) -> int:
 
 
 def report(schedule: Schedule, seconds: float, all_methods: bool) -> int:
-    """Write the report, print the table and the checks."""
+    """Write the report, print the table and the checks; return the exit status."""
     from megatron_kd.logs import silence_known_noise
 
     silence_known_noise()
@@ -107,13 +100,15 @@ def report(schedule: Schedule, seconds: float, all_methods: bool) -> int:
     from megatron_kd.quickstart.results import collect_report
 
     result = collect_report(seconds, len(schedule.skipped), all_methods)
-    write_report(plan.ROOT, result)
+    write_report(recipe.ROOT, result)
     sys.stdout.write(f"\n{result_table(result)}\n\n")
     checks = result.checks()
     for check in checks:
         sys.stdout.write(f"{'ok ' if check.holds else 'NOT SO'} {check.claim}\n")
     skipped = f", {len(schedule.skipped)} steps done before" if schedule.skipped else ""
-    sys.stdout.write(f"\n{plan.ROOT / 'report.md'}, report.json, report.png, training.png; {seconds:.0f} s{skipped}\n")
+    sys.stdout.write(
+        f"\n{recipe.ROOT / 'report.md'}, report.json, report.png, training.png; {seconds:.0f} s{skipped}\n"
+    )
     return 0 if all(check.holds for check in checks) else 1
 
 

@@ -1,7 +1,7 @@
 #!/bin/bash
-# Figure 8 of the paper: plain pre-training of SIZE on the whole corpus, and what every run of that size needs for the
-# held-out loss that it ends with. A run that is not there yet is left out.
-#   SIZE=500m ./compute_saving.sh        (SUBMIT=1 gives the training to Slurm; READ=1 then reads what it made)
+# Figure 8 of the paper: plain pre-training of SIZE on the whole corpus, and the FLOPs with which every run of that size
+# reaches its final held-out loss. Missing runs are left out.
+#   SIZE=500m ./compute_saving.sh        (SUBMIT=1 gives the training to Slurm; READ=1 then reads its result)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source examples/miniplm_pile_qwen/paths.sh

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Figure 9 of the paper: difference-sampling ratios. One scoring serves all; each ratio samples and trains.
+# Figure 9 of the paper: difference-sampling ratios. All share one scoring; each ratio samples and trains.
 #   RATIOS="0.3 0.4 0.5 0.6 0.7 0.9" SIZE=200m ./ratio.sh        (SUBMIT=1 gives everything to Slurm)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -1,5 +1,5 @@
 #!/bin/bash
-# The reference model's size (the paper's table 11): train, score, sample and train the student for each.
+# Table 11 of the paper: the reference model's size. Each size trains, scores, samples and trains a student.
 #   REFERENCES="qwen_104m qwen_200m qwen_500m" SIZE=200m ./reference_size.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

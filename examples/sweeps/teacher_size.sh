@@ -1,5 +1,5 @@
 #!/bin/bash
-# Figure 6 of the paper: which teacher scores. TEACHERS is a list of Hugging Face folders or checkpoints.
+# Figure 6 of the paper: the teacher that scores. TEACHERS is a list of Hugging Face folders or checkpoints.
 #   TEACHERS="models/Qwen1.5-0.5B models/Qwen1.5-1.8B models/Qwen1.5-4B" SIZE=200m ./teacher_size.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -1,5 +1,5 @@
 #!/bin/bash
-# The student of SIZE with its teacher; started again, it goes on from its newest checkpoint.
+# Train the student of SIZE with its teacher; started again, it resumes from its newest checkpoint.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source examples/vanilla_kd_pile_qwen/paths.sh

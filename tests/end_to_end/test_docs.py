@@ -18,7 +18,7 @@ from tests.end_to_end.pile_stand_in import train_teacher, write_corpus
 from tests.end_to_end.workshop import Material, Workshop, commands
 
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
-PAGES = [REPOSITORY / "README.md", *DOCS, *sorted((REPOSITORY / "examples").glob("*/README.md"))]
+PAGES = [*sorted(REPOSITORY.glob("*.md")), *DOCS, *sorted((REPOSITORY / "examples").glob("**/README.md"))]
 PAGE = REPOSITORY / "docs/laptop_to_cluster.md"
 PILE = sorted(
     path for name in ("miniplm", "vanilla_kd") for path in (REPOSITORY / f"examples/{name}_pile_qwen").glob("*.yaml")
@@ -160,6 +160,12 @@ def test_keys_that_a_page_names_are_keys(page, every_key):
 def test_lines_fit_a_terminal(page):
     lines = (REPOSITORY / page).read_text(encoding="utf-8").splitlines()
     assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]
+
+
+def test_every_example_is_listed_and_explained():
+    folders = sorted(path.name for path in (REPOSITORY / "examples").iterdir() if path.is_dir() and any(path.iterdir()))
+    listed = re.findall(r"\]\((\w+)/README\.md\)", (REPOSITORY / "examples/README.md").read_text(encoding="utf-8"))
+    assert sorted(listed) == folders
 
 
 def test_the_readme_starts_with_what_to_type():

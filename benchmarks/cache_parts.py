@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_kd.artefacts.work_store import WorkStore
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
 from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.losses import OutputHead
-from megatron_kd.teachers.cache.cache_writer import PROGRESS_FOLDER, ShardWriter
+from megatron_kd.teachers.cache.cache_writer import ShardWriter
 from megatron_kd.teachers.cache.codec import Codec, Entries
 from megatron_kd.teachers.cache.kept_ids import Selection
 
@@ -54,10 +55,10 @@ def entries_of(codec: Codec, head: OutputHead, tokens: int) -> Entries:
 
 def write_shard(codec: Codec, entries: Entries, chunks: int, folder: str) -> tuple[float, int]:
     """Encode and write the same chunk many times as the tool does; seconds and bytes."""
-    path = Path(folder)
-    (path / PROGRESS_FOLDER).mkdir(parents=True, exist_ok=True)
+    store = WorkStore(Path(folder) / "cache", {})
+    store.claim()
     present = np.ones(len(entries.counts), dtype=bool)
-    writer = ShardWriter(path, 0, None, commit_seconds=20.0)
+    writer = ShardWriter(store, 0, None, commit_seconds=20.0)
     started, size = time.perf_counter(), 0
     for _ in range(chunks):
         record = codec.encode(present, entries)
@@ -68,6 +69,7 @@ def write_shard(codec: Codec, entries: Entries, chunks: int, folder: str) -> tup
         size += len(record)
     writer.commit(complete=True)
     writer.close()
+    store.close()
     return time.perf_counter() - started, size
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from benchmarks.cache_parts import random_dataset
+from megatron_kd.artefacts.work_store import WorkStore
 from megatron_kd.checkpoints.loading import LoadedModel
 from megatron_kd.config import from_mapping
 from megatron_kd.data.batch import make_batch
@@ -20,7 +21,7 @@ from megatron_kd.parallel.groups import create_process_groups
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.parallel.schedule import forward_only
-from megatron_kd.teachers.cache.cache_writer import PROGRESS_FOLDER, ShardFiller
+from megatron_kd.teachers.cache.cache_writer import ShardFiller
 from megatron_kd.teachers.cache.codec import Codec
 from megatron_kd.teachers.cached import CachedTeacher, choose_kind
 from megatron_kd.training.methods.method_builders import build_loss
@@ -38,7 +39,8 @@ STUDENT, STUDENT_VOCABULARY, STUDENT_ROWS, STUDENT_LENGTH = "qwen_21m", 32_000, 
 def caching_sides(folder: Path, codec: Codec, chunks: int) -> Iterator[tuple[Callable, Callable]]:
     """A 104M teacher's forward pass with its output layer, and the same chunks written into a shard."""
     dataset = random_dataset(folder / "data", chunks, SEQ_LENGTH, codec.vocab_size)
-    (folder / PROGRESS_FOLDER).mkdir()
+    store = WorkStore(folder / "written", {})
+    store.claim()
     architecture = architecture_by_name("qwen_104m")
     with distributed_runtime() as runtime:
         layout = ParallelLayout.for_world(ParallelConfig(), 1)
@@ -61,7 +63,7 @@ def caching_sides(folder: Path, codec: Codec, chunks: int) -> Iterator[tuple[Cal
             )  # fmt: skip
 
         numbers = itertools.count()
-        with ShardFiller(folder, dataset, loaded, codec, 1.0, ROWS, 60.0, runtime.device) as filler:
+        with ShardFiller(store, dataset, loaded, codec, 1.0, ROWS, 60.0, runtime.device) as filler:
 
             def caching() -> None:
                 for _ in filler.shard(next(numbers), 0, chunks, None):

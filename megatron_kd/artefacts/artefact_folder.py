@@ -1,12 +1,13 @@
-"""Folders that appear whole or not at all.
+"""Folders and files that appear whole or not at all.
 
-:func:`building` hands out ``<output>.tmp-<pid>-<random>``, and renames it to ``<output>`` when its block ends without
-an error; everything in it has been flushed to the disk by then. On an error the folder is removed. A writer that was
-killed leaves its temporary folder behind, which never has the output's name; the next writer of the same output
-removes it (a lock file tells a dead writer from a live one).
+:func:`building` yields ``<output>.tmp-<pid>-<random>`` and renames it to ``<output>`` when its block ends without an
+error, after flushing everything in it to the disk. On an error the folder is removed. A writer that was killed leaves
+its temporary folder behind, which never has the output's name; the next writer of the same output removes it (a lock
+file tells a dead writer from a live one).
 """
 
 import contextlib
+import glob
 import os
 import secrets
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_kd.artefacts.checksums import as_bytes
 from megatron_kd.artefacts.folder_lock import LOCK_NAME, try_lock
 from megatron_kd.errors import DataError
 
@@ -24,7 +26,7 @@ _STARTING_SECONDS = 60
 
 @contextlib.contextmanager
 def building(output: str | Path) -> Iterator[Path]:
-    """A folder to build in, renamed to ``output`` at the end of the block.
+    """Yield a folder to build in, and rename it to ``output`` at the end of the block.
 
     Raises:
         DataError: ``output`` exists (checked at both ends), or its parent cannot be written.
@@ -39,25 +41,35 @@ def building(output: str | Path) -> Iterator[Path]:
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise DataError(f"{output}: cannot create the output folder ({error.strerror})") from None
     try:
-        lock = try_lock(temporary / LOCK_NAME)
-        if lock is None:  # another writer of this output takes the folder for abandoned
-            raise DataError(f"{output}: another process is starting to write it; run again when it has ended")
-        with lock:
-            yield temporary
-            refuse_existing(output)
-            _flush_tree(temporary)
-            (temporary / LOCK_NAME).unlink()
-            os.rename(temporary, output)
-        fsync_folder(output.parent)
-    except BaseException as error:
+        with name_failed_writes(output):
+            lock = try_lock(temporary / LOCK_NAME)
+            if lock is None:  # another writer of this output takes the folder for abandoned
+                raise DataError(f"{output}: another process is starting to write it; run again when it has ended")
+            with lock:
+                yield temporary
+                refuse_existing(output)
+                _flush_tree(temporary)
+                (temporary / LOCK_NAME).unlink()
+                os.rename(temporary, output)
+            fsync_folder(output.parent)
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(output)  # a failed write does not say where
+        raise
+
+
+@contextlib.contextmanager
+def name_failed_writes(path: Path) -> Iterator[None]:
+    """Give an OSError of the block that names no file, as that of a failed write, this path."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
         raise
 
 
 def refuse_existing(output: Path) -> None:
-    """Refuse to write where something is.
+    """Refuse to overwrite anything.
 
     Raises:
         DataError: ``output`` exists.
@@ -68,7 +80,7 @@ def refuse_existing(output: Path) -> None:
 
 def remove_abandoned(output: Path) -> None:
     """Remove the temporary folders that killed writers of ``output`` left behind."""
-    for folder in output.parent.glob(f"{glob_escape(output.name)}.tmp-*"):
+    for folder in output.parent.glob(f"{glob.escape(output.name)}.tmp-*"):
         lock_path = folder / LOCK_NAME
         try:
             lock = try_lock(lock_path, "r+")
@@ -81,29 +93,22 @@ def remove_abandoned(output: Path) -> None:
                     shutil.rmtree(folder, ignore_errors=True)
 
 
-def glob_escape(name: str) -> str:
-    """``name`` with the characters that mean something in a glob pattern made literal."""
-    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
-
-
 def write_file(path: Path, data: bytes | str) -> None:
-    """Write a small file whole: temporary name, flush to the disk, rename."""
+    """Write a small file whole or not at all: temporary name, flush to the disk, rename."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with name_failed_writes(path), open(temporary, "wb") as file:
             file.write(data.encode("utf-8") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.rename(temporary, path)
-    except OSError as error:
+    except OSError:
         temporary.unlink(missing_ok=True)
-        if error.filename is None:
-            error.filename = str(path)  # a failed write does not say where
         raise
 
 
 def write_array(path: Path, values: np.ndarray) -> None:
-    """Write an array as ``np.save`` does, but with an error that says why where the disk is full.
+    """Write an array as ``np.save`` does, but with an error that says why when the disk is full.
 
     Raises:
         OSError: with ``errno``, which that of ``np.save`` lacks after a short write.
@@ -111,7 +116,7 @@ def write_array(path: Path, values: np.ndarray) -> None:
     values = np.ascontiguousarray(values)
     with open(path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
-        file.write(values.reshape(-1).view(np.uint8))
+        file.write(as_bytes(values))
 
 
 def fsync_folder(folder: Path) -> None:
@@ -124,7 +129,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def start_flush(descriptor: int, start: int, length: int) -> None:
-    """Let the disk begin with bytes of an open file, without waiting; the flush at the file's end has little left."""
+    """Let the disk start writing bytes of an open file, without waiting: the flush at its end has little left."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
 

@@ -21,15 +21,22 @@ SIDECAR_NAME = "checksums.json"
 
 @dataclass(frozen=True)
 class FileChecksums:
-    """Size in bytes and CRC-32 of every block of one file: uint32 ``[ceil(size / block_bytes)]``."""
+    """Size of a file in bytes, and CRC-32 of each of its blocks: uint32 ``[ceil(size / block_bytes)]``."""
 
     size: int
     blocks: np.ndarray
     block_bytes: int = BLOCK_BYTES
 
 
+def as_bytes(data: bytes | memoryview | np.ndarray) -> memoryview:
+    """Return a view of contiguous data as bytes; nothing is copied."""
+    if isinstance(data, np.ndarray):
+        return data.reshape(-1).view(np.uint8).data
+    return memoryview(data).cast("B") if len(data) else memoryview(b"")
+
+
 class ChecksumStream:
-    """CRC-32 of every block of a byte stream that arrives in pieces."""
+    """Computes the CRC-32 of every block of a byte stream that arrives in pieces."""
 
     def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
         self._block_bytes = block_bytes
@@ -39,7 +46,7 @@ class ChecksumStream:
 
     def update(self, data: bytes | memoryview | np.ndarray) -> None:
         """Append contiguous bytes."""
-        view = memoryview(data).cast("B") if len(data) else memoryview(b"")
+        view = as_bytes(data)
         while len(view):
             room = self._block_bytes - self._size % self._block_bytes
             piece = view[:room]
@@ -51,19 +58,19 @@ class ChecksumStream:
                 self._crc = 0
 
     def finish(self) -> FileChecksums:
-        """The checksums of all that was appended."""
+        """Return the checksums of everything appended."""
         blocks = self._blocks + ([self._crc] if self._size % self._block_bytes else [])
         return FileChecksums(self._size, np.array(blocks, dtype=np.uint32), self._block_bytes)
 
 
 @dataclass
 class Checksums:
-    """The sidecar: file name → :class:`FileChecksums`."""
+    """The contents of a sidecar: file name → :class:`FileChecksums`."""
 
     files: dict[str, FileChecksums] = field(default_factory=dict)
 
     def add_file(self, folder: Path, name: str) -> None:
-        """Read a small file that is already written and record it."""
+        """Read a small file that is already written, and record its checksums."""
         stream = ChecksumStream()
         with open(folder / name, "rb") as file:
             while piece := file.read(BLOCK_BYTES):
@@ -71,7 +78,7 @@ class Checksums:
         self.files[name] = stream.finish()
 
     def to_json(self) -> str:
-        """The sidecar's text, the same for the same contents."""
+        """Return the sidecar's text; equal contents give equal text."""
         files = {
             name: {"bytes": entry.size, "crc32": entry.blocks.astype(">u4").tobytes().hex()}
             for name, entry in sorted(self.files.items())
@@ -83,7 +90,7 @@ class Checksums:
         """Parse a sidecar.
 
         Raises:
-            DataError: it is not one.
+            DataError: the text is not a sidecar.
         """
         try:
             body = json.loads(text)
@@ -115,10 +122,10 @@ class Checksums:
             raise DataError(f"{path}: {size} bytes where {entry.size} were written; copy it again")
 
     def verify_file(self, folder: Path, name: str, on_bytes: Callable[[int], object] | None = None) -> None:
-        """Read a whole file and compare every block; ``on_bytes`` is told how many bytes each block had.
+        """Read a whole file and compare every block; ``on_bytes`` is called with the size of each block.
 
         Raises:
-            DataError: missing, of another size, or a block differs (names the block and both checksums).
+            DataError: the file is missing or of another size, or a block differs (names the block and both checksums).
         """
         self.check_size(folder, name)
         entry = self.files[name]
@@ -131,12 +138,12 @@ class Checksums:
 
 
 class LazyBlocks:
-    """Verifies the blocks of a memory-mapped file when they are first touched.
+    """Verifies each block of a memory-mapped file when it is first touched.
 
     Args:
         path: the file, for messages.
         buffer: its bytes, uint8 ``[size]``.
-        checksums: the recorded ones.
+        checksums: of the file as it was written.
     """
 
     def __init__(self, path: Path, buffer: np.ndarray, checksums: FileChecksums) -> None:
@@ -146,7 +153,7 @@ class LazyBlocks:
         self._verified = np.zeros(len(checksums.blocks), dtype=bool)
 
     def touch(self, start: int, stop: int) -> None:
-        """Verify the blocks that hold bytes ``[start, stop)``, those not verified before.
+        """Verify the blocks of bytes ``[start, stop)`` that were not verified before.
 
         Raises:
             DataError: a block differs (names the block and both checksums).
@@ -166,14 +173,14 @@ class LazyBlocks:
 
 def _entry(entry: Mapping[str, object], block_bytes: int) -> FileChecksums:
     blocks = np.frombuffer(bytes.fromhex(str(entry["crc32"])), dtype=">u4").astype(np.uint32)
-    size = int(entry["bytes"])  # type: ignore[call-overload]
+    size = int(str(entry["bytes"]))
     if len(blocks) != -(-size // block_bytes):
         raise ValueError(f"{len(blocks)} block checksums for {size} bytes")
     return FileChecksums(size, blocks, block_bytes)
 
 
 def _compare(path: Path, block: int, expected: int, piece: bytes | np.ndarray) -> None:
-    found = zlib.crc32(piece)
+    found = zlib.crc32(as_bytes(piece))
     if found != expected:
         raise DataError(
             f"{path}: block {block} has checksum {found:08x} where {expected:08x} was written; "

@@ -13,11 +13,11 @@ LOCK_NAME = ".writer.lock"
 
 
 def try_lock(path: Path, mode: str = "w", shared: bool = False) -> IO[str] | None:
-    """The file at ``path``, open and locked until it is closed; None where another has locked it.
+    """Return the file at ``path``, open and locked until it is closed; None where another process has locked it.
 
     Args:
-        mode: ``w`` makes the file, ``r+`` opens one that is there.
-        shared: whether others that ask for the same may hold it too.
+        mode: ``w`` creates the file, ``r+`` opens an existing one.
+        shared: let others that ask for a shared lock hold it too.
 
     Raises:
         OSError: the file cannot be opened.
@@ -31,26 +31,26 @@ def try_lock(path: Path, mode: str = "w", shared: bool = False) -> IO[str] | Non
     return file
 
 
-def free(file: IO[str]) -> None:
+def release(file: IO[str]) -> None:
     """End a lock and close its file, which a forked child may hold open for longer."""
     fcntl.flock(file, fcntl.LOCK_UN)
     file.close()
 
 
-def lock_folder(folder: Path, what: str, shared: bool = False) -> IO[str]:
-    """Make ``folder`` where there is none, and lock it.
+def lock_folder(folder: Path, shared: bool = False) -> IO[str]:
+    """Create ``folder`` where there is none, and lock it.
 
     Args:
-        what: what is written there, for the message: ``these scores``.
+        shared: let others that ask for a shared lock hold it too.
 
     Raises:
-        DataError: there can be no such folder; somebody else is writing there.
+        DataError: the folder cannot be created, or another process is writing into it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = try_lock(folder / LOCK_NAME, shared=shared)
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise DataError(f"{folder}: cannot create it ({error.strerror})") from None
+        raise DataError(f"{folder}: cannot create the folder ({error.strerror})") from None
     if file is None:
-        raise DataError(f"{folder}: another run is writing {what}; wait for it or end it")
+        raise DataError(f"{folder}: another run is writing into it; wait until it ends, or stop it")
     return file

@@ -7,7 +7,6 @@ Parts that are on disk already are read instead of made again.
 """
 
 import hashlib
-import logging
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,6 @@ from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
@@ -31,13 +29,12 @@ from megatron_kd.data.document_format import (
     read_blocks,
 )
 from megatron_kd.data.documents import BadLine, Documents
-from megatron_kd.data.encoded_parts import EncodedBlock, PartFolder, PartWriter, Unit, read_part
+from megatron_kd.data.encoded_parts import EncodedBlock, EncodedParts, PartWriter, Unit
 from megatron_kd.data.encoder import DocumentEncoder
 from megatron_kd.data.tokenization import documents_of, load_tokenizer
 from megatron_kd.data.workers import prefetch, worker_pool
 from megatron_kd.errors import DataError
 
-logger = logging.getLogger(__name__)
 PART_BYTES = 64 << 20
 _BLOCKS_PER_WORKER = 4
 
@@ -77,7 +74,7 @@ class _PartEnd:
 
 @dataclass(frozen=True)
 class _Found:
-    path: Path
+    name: str
 
 
 _Event = _Work | _PartEnd | _Found
@@ -96,7 +93,7 @@ def units_of(paths: Sequence[str], form: DocumentFormat) -> list[Unit]:
     return units
 
 
-def encode_corpus(units: Sequence[Unit], job: EncodingJob, parts: PartFolder, workers: int) -> Iterator[EncodedBlock]:
+def encode_corpus(units: Sequence[Unit], job: EncodingJob, parts: EncodedParts, workers: int) -> Iterator[EncodedBlock]:
     """Encode units in order, part by part; each part is on disk once its blocks have been handed on.
 
     Args:
@@ -114,10 +111,10 @@ def encode_corpus(units: Sequence[Unit], job: EncodingJob, parts: PartFolder, wo
         with closing(encoded(_events(units, job.form, parts), job, workers)) as results:
             for event, block in results:
                 if isinstance(event, _Found):
-                    yield read_part(event.path)
+                    yield parts.read(event.name)
                 elif isinstance(event, _PartEnd):
                     writer = writer or parts.new_part(event.unit)
-                    writer.close(event.part, event.is_last)
+                    writer.finish(event.part, event.is_last)
                     writer = None
                 elif block is not None:
                     writer = writer or parts.new_part(event.unit)
@@ -128,7 +125,7 @@ def encode_corpus(units: Sequence[Unit], job: EncodingJob, parts: PartFolder, wo
             writer.abort()
 
 
-def read_parts(units: Sequence[Unit], parts: PartFolder) -> Iterator[EncodedBlock]:
+def read_parts(units: Sequence[Unit], parts: EncodedParts) -> Iterator[EncodedBlock]:
     """The parts that tasks have left, in order.
 
     Raises:
@@ -138,45 +135,31 @@ def read_parts(units: Sequence[Unit], parts: PartFolder) -> Iterator[EncodedBloc
     if missing:
         first = missing[0]
         raise DataError(
-            f"{parts.folder}: {len(missing)} of {len(units)} units are not encoded yet, the first of them "
+            f"{parts.store.folder}: {len(missing)} of {len(units)} units are not encoded yet, the first of them "
             f"{first.path} from byte {first.start}; run the tasks that stopped again, then merge"
         )
     for unit in units:
-        for path in parts.finished(unit).paths:
-            yield read_part(path)
+        for name in parts.finished(unit).names:
+            yield parts.read(name)
 
 
-def _events(units: Sequence[Unit], form: DocumentFormat, parts: PartFolder) -> Iterator[_Event]:
+def _events(units: Sequence[Unit], form: DocumentFormat, parts: EncodedParts) -> Iterator[_Event]:
     for unit in units:
-        found = _whole_parts(parts, unit)
-        for path in found:
-            yield _Found(path)
-        if found and found[-1].name.endswith(".last.part"):
+        found = parts.usable(unit)
+        for name in found.names:
+            yield _Found(name)
+        if found.is_complete:
             continue
         part, size = 0, 0
         for block in read_blocks(unit.path, form, start=unit.start, stop=unit.stop):
             if size >= PART_BYTES:
-                if part >= len(found):
+                if part >= len(found.names):
                     yield _PartEnd(unit, part, is_last=False)
                 part, size = part + 1, 0
             size += _size_of(block)
-            if part >= len(found):
+            if part >= len(found.names):
                 yield _Work(unit, block)
         yield _PartEnd(unit, part, is_last=True)
-
-
-def _whole_parts(parts: PartFolder, unit: Unit) -> list[Path]:
-    """The parts of a unit that can be used again; a damaged one and those after it are removed."""
-    paths = parts.finished(unit).paths
-    for number, path in enumerate(paths):
-        try:
-            read_part(path)
-        except DataError as error:
-            logger.warning("%s: made again", error)
-            for useless in paths[number:]:
-                useless.unlink(missing_ok=True)
-            return paths[:number]
-    return paths
 
 
 def _size_of(block: Block) -> int:

@@ -18,12 +18,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from megatron_kd.artefacts.manifest import already_made, recipe_of
+from megatron_kd.artefacts.work_store import WorkStore
 from megatron_kd.config import to_mapping
 from megatron_kd.data.byte_pieces import lines_before
 from megatron_kd.data.chunk_dataset import KIND, ChunkDataset
@@ -32,7 +32,7 @@ from megatron_kd.data.corpus_encoder import EncodingJob, encode_corpus, read_par
 from megatron_kd.data.corpus_outputs import ROLES, Chunking, CorpusOutputs, OutputSettings, SplitBy
 from megatron_kd.data.document_format import DocumentFormat, Kind, load, parse, read_blocks
 from megatron_kd.data.documents import BadLine, expand_inputs
-from megatron_kd.data.encoded_parts import EncodedBlock, PartFolder, Unit
+from megatron_kd.data.encoded_parts import EncodedBlock, EncodedParts, Unit
 from megatron_kd.data.encoder import SAMPLE_BYTES, Engine, EngineCheck, choose_engine
 from megatron_kd.data.indexed_dataset import dtype_for_vocab
 from megatron_kd.data.tokenization import LoadedTokenizer, load_tokenizer
@@ -199,15 +199,14 @@ def run(config: TokenizeCorpusConfig) -> dict[str, str]:
     tokenizer = load_tokenizer(config.tokenizer, config.eos_token)
     recipe = _recipe(config, paths, tokenizer)
     to_make = {role: path for role, path in config.outputs.items() if not _is_made(path, f"{recipe}-{role}", paths)}
-    folder = Path(f"{config.output}.parts")
     if not to_make:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(f"{config.output}.partial", ignore_errors=True)
         logger.info(
             f"{', '.join(config.outputs.values())}: already made from this input with these settings, nothing to do"
         )
         return config.outputs
     check = choose_engine(tokenizer, _sample(config, paths), config.engine)
-    parts = PartFolder(folder, _parts_info(config, paths, tokenizer, check))
+    parts = EncodedParts(WorkStore(config.output, _parts_recipe(config, paths, tokenizer, check)))
     units = units_of(paths, config.form)
     job = _job(config, tokenizer, check)
     with parts.opened(shared=config.task_index is not None, keep=config.merge):
@@ -215,11 +214,11 @@ def run(config: TokenizeCorpusConfig) -> dict[str, str]:
             _encode_share(config, units, job, parts)
             return {}
         _make_outputs(config, paths, tokenizer, check, units, job, parts, to_make, recipe)
-        parts.remove()
+        parts.store.remove()
     return config.outputs
 
 
-def _encode_share(config: TokenizeCorpusConfig, units: list[Unit], job: EncodingJob, parts: PartFolder) -> None:
+def _encode_share(config: TokenizeCorpusConfig, units: list[Unit], job: EncodingJob, parts: EncodedParts) -> None:
     share = units[config.task_index :: config.num_tasks]
     counts = Counts()
     total = _bytes_of(share)
@@ -241,7 +240,7 @@ def _make_outputs(
     check: EngineCheck,
     units: list[Unit],
     job: EncodingJob,
-    parts: PartFolder,
+    parts: EncodedParts,
     to_make: dict[str, str],
     recipe: str,
 ) -> None:
@@ -284,7 +283,7 @@ def _output_settings(config: TokenizeCorpusConfig) -> OutputSettings:
     )  # fmt: skip
 
 
-def _parts_info(
+def _parts_recipe(
     config: TokenizeCorpusConfig, paths: list[str], tokenizer: LoadedTokenizer, check: EngineCheck
 ) -> dict[str, Any]:
     """What the encoded documents depend on."""

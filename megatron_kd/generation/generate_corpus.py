@@ -4,7 +4,7 @@
 
 Each chunk's first ids, or its own prompt, are the prompt and the model samples the rest; with ``prompt: begin`` every
 text begins with one id alone, the model's BOS. Every text has a seed of its own, so the result depends on neither batch
-size nor layout. What is done is kept in ``<output>.parts``; a killed job goes on from there and gives the same bytes.
+size nor layout. What is done is kept in ``<output>.partial``; a killed job resumes there and gives the same bytes.
 """
 
 import dataclasses
@@ -21,13 +21,14 @@ from tqdm import tqdm
 
 from megatron_kd.artefacts.artefact_folder import building
 from megatron_kd.artefacts.manifest import already_made, recipe_of
+from megatron_kd.artefacts.work_store import WorkStore
 from megatron_kd.checkpoints.loading import LoadedModel, load_for_inference, weights_fingerprint
 from megatron_kd.config import to_mapping
 from megatron_kd.costs.flops import forward_flops
 from megatron_kd.data.chunk_dataset import KIND, PROMPT_LENGTHS_NAME, ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.errors import ConfigError, DataError
-from megatron_kd.generation.parts import Part, PartFolder
+from megatron_kd.generation.generated_parts import GeneratedParts, Part
 from megatron_kd.generation.prompted_texts import PromptSource, generate_part
 from megatron_kd.generation.sampling import SamplingConfig
 from megatron_kd.models.architecture import ScoredModelConfig
@@ -91,13 +92,15 @@ def run(config: GenerateCorpusConfig) -> Path:
         _check_positions(loaded, prompts)
         ingredients = _ingredients(config, dataset, fingerprint, prompts)
         recipe = recipe_of(ingredients)
-        parts = PartFolder(Path(f"{config.output}.parts"), {**ingredients, "texts_per_part": TEXTS_PER_PART})
-        if on_main_rank(lambda: already_made(config.output, KIND, recipe)):
-            on_main_rank(parts.remove)
-            return Path(config.output)
-        on_main_rank(parts.prepare)
-        _generate_missing(config, loaded, prompts, parts, runtime)
-        on_main_rank(lambda: _write(config, dataset, loaded, fingerprint, recipe, prompts, parts))
+        with WorkStore(config.output, {**ingredients, "texts_per_part": TEXTS_PER_PART}) as store:
+            if on_main_rank(lambda: already_made(config.output, KIND, recipe)):
+                on_main_rank(store.remove_leftovers)
+                return Path(config.output)
+            parts = GeneratedParts(store)
+            on_main_rank(store.claim)
+            _generate_missing(config, loaded, prompts, parts, runtime)
+            on_main_rank(lambda: _write(config, dataset, loaded, fingerprint, recipe, prompts, parts))
+            on_main_rank(store.remove)
     return Path(config.output)
 
 
@@ -141,7 +144,7 @@ def _ingredients(
 
 
 def _generate_missing(
-    config: GenerateCorpusConfig, loaded: LoadedModel, prompts: PromptSource, parts: PartFolder, runtime: Runtime
+    config: GenerateCorpusConfig, loaded: LoadedModel, prompts: PromptSource, parts: GeneratedParts, runtime: Runtime
 ) -> None:
     starts = range(0, prompts.num_texts, TEXTS_PER_PART)
     done = on_main_rank(lambda: [parts.is_done(number) for number in range(len(starts))])
@@ -180,7 +183,7 @@ def _write(
     fingerprint: str,
     recipe: str,
     prompts: PromptSource,
-    parts: PartFolder,
+    parts: GeneratedParts,
 ) -> None:
     seq_length = max(dataset.seq_length, prompts.max_length - 1)
     count = -(-prompts.num_texts // TEXTS_PER_PART)
@@ -203,7 +206,6 @@ def _write(
             },
             parents=_parents(dataset, loaded, fingerprint),
         )
-    parts.remove()
     logger.info(f"{writer.num_chunks:,} texts of {writer.num_tokens:,} tokens into {config.output}")
 
 

@@ -60,6 +60,11 @@ class MicroBatchPlan:
         self.chunks_per_unit = chunks_per_unit
 
     @property
+    def num_chunks(self) -> int:
+        """Chunks of the dataset."""
+        return self._dataset.num_chunks
+
+    @property
     def num_units(self) -> int:
         """Units of the dataset."""
         return math.ceil(self._dataset.num_chunks / self.chunks_per_unit)

@@ -9,11 +9,12 @@ that was killed goes on, on any number of ranks, and gives the same scores.
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator
 
-import numpy
+import numpy as np
 
 from megatron_kd.artefacts.manifest import already_made, recipe_of
+from megatron_kd.artefacts.work_store import WorkStore
 from megatron_kd.checkpoints.loading import LoadedModel, load_for_inference, weights_fingerprint
 from megatron_kd.config import to_mapping
 from megatron_kd.data.chunk_dataset import ChunkDataset
@@ -23,7 +24,7 @@ from megatron_kd.parallel.coordination import on_main_rank
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.parallel.runtime import Runtime, distributed_runtime
 from megatron_kd.scoring.chunk_losses import ChunkLosses, ChunkScorer
-from megatron_kd.scoring.journal import ScoreJournal, UnitScores, fill_journal
+from megatron_kd.scoring.journal import ScoreJournal, fill_journal
 from megatron_kd.scoring.leakage import refuse_training_data, training_datasets
 from megatron_kd.scoring.micro_batches import MicroBatch, MicroBatchPlan, width_multiple
 from megatron_kd.scoring.score_file import KIND, ScoreFile, write_score_file
@@ -76,27 +77,26 @@ def run(config: ScoreCorpusConfig) -> Path:
         on_main_rank(lambda: refuse_training_data(loaded.info, dataset, config.force))
         fingerprint = weights_fingerprint(loaded.chunks, loaded.groups.intra_dist_opt)
         plan = _plan(config, dataset, loaded)
-        recipe = _recipe(config, dataset, loaded, fingerprint, plan)
-        if on_main_rank(lambda: _is_made(config, recipe)):
-            return Path(config.output)
-        _score(config, dataset, loaded, fingerprint, plan, recipe, runtime)
+        with WorkStore(config.output, _recipe(config, dataset, loaded, fingerprint, plan)) as store:
+            if not on_main_rank(lambda: _is_made(store)):
+                _score(config, dataset, loaded, fingerprint, plan, store, runtime)
     return Path(config.output)
 
 
-def mean_losses(losses: ChunkLosses, first_chunk: int = 0) -> numpy.ndarray:
+def mean_losses(losses: ChunkLosses, first_chunk: int = 0) -> np.ndarray:
     """Mean loss of a token per chunk, float32; NaN where a chunk has no unmasked position.
 
     Raises:
         DataError: a loss is NaN or infinite (a damaged model).
     """
-    broken = numpy.flatnonzero(~numpy.isfinite(losses.nats))
+    broken = np.flatnonzero(~np.isfinite(losses.nats))
     if len(broken):
         raise DataError(
             f"{len(broken)} chunks have a loss that is not finite, the first is chunk {first_chunk + broken[0]}: "
             "is the model damaged?"
         )
-    with numpy.errstate(invalid="ignore"):
-        return (losses.nats / losses.tokens).astype(numpy.float32)
+    with np.errstate(invalid="ignore"):
+        return (losses.nats / losses.tokens).astype(np.float32)
 
 
 def _score(
@@ -105,25 +105,21 @@ def _score(
     loaded: LoadedModel,
     fingerprint: str,
     plan: MicroBatchPlan,
-    recipe: str,
+    store: WorkStore,
     runtime: Runtime,
 ) -> None:
-    """Compute what is missing in the journal, then write the score file."""
-    journal = ScoreJournal(config.output, dataset.num_chunks)
+    """Compute the scores that the store lacks, then write the score file."""
+    journal = ScoreJournal(store, plan)
     scorer = ChunkScorer(loaded.chunks, loaded.groups, dataset, runtime.device)
 
-    def compute(micro_batches: list[MicroBatch], first_chunk: int) -> UnitScores | None:
+    def compute(micro_batches: list[MicroBatch], first_chunk: int) -> np.ndarray | None:
         losses = scorer.unit(micro_batches)
-        return None if losses is None else UnitScores(mean_losses(losses, first_chunk), float(losses.nats.sum()))
+        return None if losses is None else mean_losses(losses, first_chunk)
 
-    try:
-        on_main_rank(lambda: journal.claim(recipe))
-        fill_journal("score_corpus", journal, plan, loaded.groups, runtime, compute)
-        on_main_rank(lambda: _write(config, dataset, loaded, fingerprint, recipe, journal.gather()))
-    finally:
-        journal.close()
-    if runtime.is_main:
-        journal.remove()
+    on_main_rank(store.claim)
+    fill_journal(journal, loaded.groups, runtime, compute)
+    on_main_rank(lambda: _write(config, dataset, loaded, fingerprint, recipe_of(store.recipe), journal.gather()))
+    on_main_rank(store.remove)
 
 
 def _plan(config: ScoreCorpusConfig, dataset: ChunkDataset, loaded: LoadedModel) -> MicroBatchPlan:
@@ -133,19 +129,20 @@ def _plan(config: ScoreCorpusConfig, dataset: ChunkDataset, loaded: LoadedModel)
 
 def _recipe(
     config: ScoreCorpusConfig, dataset: ChunkDataset, loaded: LoadedModel, fingerprint: str, plan: MicroBatchPlan
-) -> str:
-    return recipe_of({
+) -> dict[str, Any]:
+    return {
         "tool": "score_corpus", "dataset": dataset.fingerprint, "model": fingerprint,
         "precision": _precision(config, loaded), "micro_batch_size": config.micro_batch_size,
         "chunks_per_unit": plan.chunks_per_unit,
-    })  # fmt: skip
+    }  # fmt: skip
 
 
-def _is_made(config: ScoreCorpusConfig, recipe: str) -> bool:
-    if not already_made(config.output, KIND, recipe):
+def _is_made(store: WorkStore) -> bool:
+    if not already_made(store.output, KIND, recipe_of(store.recipe)):
         return False
-    ScoreFile.open(config.output)
-    logger.info(f"{config.output}: already made from this dataset and model, nothing to do")
+    ScoreFile.open(store.output)
+    store.remove_leftovers()
+    logger.info(f"{store.output}: already made from this dataset and model")
     return True
 
 
@@ -159,7 +156,7 @@ def _write(
     loaded: LoadedModel,
     fingerprint: str,
     recipe: str,
-    scores: numpy.ndarray,
+    scores: np.ndarray,
 ) -> None:
     manifest = loaded.info.manifest
     write_score_file(
@@ -177,6 +174,6 @@ def _write(
         compute_dtype=_precision(config, loaded),
         producer={"tool": "score_corpus", "config": to_mapping(config), "recipe": recipe},
     )
-    finite = scores[numpy.isfinite(scores)]
-    mean = f"mean {finite.mean(dtype=numpy.float64):.4f} nats a token" if len(finite) else "no chunk has a position"
+    finite = scores[np.isfinite(scores)]
+    mean = f"mean {finite.mean(dtype=np.float64):.4f} nats a token" if len(finite) else "no chunk has a position"
     logger.info(f"{len(scores):,} chunks of {config.data.path} into {config.output}, {mean}")

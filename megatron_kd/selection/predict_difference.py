@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megatron_kd.artefacts.artefact_folder import write_file
 from megatron_kd.artefacts.manifest import already_made, recipe_of
+from megatron_kd.artefacts.work_store import WorkStore
 from megatron_kd.checkpoints.loading import LoadedModel, load_for_inference
 from megatron_kd.config import to_mapping
 from megatron_kd.data.batch import make_batch
@@ -31,7 +31,7 @@ from megatron_kd.models.architecture import ScoredModelConfig
 from megatron_kd.parallel.coordination import on_main_rank
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.parallel.runtime import Runtime, distributed_runtime
-from megatron_kd.scoring.journal import ScoreJournal, UnitScores, fill_journal
+from megatron_kd.scoring.journal import ScoreJournal, fill_journal
 from megatron_kd.scoring.micro_batches import MicroBatch, MicroBatchPlan
 from megatron_kd.scoring.score_file import DIFFERENCE_KIND, ScoreFile, write_score_file
 from megatron_kd.selection.differences import measured_differences
@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 HELDOUT_SHARE = 0.1
 LEAST_SCORED = 20
+PROXY_PART = "proxy"
 
 
 @dataclass(frozen=True)
@@ -163,40 +164,44 @@ def run(config: PredictDifferenceConfig) -> Path:
     with distributed_runtime() as runtime:
         dataset = ChunkDataset.open(config.data.path)
         measured = MeasuredSubset.open(config.subset, dataset, config.training.seed)
-        recipe = _recipe(config, dataset, measured)
-        if on_main_rank(lambda: _is_made(config, recipe)):
-            return Path(config.output)
-        start = replace(config.proxy, precision=config.proxy.precision or "fp32")  # it is trained, with plain AdamW
-        loaded = load_for_inference(start, ParallelConfig(), dataset, runtime)
-        plan = MicroBatchPlan(dataset, config.micro_batch_size, chunks_per_unit=config.chunks_per_unit)
-        journal = ScoreJournal(config.output, dataset.num_chunks)
-        try:
-            on_main_rank(lambda: journal.claim(recipe))
-            proxy = _trained_proxy(config, measured, loaded, journal, runtime)
-            quality = ranking_quality(
-                proxy, measured.subset, *measured.heldout, config.micro_batch_size, runtime.device
-            )
-            _predict(proxy, dataset, plan, journal, loaded, runtime)
-            on_main_rank(lambda: _write(config, dataset, measured, loaded, quality, recipe, journal.gather()))
-        finally:
-            journal.close()
-        if runtime.is_main:
-            journal.remove()
+        with WorkStore(config.output, _recipe(config, dataset, measured)) as store:
+            if not on_main_rank(lambda: _is_made(store)):
+                _train_and_predict(config, dataset, measured, store, runtime)
     return Path(config.output)
+
+
+def _train_and_predict(
+    config: PredictDifferenceConfig,
+    dataset: ChunkDataset,
+    measured: MeasuredSubset,
+    store: WorkStore,
+    runtime: Runtime,
+) -> None:
+    start = replace(config.proxy, precision=config.proxy.precision or "fp32")  # it is trained, with plain AdamW
+    loaded = load_for_inference(start, ParallelConfig(), dataset, runtime)
+    plan = MicroBatchPlan(dataset, config.micro_batch_size, chunks_per_unit=config.chunks_per_unit)
+    journal = ScoreJournal(store, plan)
+    on_main_rank(store.claim)
+    proxy = _trained_proxy(config, measured, loaded, store, runtime)
+    quality = ranking_quality(proxy, measured.subset, *measured.heldout, config.micro_batch_size, runtime.device)
+    _predict(proxy, dataset, journal, loaded, runtime)
+    recipe = recipe_of(store.recipe)
+    on_main_rank(lambda: _write(config, dataset, measured, loaded, quality, recipe, journal.gather()))
+    on_main_rank(store.remove)
 
 
 def _trained_proxy(
     config: PredictDifferenceConfig,
     measured: MeasuredSubset,
     loaded: LoadedModel,
-    journal: ScoreJournal,
+    store: WorkStore,
     runtime: Runtime,
 ) -> DifferenceProxy:
-    """The proxy, from the unfinished output if its training was done before."""
+    """Return the proxy, from the unfinished output if it was trained before."""
     chunks, targets = measured.training
     proxy = DifferenceProxy(loaded.chunks[0].requires_grad_(True), float(targets.mean()), float(targets.std()) or 1.0)
-    saved = journal.folder / "proxy.pt"
-    if on_main_rank(saved.exists):
+    if on_main_rank(lambda: store.is_whole(PROXY_PART)):
+        saved = io.BytesIO(store.read(PROXY_PART).tobytes())
         proxy.load_state_dict(torch.load(saved, map_location=runtime.device, weights_only=True), strict=False)
         return proxy.eval()
     with tqdm(
@@ -209,51 +214,51 @@ def _trained_proxy(
             bar.update()
 
         train_proxy(proxy, measured.subset, chunks, targets, config.training, loaded.groups, runtime.device, on_step)
-    on_main_rank(lambda: _save(proxy, saved))
+    on_main_rank(lambda: store.write(PROXY_PART, _serialized(proxy)))
     return proxy
 
 
-def _save(proxy: DifferenceProxy, path: Path) -> None:
+def _serialized(proxy: DifferenceProxy) -> bytes:
     tensors = {name: value for name, value in proxy.state_dict().items() if isinstance(value, torch.Tensor)}
-    buffer = io.BytesIO()  # torch's own writing to a file does not say that the disk is full
+    buffer = io.BytesIO()
     torch.save(tensors, buffer)
-    write_file(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _predict(
     proxy: DifferenceProxy,
     dataset: ChunkDataset,
-    plan: MicroBatchPlan,
     journal: ScoreJournal,
     loaded: LoadedModel,
     runtime: Runtime,
 ) -> None:
     @torch.no_grad()
-    def compute(micro_batches: list[MicroBatch], first_chunk: int) -> UnitScores:
+    def compute(micro_batches: list[MicroBatch], first_chunk: int) -> np.ndarray:
         scores = np.zeros(sum(len(micro_batch.indices) for micro_batch in micro_batches), dtype=np.float32)
         for micro_batch in micro_batches:
             batch = make_batch(dataset, micro_batch.indices, micro_batch.width).to(runtime.device)
             scores[micro_batch.indices - first_chunk] = proxy(batch).cpu().numpy()
-        return UnitScores(scores, float(np.nansum(scores)))
+        return scores
 
-    fill_journal("predict_difference", journal, plan, loaded.groups, runtime, compute)
+    fill_journal(journal, loaded.groups, runtime, compute)
 
 
-def _is_made(config: PredictDifferenceConfig, recipe: str) -> bool:
-    if not already_made(config.output, DIFFERENCE_KIND, recipe):
+def _is_made(store: WorkStore) -> bool:
+    if not already_made(store.output, DIFFERENCE_KIND, recipe_of(store.recipe)):
         return False
-    ScoreFile.open(config.output, DIFFERENCE_KIND)
-    logger.info(f"{config.output}: already made, nothing to do")
+    ScoreFile.open(store.output, DIFFERENCE_KIND)
+    store.remove_leftovers()
+    logger.info(f"{store.output}: already made from this corpus, subset and proxy")
     return True
 
 
-def _recipe(config: PredictDifferenceConfig, dataset: ChunkDataset, measured: MeasuredSubset) -> str:
-    return recipe_of({
+def _recipe(config: PredictDifferenceConfig, dataset: ChunkDataset, measured: MeasuredSubset) -> dict[str, Any]:
+    return {
         "tool": "predict_difference", "dataset": dataset.fingerprint, "subset": measured.subset.fingerprint,
         "scores": [parent["fingerprint"] for parent in measured.parents], "proxy": to_mapping(config.proxy),
         "training": to_mapping(config.training), "micro_batch_size": config.micro_batch_size,
         "chunks_per_unit": config.chunks_per_unit,
-    })  # fmt: skip
+    }  # fmt: skip
 
 
 def _write(

@@ -12,7 +12,7 @@ from typing import IO, Iterator
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_kd.artefacts.artefact_folder import write_file
-from megatron_kd.artefacts.folder_lock import LOCK_NAME, free, try_lock
+from megatron_kd.artefacts.folder_lock import LOCK_NAME, release, try_lock
 from megatron_kd.checkpoints.loading import check_same_tokenizer
 from megatron_kd.checkpoints.weights import CheckpointInfo, check_same_architecture
 from megatron_kd.config import dump_yaml
@@ -167,7 +167,7 @@ class RunLock:
             self._path.unlink()
             for folder in self._made:
                 folder.rmdir()
-        free(self._file)
+        release(self._file)
         self._file = None
 
 

@@ -6,12 +6,12 @@ the disk.
 
 import os
 import signal
-from pathlib import Path
 
+from megatron_kd.artefacts.work_store import WorkStore
 from megatron_kd.cli import main
 from megatron_kd.teachers.cache import cache_writer as shard
 
-whole_append, whole_write_file = shard.ShardWriter._append, shard.write_file
+whole_append, whole_write = shard.ShardWriter._append, WorkStore.write
 writes = 0
 
 
@@ -34,13 +34,13 @@ def append(writer: shard.ShardWriter, ending: str, data: bytes) -> None:
     whole_append(writer, ending, data)
 
 
-def write_file(path: Path, data: bytes | str) -> None:
+def write(store: WorkStore, name: str, payload: bytes) -> None:
     if is_fatal():
-        path.with_name(f"{path.name}.tmp").write_bytes(part_of(str(data).encode()))
+        store.new_part().write(part_of(payload))
         os.kill(os.getpid(), signal.SIGKILL)
-    whole_write_file(path, data)
+    whole_write(store, name, payload)
 
 
 if __name__ == "__main__":
-    shard.ShardWriter._append, shard.write_file = append, write_file
+    shard.ShardWriter._append, WorkStore.write = append, write
     main("cache_teacher_logits")

@@ -9,14 +9,14 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from megatron_kd.artefacts.work_store import WorkStore
 from megatron_kd.cli import main
 from megatron_kd.data import chunk_dataset_writer
 from megatron_kd.generation import generate_corpus
-from megatron_kd.generation.parts import Part, PartFolder
 
-whole_save, whole_remove, whole_write_manifest = (
-    PartFolder.save,
-    PartFolder.remove,
+whole_write, whole_remove, whole_write_manifest = (
+    WorkStore.write,
+    WorkStore.remove,
     chunk_dataset_writer.write_manifest,
 )
 writes = 0
@@ -34,11 +34,11 @@ def die_in(path: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def save(parts: PartFolder, number: int, part: Part) -> None:
+def write(store: WorkStore, name: str, payload: bytes) -> None:
     fatal = is_fatal()
-    whole_save(parts, number, part)
+    whole_write(store, name, payload)
     if fatal:
-        die_in(parts._file(number))
+        die_in(store.path_of(name))
 
 
 def write_manifest(folder: Path, *arguments: Any) -> None:
@@ -48,13 +48,13 @@ def write_manifest(folder: Path, *arguments: Any) -> None:
         die_in(folder / "manifest.json")
 
 
-def remove(parts: PartFolder) -> None:
+def remove(store: WorkStore) -> None:
     if is_fatal():
         os.kill(os.getpid(), signal.SIGKILL)
-    whole_remove(parts)
+    whole_remove(store)
 
 
 if __name__ == "__main__":
     generate_corpus.TEXTS_PER_PART = 4
-    PartFolder.save, PartFolder.remove, chunk_dataset_writer.write_manifest = save, remove, write_manifest
+    WorkStore.write, WorkStore.remove, chunk_dataset_writer.write_manifest = write, remove, write_manifest
     main("generate_corpus")

@@ -9,11 +9,11 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from megatron_kd.artefacts.work_store import WorkStore
 from megatron_kd.cli import main
 from megatron_kd.scoring import score_file
-from megatron_kd.scoring.journal import ScoreJournal
 
-whole_add, whole_write_manifest = ScoreJournal.add, score_file.write_manifest
+whole_append, whole_write_manifest = WorkStore.append, score_file.write_manifest
 writes = 0
 
 
@@ -30,11 +30,11 @@ def die_in(path: Path, start: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def add(journal: ScoreJournal, *arguments: Any) -> None:
-    fatal, start = is_fatal(), 0 if journal._file is None else journal._file.tell()
-    whole_add(journal, *arguments)
+def append(store: WorkStore, *arguments: Any) -> None:
+    fatal, start = is_fatal(), 0 if store._journal is None else store._journal.tell()
+    whole_append(store, *arguments)
     if fatal:
-        die_in(Path(journal._file.name), start)
+        die_in(Path(store._journal.name), start)
 
 
 def write_manifest(folder: Path, *arguments: Any) -> None:
@@ -46,7 +46,7 @@ def write_manifest(folder: Path, *arguments: Any) -> None:
 
 def die_while(verb: str) -> None:
     """Run a verb that fills a score journal, and die."""
-    ScoreJournal.add, score_file.write_manifest = add, write_manifest
+    WorkStore.append, score_file.write_manifest = append, write_manifest
     main(verb)
 
 

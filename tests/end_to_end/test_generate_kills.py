@@ -25,7 +25,7 @@ def test_four_kills(dataset, teacher, tmp_path):
         assert ended.status == 0, ended.stderr
 
     def files(output):
-        assert not output.with_name(f"{output.name}.parts").exists()
+        assert not output.with_name(f"{output.name}.partial").exists()
         return {path.name: path.read_bytes() for path in output.iterdir() if path.name != "manifest.json"}
 
     def check(output):

@@ -65,7 +65,7 @@ class Scenario:
 
     def half_written(self) -> set[Path]:
         """What is under construction, or was when its writer was killed; every writer has names of its own."""
-        return {*self.folder.glob("out.tmp-*"), *self.folder.glob("out.parts/part.tmp-*")}
+        return {*self.folder.glob("out.tmp-*"), *self.folder.glob("out.partial/part.tmp-*")}
 
     def make(self) -> None:
         for command in self.commands:
@@ -168,7 +168,7 @@ def survive(scenario, kills, inside_wanted):
             ended = run(command[0], *command, program=scenario.program())
             assert ended.status == 0, ended.stderr
         assert scenario.files() == scenario.expected
-        assert not scenario.half_written() and not (scenario.folder / "out.parts").exists()
+        assert not scenario.half_written() and not (scenario.folder / "out.partial").exists()
         shutil.rmtree(scenario.folder / "out")
         if struck >= kills:
             break

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_kd.artefacts.work_store import WorkStore
 from megatron_kd.data.batch import make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.teachers.cache.cache_reader import LogitCache, View
 from megatron_kd.teachers.cache.cache_writer import ChunkRows, ShardPlan, ShardWriter
 from megatron_kd.teachers.cache.codec import Codec, Entries
-from megatron_kd.teachers.cache.work_folder import WorkFolder
+from megatron_kd.teachers.cache.unfinished_cache import UnfinishedCache
 
 
 def random_entries(codec: Codec, rows: int, chance: np.random.Generator, mean_ids: float | None = None) -> Entries:
@@ -51,15 +52,15 @@ def write_cache(
 ) -> LogitCache:
     """A whole cache of random knowledge about every chunk of ``dataset``."""
     settings = {"dataset": dataset.fingerprint, "seed": seed}
-    work, chance = WorkFolder(output, settings), np.random.default_rng(seed)
+    store, chance = WorkStore(output, settings), np.random.default_rng(seed)
     plan = ShardPlan.of(dataset.num_chunks, chunks_per_shard)
-    work.claim()
+    store.claim()
     for number in range(plan.num_shards):
         first, last = plan.chunk_range(number)
         indices = np.arange(first, last)
         batch = make_batch(dataset, indices, dataset.seq_length)
         rows = ChunkRows.of(batch, dataset.lengths[indices], dataset.root_ids(indices))
-        writer = ShardWriter(work.path, number, None, commit_seconds=60)
+        writer = ShardWriter(store, number, None, commit_seconds=60)
         writer.add(*rows.records(codec, random_entries(codec, len(rows.tokens()[0]), chance)))
         writer.commit(complete=True)
         writer.close()
@@ -68,5 +69,6 @@ def write_cache(
         "view": (view or View(1.0, "fp32")).to_mapping(),
         "teacher": {"path": "made up", "fingerprint": f"{seed:032x}"},
     }
-    work.finish(dataset, plan.num_shards, facts, {"tool": "write_cache", "settings": settings, "recipe": "none"})
+    cache = UnfinishedCache(store, plan.num_shards)
+    cache.finish(dataset, facts, {"tool": "write_cache", "settings": settings, "recipe": "none"})
     return LogitCache.open(output)

@@ -2,7 +2,7 @@
 
 torchrun --nproc-per-node 2 tools/cache_teacher_logits.py data.path=CORPUS teacher.path=RUN codec=sampled output=CACHE
 
-Replicas of the teacher take shards as they get free. A run that was killed goes on from the last commit of each shard
+Replicas of the teacher take shards as they get free. A run that was killed resumes at the last commit of each shard
 in ``<output>.partial``, on any number of replicas, and gives the same bytes.
 """
 
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_kd.artefacts.manifest import already_made, recipe_of
+from megatron_kd.artefacts.work_store import WorkStore
 from megatron_kd.checkpoints.loading import LoadedModel, load_for_inference, weights_fingerprint
 from megatron_kd.config import to_mapping
 from megatron_kd.data.chunk_dataset import ChunkDataset
@@ -29,7 +30,7 @@ from megatron_kd.parallel.runtime import Runtime, distributed_runtime
 from megatron_kd.teachers.cache.cache_reader import KIND, LogitCache, View
 from megatron_kd.teachers.cache.cache_writer import Commit, ShardFiller, ShardPlan
 from megatron_kd.teachers.cache.codec import LARGEST_VOCABULARY, Codec, CodecName
-from megatron_kd.teachers.cache.work_folder import WorkFolder
+from megatron_kd.teachers.cache.unfinished_cache import UnfinishedCache
 
 logger = logging.getLogger(__name__)
 
@@ -162,12 +163,12 @@ def _cache(
     runtime: Runtime,
 ) -> None:
     plan = ShardPlan.of(dataset.num_chunks, config.chunks_per_shard)
-    work = WorkFolder(config.output, settings)
-    with ExitStack() as stack:
-        stack.callback(work.close)
-        if on_main_rank(lambda: work.claim() or work.is_whole()):
+    with WorkStore(config.output, settings) as store, ExitStack() as stack:
+        cache = UnfinishedCache(store, plan.num_shards)
+        on_main_rank(store.claim)
+        if on_main_rank(cache.publish_if_whole):
             return
-        name, commits = on_main_rank(lambda: (secrets.token_hex(8), work.commits(plan.num_shards)))
+        name, commits = on_main_rank(lambda: (secrets.token_hex(8), cache.commits()))
         done = sum(commit.chunks for commit in commits.values())
         if done and runtime.is_main:
             logger.info(f"{done:,} of {dataset.num_chunks:,} chunks were done before")
@@ -175,12 +176,12 @@ def _cache(
         queue = WorkQueue(todo, name, loaded.groups, runtime.device)
         codec = Codec.from_mapping(settings["codec"])
         filler = stack.enter_context(ShardFiller(
-            work.path, dataset, loaded, codec, config.temperature, config.micro_batch_size, config.commit_seconds,
+            store, dataset, loaded, codec, config.temperature, config.micro_batch_size, config.commit_seconds,
             runtime.device,
         ))  # fmt: skip
         _fill(queue, plan, filler, commits, done, runtime)
         dist.barrier()
-        on_main_rank(lambda: _finish(config, dataset, loaded, settings, work, plan))
+        on_main_rank(lambda: _finish(config, dataset, loaded, settings, cache))
 
 
 def _fill(
@@ -210,8 +211,7 @@ def _finish(
     dataset: ChunkDataset,
     loaded: LoadedModel,
     settings: dict[str, Any],
-    work: WorkFolder,
-    plan: ShardPlan,
+    cache: UnfinishedCache,
 ) -> None:
     teacher = {
         "path": str(loaded.info.path),
@@ -223,7 +223,7 @@ def _finish(
         "settings": settings,
     }  # fmt: skip
     facts = {"codec": settings["codec"], "view": settings["view"], "teacher": teacher}
-    work.finish(dataset, plan.num_shards, facts, producer)
+    cache.finish(dataset, facts, producer)
     manifest = LogitCache.open(config.output).manifest
     logger.info(
         f"{manifest['tokens']:,} tokens into {config.output}, "

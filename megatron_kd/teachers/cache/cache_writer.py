@@ -1,14 +1,14 @@
-"""One pair of files of a cache, written so that a writer killed at any moment goes on where it last committed.
+"""One pair of files of a cache, written so that a writer killed at any moment resumes where it last committed.
 
 ``knowledge-00000.bin`` holds records one after another, ``knowledge-00000.idx`` 28 bytes about each (``INDEX_DTYPE``).
-While the cache is written, ``progress/knowledge-00000.json`` states how much of both is committed, with the checksums
-of those bytes: it is replaced, whole, after the bytes have reached the disk. What lies behind a commit is cut off.
+While the cache is written, part ``knowledge-00000`` of the work store says how much of both is committed, with the
+checksums of those bytes: it is replaced, whole, when they have reached the disk. What follows a commit is cut off.
 
 Chunks through the teacher and into shards.
 
     chunks → teacher's forward pass → (last pipeline stage) ids of the codec → thread: records → shard files
 
-Micro-batch m of a shard holds its chunks [m·b, (m + 1)·b) whatever the layout and wherever a killed run goes on, so the
+Micro-batch m of a shard holds its chunks [m·b, (m + 1)·b) whatever the layout and wherever a killed run resumes, so the
 same bytes come out. Encoding and writing run beside the next forward pass, at most ``MOST_WAITING`` micro-batches
 behind.
 """
@@ -28,8 +28,8 @@ import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_kd.artefacts.artefact_folder import write_file
-from megatron_kd.artefacts.checksums import BLOCK_BYTES, Checksums, ChecksumStream, FileChecksums
+from megatron_kd.artefacts.checksums import BLOCK_BYTES, Checksums, ChecksumStream
+from megatron_kd.artefacts.work_store import WorkStore
 from megatron_kd.checkpoints.loading import LoadedModel
 from megatron_kd.data.batch import Batch, make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
@@ -39,47 +39,45 @@ from megatron_kd.teachers.cache.cache_reader import INDEX_DTYPE, token_hash
 from megatron_kd.teachers.cache.codec import Codec, Entries
 from megatron_kd.teachers.cache.kept_ids import Selection
 
-PROGRESS_FOLDER = "progress"
-
 
 def shard_name(number: int) -> str:
-    """Name of a shard's files, without their ending."""
+    """Name of a shard's files, without their ending; its commit has it too."""
     return f"knowledge-{number:05d}"
 
 
 @dataclass(frozen=True)
 class Commit:
-    """How far a shard is: whole chunks, whether it is finished, and the checksums of the bytes that hold them."""
+    """How far a shard is: whole chunks, whether it is complete, and the checksums of the bytes that hold them."""
 
     chunks: int
     complete: bool
     checksums: Checksums
 
     @classmethod
-    def read(cls, folder: Path, number: int) -> "Commit | None":
-        """The last commit of a shard whose bytes are all there and as they were; None where there is none.
-
-        The bytes of a finished shard are not read again, their number is compared.
-        """
-        path = _progress_path(folder, number)
-        if not path.is_file():
+    def read(cls, store: WorkStore, number: int) -> "Commit | None":
+        """Read the last commit of a shard; None where there is none, or it is damaged."""
+        name = shard_name(number)
+        if not store.is_whole(name):
             return None
-        body = json.loads(path.read_text("utf-8"))
-        commit = cls(body["chunks"], body["complete"], Checksums.from_json(json.dumps(body["checksums"]), path))
-        return commit if commit._holds(folder) else None
+        body = json.loads(store.read(name).tobytes())
+        return cls(
+            body["chunks"], body["complete"], Checksums.from_json(json.dumps(body["checksums"]), store.path_of(name))
+        )
 
-    def write(self, folder: Path, number: int) -> None:
+    def write(self, store: WorkStore, number: int) -> None:
         """Replace the shard's commit."""
         body = {"chunks": self.chunks, "complete": self.complete, "checksums": json.loads(self.checksums.to_json())}
-        write_file(_progress_path(folder, number), json.dumps(body))
+        store.write(shard_name(number), json.dumps(body).encode())
 
-    def _holds(self, folder: Path) -> bool:
+    def holds(self, folder: Path) -> bool:
+        """Whether the bytes that it counts are all there, and as they were."""
         for name, expected in self.checksums.files.items():
             path = folder / name
             size = path.stat().st_size if path.is_file() else -1
             if size != expected.size if self.complete else size < expected.size:
                 return False
-            if not self.complete and not _same(_read_checksums(path, expected.size).finish(), expected):
+            found = _read_checksums(path, expected.size).finish()
+            if found.size != expected.size or not np.array_equal(found.blocks, expected.blocks):
                 return False
         return True
 
@@ -88,21 +86,22 @@ class ShardWriter:
     """Appends records to one shard.
 
     Args:
-        folder: the cache under construction.
+        store: of the cache under construction.
         number: of the shard.
-        commit: where to go on; None begins anew.
+        commit: where to resume; None begins anew.
         commit_seconds: the least time between two commits.
     """
 
-    def __init__(self, folder: Path, number: int, commit: Commit | None, commit_seconds: float) -> None:
-        self._folder, self._number, self._commit_seconds = folder, number, commit_seconds
+    def __init__(self, store: WorkStore, number: int, commit: Commit | None, commit_seconds: float) -> None:
+        self._store, self._number, self._commit_seconds = store, number, commit_seconds
         self._committed_at = time.monotonic()
         self.chunks = commit.chunks if commit else 0
         self._files: dict[str, tuple[BinaryIO, ChecksumStream]] = {}
         for ending in ("bin", "idx"):
             name = f"{shard_name(number)}.{ending}"
             size = commit.checksums[name].size if commit else 0
-            self._files[ending] = (_open_at(folder / name, size), _read_checksums(folder / name, size))
+            path = store.folder / name
+            self._files[ending] = (_open_at(path, size), _read_checksums(path, size))
         self._end = commit.checksums[f"{shard_name(number)}.bin"].size if commit else 0
 
     def add(self, records: list[np.ndarray], index: np.ndarray) -> None:
@@ -126,7 +125,7 @@ class ShardWriter:
             file.flush()
             os.fsync(file.fileno())
             checksums.files[f"{shard_name(self._number)}.{ending}"] = stream.finish()
-        Commit(self.chunks, complete, checksums).write(self._folder, self._number)
+        Commit(self.chunks, complete, checksums).write(self._store, self._number)
         self._committed_at = time.monotonic()
 
     def close(self) -> None:
@@ -138,10 +137,6 @@ class ShardWriter:
         file, stream = self._files[ending]
         file.write(data)
         stream.update(data)
-
-
-def _progress_path(folder: Path, number: int) -> Path:
-    return folder / PROGRESS_FOLDER / f"{shard_name(number)}.json"
 
 
 def _open_at(path: Path, size: int) -> BinaryIO:
@@ -162,10 +157,6 @@ def _read_checksums(path: Path, size: int) -> ChecksumStream:
             stream.update(piece)
             size -= len(piece)
     return stream
-
-
-def _same(found: FileChecksums, expected: FileChecksums) -> bool:
-    return found.size == expected.size and np.array_equal(found.blocks, expected.blocks)
 
 
 MICRO_BATCHES_PER_SCHEDULE = 8
@@ -241,7 +232,7 @@ class ShardFiller:
     """Fills shards with what one replica of a teacher says.
 
     Args:
-        folder: the cache under construction.
+        store: of the cache under construction.
         dataset: whose chunks.
         loaded: the teacher.
         codec, temperature: what is kept, and of which distribution.
@@ -251,7 +242,7 @@ class ShardFiller:
 
     def __init__(
         self,
-        folder: Path,
+        store: WorkStore,
         dataset: ChunkDataset,
         loaded: LoadedModel,
         codec: Codec,
@@ -260,7 +251,7 @@ class ShardFiller:
         commit_seconds: float,
         device: torch.device,
     ) -> None:
-        self._folder, self._dataset, self._loaded, self._codec = folder, dataset, loaded, codec
+        self._store, self._dataset, self._loaded, self._codec = store, dataset, loaded, codec
         self._rows, self._commit_seconds, self._device = micro_batch_size, commit_seconds, device
         groups = loaded.groups
         self.replica_size = groups.mp.size()
@@ -279,7 +270,7 @@ class ShardFiller:
 
     def shard(self, number: int, first: int, last: int, commit: Commit | None) -> Iterator[int]:
         """Write the chunks ``[first, last)`` of a shard, from its commit on; yields chunks as they are done."""
-        writer = ShardWriter(self._folder, number, commit, self._commit_seconds) if self._writes else None
+        writer = ShardWriter(self._store, number, commit, self._commit_seconds) if self._writes else None
         start = first + (commit.chunks if commit else 0)
         try:
             for window in range(start, last, self._rows * MICRO_BATCHES_PER_SCHEDULE):

@@ -47,22 +47,22 @@ def generate_in(layout, *arguments):
 def interrupt_after(parts, settings):
     """Run the verb with parts of 5 texts, and die while the next one is written."""
     from megatron_kd.generation import generate_corpus
-    from megatron_kd.generation.parts import PartFolder
+    from megatron_kd.generation.generated_parts import GeneratedParts
 
-    whole, size = PartFolder.save, generate_corpus.TEXTS_PER_PART
+    whole, size = GeneratedParts.save, generate_corpus.TEXTS_PER_PART
 
     def save(self, number, part):
         if number == parts:
             raise KeyboardInterrupt
         whole(self, number, part)
 
-    generate_corpus.TEXTS_PER_PART, PartFolder.save = 5, save
+    generate_corpus.TEXTS_PER_PART, GeneratedParts.save = 5, save
     try:
         call_verb(*VERB, settings)
     except KeyboardInterrupt:
         return "interrupted"
     finally:
-        generate_corpus.TEXTS_PER_PART, PartFolder.save = size, whole
+        generate_corpus.TEXTS_PER_PART, GeneratedParts.save = size, whole
 
 
 @pytest.fixture(scope="module")
@@ -104,23 +104,23 @@ def test_a_killed_job_goes_on_where_it_was(dataset, model, generated, tmp_path):
     settings = settings_of(dataset, model, tmp_path / "out")
     assert shared_ranks(1).run(interrupt_after, 2, settings) == ["interrupted"]
     assert not (tmp_path / "out").exists()
-    parts = sorted(path.name for path in (tmp_path / "out.parts").iterdir())
-    assert parts == ["part-000000.npz", "part-000001.npz", "recipe"]
-    before = (tmp_path / "out.parts" / parts[0]).stat().st_mtime_ns
+    parts = sorted(path.name for path in (tmp_path / "out.partial").iterdir())
+    assert parts == [".writer.lock", "recipe.json", "texts-000000.part", "texts-000001.part"]
+    before = (tmp_path / "out.partial" / parts[2]).stat().st_mtime_ns
     shared_ranks(1).run(interrupt_after, 3, settings)
-    assert (tmp_path / "out.parts" / parts[0]).stat().st_mtime_ns == before
+    assert (tmp_path / "out.partial" / parts[2]).stat().st_mtime_ns == before
     shared_ranks(1).run(interrupt_after, 99, settings)
     assert ChunkDataset.open(tmp_path / "out").fingerprint == generated.fingerprint
-    assert not (tmp_path / "out.parts").exists()
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_parts_of_another_recipe_are_refused_and_stay(dataset, model, generated, tmp_path):
     settings = settings_of(dataset, model, tmp_path / "out")
     shared_ranks(1).run(interrupt_after, 2, [*settings, "seed=11"])
-    unfinished = sorted(tmp_path.rglob("part-*.npz"))
+    unfinished = sorted(tmp_path.rglob("*.part"))
     with pytest.raises(RankError, match="another recipe .*seed 11 there"):
         shared_ranks(1).run(interrupt_after, 99, settings)
-    assert unfinished and sorted(tmp_path.rglob("part-*.npz")) == unfinished
+    assert unfinished and sorted(tmp_path.rglob("*.part")) == unfinished
 
 
 def test_a_finished_one_is_left_and_another_recipe_refused(dataset, model, generated):

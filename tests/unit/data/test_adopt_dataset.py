@@ -41,7 +41,7 @@ def test_released_chunks_are_used_where_they_are(
     assert [stock[index].tolist() for index in range(30)] == expected[30:]
     capsys.readouterr()
     run(config(tmp_path, tokenizer_folder))
-    assert "already adopted" in capsys.readouterr().out
+    assert "already adopted" in capsys.readouterr().err
     writer_folder = tmp_path / "copy"
     writer_folder.mkdir()
     writer = ChunkDatasetWriter(writer_folder, dataset.tokenizer_info(), 16)

@@ -149,7 +149,7 @@ def test_refusals_and_what_is_made_already(
         convert(root, folder, tmp_path / "bos", prepend_bos=True)
     convert(root, other_tokenizer, tmp_path / "out")
     convert(root, other_tokenizer, tmp_path / "out")
-    assert "already made" in capsys.readouterr().out
+    assert "already made" in capsys.readouterr().err
     with pytest.raises(DataError, match="not this same"):
         convert(root, other_tokenizer, tmp_path / "out", seq_length=9)
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_kd.artefacts.work_store import WorkStore
 from megatron_kd.data import byte_pieces, corpus_encoder
 from megatron_kd.data.corpus_encoder import EncodingJob, encode_corpus, read_parts, units_of
 from megatron_kd.data.document_format import DocumentFormat, read_blocks
 from megatron_kd.data.documents import BadLine
-from megatron_kd.data.encoded_parts import EncodedBlock, PartFolder
+from megatron_kd.data.encoded_parts import EncodedBlock, EncodedParts
 from megatron_kd.data.tokenization import LoadedTokenizer, documents_of, pieces_of_tokenizers
 from megatron_kd.errors import DataError
 from tests.unit.conftest import write_jsonl
@@ -26,8 +27,8 @@ def job(folder: Path, **changes: object) -> EncodingJob:
 
 def encode_files(files: list[str], job: EncodingJob, workers: int) -> list[EncodedBlock]:
     """All blocks, made anew."""
-    with tempfile.TemporaryDirectory() as folder:
-        return list(encode_corpus(units_of(files, job.form), job, PartFolder(Path(folder), {}), workers))
+    with tempfile.TemporaryDirectory() as folder, parts_of(Path(folder) / "out", {}).opened(shared=False) as parts:
+        return list(encode_corpus(units_of(files, job.form), job, parts, workers))
 
 
 def summary(blocks: list[EncodedBlock]) -> tuple[object, ...]:
@@ -51,6 +52,10 @@ def bad_lines(blocks: list[EncodedBlock]) -> list[BadLine]:
         found += [BadLine(line.path, before + line.line, line.reason) for line in block.bad]
         seen[block.path] = before + block.num_lines
     return found
+
+
+def parts_of(output: Path, recipe: dict) -> EncodedParts:
+    return EncodedParts(WorkStore(output, recipe))
 
 
 @pytest.fixture
@@ -102,51 +107,53 @@ def test_parts_are_the_same_whoever_makes_them_and_are_made_once(
     monkeypatch.setattr(corpus_encoder, "read_blocks", small)
     monkeypatch.setattr(corpus_encoder, "PART_BYTES", 20_000)
     monkeypatch.setattr(byte_pieces, "_RAW_PIECE_BYTES", 1000)
-    work, parts = job(tokenizer_folder), PartFolder(tmp_path / "parts", {"a": 1})
+    work, parts = job(tokenizer_folder), parts_of(tmp_path / "parts", {"a": 1})
     units = units_of(files, work.form)
     assert len(units) == 2 if kind == "gzip" else len(units) > 8
     with parts.opened(shared=False):
         expected = summary(list(encode_corpus(units, work, parts, 1)))
-    made = {path.name: path.read_bytes() for path in parts.folder.glob("*.part")}
+    made = {path.name: path.read_bytes() for path in parts.store.folder.glob("*.part")}
     assert len(made) > 8
     assert summary(list(read_parts(units, parts))) == expected
 
-    others = PartFolder(tmp_path / "others", {"a": 1})
+    others = parts_of(tmp_path / "others", {"a": 1})
     for task in (1, 0):  # tasks in any order, each its share, the merge after them
         with others.opened(shared=True), pytest.raises(DataError, match="units are not encoded yet"):
             list(read_parts(units, others))
         with others.opened(shared=True):
             list(encode_corpus(units[task::2], work, others, 1))
-    assert {path.name: path.read_bytes() for path in others.folder.glob("*.part")} == made
+    assert {path.name: path.read_bytes() for path in others.store.folder.glob("*.part")} == made
 
     names = sorted(made)
-    damaged, lost = parts.folder / names[1], parts.folder / names[-1]
+    damaged, lost = parts.store.folder / names[1], parts.store.folder / names[-1]
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 4
     damaged.write_bytes(data)
     lost.unlink()
-    stamps = {path.name: path.stat().st_mtime_ns for path in parts.folder.glob("*.part")}
+    stamps = {path.name: path.stat().st_mtime_ns for path in parts.store.folder.glob("*.part")}
     with pytest.raises(DataError, match="not encoded yet|damaged part"):
         list(read_parts(units, parts))
     assert summary(list(encode_corpus(units, work, parts, 2))) == expected
-    assert {path.name: path.read_bytes() for path in parts.folder.glob("*.part")} == made
-    again = {path.name for path in parts.folder.glob("*.part") if path.stat().st_mtime_ns != stamps.get(path.name)}
+    assert {path.name: path.read_bytes() for path in parts.store.folder.glob("*.part")} == made
+    again = {
+        path.name for path in parts.store.folder.glob("*.part") if path.stat().st_mtime_ns != stamps.get(path.name)
+    }
     assert {names[1], names[-1]} <= again and len(again) < len(made)
 
 
 def test_parts_of_another_corpus(tmp_path: Path, tokenizer_folder: Path, files: list[str]) -> None:
     work = job(tokenizer_folder)
     units = units_of(files, work.form)
-    with PartFolder(tmp_path / "parts", {"a": 1}).opened(shared=True) as parts:
+    with parts_of(tmp_path / "parts", {"a": 1}).opened(shared=True) as parts:
         list(encode_corpus(units, work, parts, 1))
-        with pytest.raises(DataError, match="another run is writing there"):
-            with PartFolder(tmp_path / "parts", {"a": 1}).opened(shared=False):
+        with pytest.raises(DataError, match="another run is writing into it"):
+            with parts_of(tmp_path / "parts", {"a": 1}).opened(shared=False):
                 pass
-    with pytest.raises(DataError, match="holds parts of another corpus"):
-        with PartFolder(tmp_path / "parts", {"a": 2}).opened(shared=True):
-            pass
-    with PartFolder(tmp_path / "parts", {"a": 2}).opened(shared=False) as parts:
-        assert not parts.finished(units[0]).paths
+    for shared in (True, False):
+        with pytest.raises(DataError, match="holds unfinished work of another recipe"):
+            with parts_of(tmp_path / "parts", {"a": 2}).opened(shared):
+                pass
+    assert parts.finished(units[0]).is_complete
 
 
 def test_the_split_hash_depends_on_the_seed_and_is_left_out_without_one(
@@ -161,14 +168,14 @@ def test_the_split_hash_depends_on_the_seed_and_is_left_out_without_one(
 def test_a_merge_with_other_settings_removes_no_part(tmp_path: Path, tokenizer_folder: Path, files: list[str]) -> None:
     work = job(tokenizer_folder)
     units = units_of(files[:1], work.form)
-    with PartFolder(tmp_path / "parts", {"a": 1}).opened(shared=True) as parts:
+    with parts_of(tmp_path / "parts", {"a": 1}).opened(shared=True) as parts:
         list(encode_corpus(units, work, parts, 1))
-    made = {path.name: path.read_bytes() for path in parts.folder.glob("*.part")}
+    made = {path.name: path.read_bytes() for path in parts.store.folder.glob("*.part")}
     assert len(made) == 1
     with pytest.raises(DataError, match="a 1 there, 2 now"):
-        with PartFolder(parts.folder, {"a": 2}).opened(shared=False, keep=True):
+        with parts_of(tmp_path / "parts", {"a": 2}).opened(shared=False, keep=True):
             pass
     with pytest.raises(DataError, match="a later failure"):
-        with PartFolder(parts.folder, {"a": 1}).opened(shared=False, keep=True):
+        with parts_of(tmp_path / "parts", {"a": 1}).opened(shared=False, keep=True):
             raise DataError("a later failure")
-    assert {path.name: path.read_bytes() for path in parts.folder.glob("*.part")} == made
+    assert {path.name: path.read_bytes() for path in parts.store.folder.glob("*.part")} == made

@@ -61,7 +61,7 @@ def test_packed_without_shuffle_is_the_corpus_cut(
     assert (
         dataset.token_byte_lengths[stream].sum() == sum(len(text.encode()) for text in texts) - 1
     )  # NFC: é, 3 bytes to 2
-    assert capsys.readouterr().out.count("\n") == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_shuffle_keeps_the_chunks_and_changes_their_order(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
@@ -118,7 +118,7 @@ def test_what_is_already_made_is_kept_and_anything_else_refused(
     run(config(corpus, tokenizer_folder, tmp_path / "out", **settings))
     before = files_of(tmp_path)
     run(config(corpus, tokenizer_folder, tmp_path / "out", **settings, workers=2))
-    assert "already made" in capsys.readouterr().out
+    assert "already made" in capsys.readouterr().err
     assert files_of(tmp_path) == before
     with pytest.raises(DataError, match="already exists and is not this same artefact"):
         run(config(corpus, tokenizer_folder, tmp_path / "out", **settings, seed=1))
@@ -148,7 +148,7 @@ def test_bad_lines_go_to_quarantine_up_to_a_limit(
         run(config(corpus, tokenizer_folder, tmp_path / "out", skip_bad_lines=True, max_bad_lines=1))
     assert os.listdir(tmp_path) == ["corpus.jsonl"]
     run(config(corpus, tokenizer_folder, tmp_path / "out", skip_bad_lines=True, max_bad_lines=2))
-    assert "2 bad lines skipped" in capsys.readouterr().out
+    assert "2 bad lines skipped" in capsys.readouterr().err
     rows = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
     assert [(row["path"], row["line"]) for row in rows] == [(str(corpus), 1), (str(corpus), len(texts) + 2)]
     assert rows[1]["reason"] == "not UTF-8 (byte 0xff at column 1)"
@@ -188,8 +188,8 @@ def test_tasks_and_a_merge_give_what_one_run_gives(
             without.setattr(corpus_encoder, "_encode_documents", None)  # a merge encodes nothing
             one(merge=True)
         assert [files_of(tmp_path / name) for name in ("out", "heldout")] == expected
-        assert not (tmp_path / "out.parts").exists()
-    assert "merge them with merge=true" in capsys.readouterr().out
+        assert not (tmp_path / "out.partial").exists()
+    assert "merge them with merge=true" in capsys.readouterr().err
     with pytest.raises(DataError, match=rf"corpus1.jsonl:{bad_line}: not valid JSON"):  # the number in the file
         strict = {**settings, "skip_bad_lines": False, "heldout_output": str(tmp_path / "other")}
         for task in range(5):
@@ -217,7 +217,7 @@ tokenize_corpus.run(from_mapping(tokenize_corpus.TokenizeCorpusConfig, {{
     environment = {**os.environ, "PYTHONPATH": str(TOOL.parents[1])}
     died = subprocess.run([sys.executable, "-c", program], env=environment, stderr=subprocess.DEVNULL, check=False)
     assert died.returncode == -signal.SIGKILL
-    left = list((tmp_path / "out.parts").glob("*.part"))
+    left = list((tmp_path / "out.partial").glob("*.part"))
     assert len(left) == 8 and not (tmp_path / "out").exists()
     encoded = []
     original = corpus_encoder._encode_documents

@@ -1,77 +1,65 @@
-"""The journal gives back what was whole when it was written, whatever is cut or flipped."""
+"""The journal gives back the scores that were whole when they were written; see artefacts/test_work_store.py."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_kd.artefacts.work_store import WorkStore
+from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
+from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import DataError
 from megatron_kd.scoring.journal import ScoreJournal
+from megatron_kd.scoring.micro_batches import MicroBatchPlan
 
 
-def journal(folder: Path, chunks: int = 10) -> ScoreJournal:
-    found = ScoreJournal(folder / "scores", chunks)
-    found.claim("recipe")
-    return found
+@pytest.fixture
+def plan(tmp_path: Path) -> MicroBatchPlan:
+    """9 chunks in units of 2; the last has one."""
+    dataset = write_chunk_dataset(tmp_path / "data", [np.arange(1, 9)] * 9, plain_tokenizer_info(10), 16)
+    return MicroBatchPlan(dataset, 1, chunks_per_unit=2)
 
 
 def unit_scores(unit: int) -> np.ndarray:
-    return np.array([unit + 0.25, np.nan], dtype=np.float32)
+    return np.array([unit + 0.25, np.nan], dtype=np.float32)[: 1 if unit == 4 else 2]
 
 
-def filled(folder: Path) -> Path:
-    writer = journal(folder)
-    for unit in (3, 0, 4):
-        writer.add(unit, 2 * unit, unit_scores(unit), 1.0)
-    writer.close()
-    (part,) = writer.folder.glob("*.part")
-    return part
+def journal(folder: Path, plan: MicroBatchPlan) -> tuple[WorkStore, ScoreJournal]:
+    store = WorkStore(folder / "scores", {"model": "m"})
+    store.claim()
+    return store, ScoreJournal(store, plan)
 
 
-def test_units_of_several_starts_add_up(tmp_path: Path) -> None:
-    filled(tmp_path)
-    second = journal(tmp_path)
-    assert second.done_units() == [0, 3, 4]
-    with pytest.raises(DataError, match="4 of 10 chunks have no score, the first is chunk 2"):
-        second.gather()
-    for unit in (1, 2):
-        second.add(unit, 2 * unit, unit_scores(unit), 1.0)
-    np.testing.assert_array_equal(second.gather(), np.concatenate([unit_scores(unit) for unit in range(5)]))
-    second.close()
-    second.remove()
-    assert not second.folder.exists()
+def test_units_of_several_starts_add_up(tmp_path: Path, plan: MicroBatchPlan) -> None:
+    store, first = journal(tmp_path, plan)
+    with store:
+        for unit in (3, 0, 4):
+            first.add(unit, unit_scores(unit))
+    store, second = journal(tmp_path, plan)
+    with store:
+        assert second.done_units() == [0, 3, 4]
+        with pytest.raises(DataError, match="4 of 9 chunks have no score, the first is chunk 2"):
+            second.gather()
+        for unit in (1, 2):
+            second.add(unit, unit_scores(unit))
+        np.testing.assert_array_equal(second.gather(), np.concatenate([unit_scores(unit) for unit in range(5)]))
 
 
-def test_cut_at_any_byte(tmp_path: Path) -> None:
-    part = filled(tmp_path)
-    whole = part.read_bytes()
-    one = len(whole) // 3
-    for size in range(len(whole)):
-        part.write_bytes(whole[:size])
-        reader = journal(tmp_path)
-        assert reader.done_units() == sorted([3, 0, 4][: size // one])
-        reader.close()
-
-
-def test_a_flipped_bit_loses_a_unit_and_never_gives_a_wrong_score(tmp_path: Path) -> None:
-    part = filled(tmp_path)
-    whole = part.read_bytes()
-    for position in range(len(whole)):
-        damaged = bytearray(whole)
-        damaged[position] ^= 1 << position % 8
-        part.write_bytes(bytes(damaged))
-        reader = journal(tmp_path)
-        assert len(reader.done_units()) < 3 and set(reader.done_units()) < {0, 3, 4}
-        for unit, first, scores, _ in reader._records():
-            assert first == 2 * unit
-            np.testing.assert_array_equal(scores, unit_scores(unit))
-        reader.close()
-
-
-def test_another_recipe_and_another_writer_are_refused(tmp_path: Path) -> None:
-    first = journal(tmp_path)
-    with pytest.raises(DataError, match="another run is writing"):
-        ScoreJournal(tmp_path / "scores", 10).claim("recipe")
-    first.close()
-    with pytest.raises(DataError, match="recipe recipe, now other"):
-        ScoreJournal(tmp_path / "scores", 10).claim("other")
+def test_a_flipped_bit_never_gives_a_wrong_score(tmp_path: Path, plan: MicroBatchPlan) -> None:
+    store, writer = journal(tmp_path, plan)
+    with store:
+        for unit in (3, 0, 4):
+            writer.add(unit, unit_scores(unit))
+    (path,) = store.folder.glob("*.journal")
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        store, reader = journal(tmp_path, plan)
+        with store:
+            done = reader.done_units()
+            assert set(done) < {0, 3, 4}
+            for unit in set(range(5)) - set(done):
+                reader.add(unit, unit_scores(unit))
+            np.testing.assert_array_equal(reader.gather(), np.concatenate([unit_scores(unit) for unit in range(5)]))
+        for extra in set(store.folder.glob("*.journal")) - {path}:
+            extra.unlink()

@@ -81,11 +81,11 @@ def break_off_after(units: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """End a run as if its process had gone, after this many units."""
     whole, written = ScoreJournal.add, []
 
-    def counted(self, unit, *arguments):
+    def counted(self, unit, scores):
         if len(written) == units:
             raise KeyboardInterrupt
         written.append(unit)
-        whole(self, unit, *arguments)
+        whole(self, unit, scores)
 
     monkeypatch.setattr(ScoreJournal, "add", counted)
 
@@ -117,7 +117,7 @@ def test_other_unfinished_scores_are_refused(
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         break_off_after(2, patch)
         score(dataset, model, tmp_path / "scores")
-    with pytest.raises(DataError, match="unfinished scores of another"):
+    with pytest.raises(DataError, match=r"unfinished work of another recipe \(.*micro_batch_size 2 there, 3 now"):
         score(dataset, model, tmp_path / "scores", micro_batch_size=3)
     score(dataset, model, tmp_path / "scores")
 

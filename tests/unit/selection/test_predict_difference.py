@@ -99,7 +99,7 @@ def test_a_killed_run_goes_on_with_the_same_proxy(keys: dict, tmp_path: Path) ->
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ScoreJournal, "add", dying_add)
         predict(keys, tmp_path / "r", chunks_per_unit=20)
-    assert (tmp_path / "r.partial" / "proxy.pt").is_file() and not (tmp_path / "r").exists()
+    assert (tmp_path / "r.partial" / "proxy.part").is_file() and not (tmp_path / "r").exists()
     assert predict(keys, tmp_path / "r", chunks_per_unit=20).fingerprint == whole.fingerprint
 
 

@@ -84,7 +84,7 @@ def test_chunks_and_ids_are_kept_in_corpus_order(
     facts = json.loads((out.path / "selection.json").read_text())
     assert (facts["kept"], facts["chunks"]) == (len(expected), 40)
     out.verify()
-    assert capsys.readouterr().out.count("\n") == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_ids_refer_to_the_root_through_two_selections(tmp_path: Path, scored: ChunkDataset) -> None:
@@ -113,7 +113,7 @@ def test_it_is_made_once_and_identical(
     run(config(tmp_path))
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
     run(config(tmp_path))
-    assert "already made" in capsys.readouterr().out
+    assert "already made" in capsys.readouterr().err
     with pytest.raises(DataError, match="not this same artefact"):
         run(config(tmp_path, 0.4))
     shutil.rmtree(tmp_path / "out")

@@ -30,7 +30,7 @@ def test_parts_are_disjoint_and_whole(
     assert drawn.manifest["producer"]["role"] == "reference" and rest.manifest["producer"]["role"] == "train"
     assert num_shared_chunks(drawn, rest) == 0 and num_shared_chunks(drawn, dataset) == 12
     split(dataset, tmp_path, "a", fraction=0.3, role="reference")
-    assert capsys.readouterr().out.count("already made") == 2
+    assert capsys.readouterr().err.count("already made") == 2
     with pytest.raises(DataError, match="not this same"):
         split(dataset, tmp_path, "a", fraction=0.4, role="reference")
 

@@ -9,6 +9,7 @@ size nor layout. What is done is kept in ``<output>.partial``; a killed job resu
 
 import dataclasses
 import functools
+import io
 import logging
 import sys
 from contextlib import closing
@@ -28,8 +29,7 @@ from megatron_kd.costs.flops import forward_flops
 from megatron_kd.data.chunk_dataset import KIND, PROMPT_LENGTHS_NAME, ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.errors import ConfigError, DataError
-from megatron_kd.generation.generated_parts import GeneratedParts, Part
-from megatron_kd.generation.prompted_texts import PromptSource, generate_part
+from megatron_kd.generation.prompted_texts import Part, PromptSource, generate_part
 from megatron_kd.generation.sampling import SamplingConfig
 from megatron_kd.models.architecture import ScoredModelConfig
 from megatron_kd.parallel.coordination import on_main_rank
@@ -80,6 +80,36 @@ class GenerateCorpusConfig:
                 yield f"'{name}' must be at least 1, not {value}"
         if self.prompt == "begin" and self.num_texts is None:
             yield "'prompt' begin needs 'num_texts', the number of texts"
+
+
+class GeneratedParts:
+    """The parts of one generated corpus, numbered, in its work store.
+
+    Args:
+        store: of the corpus.
+    """
+
+    def __init__(self, store: WorkStore) -> None:
+        self.store = store
+
+    def is_done(self, number: int) -> bool:
+        """Whether a part is there and whole; a damaged one is to be made again, and a line says so."""
+        return self.store.is_whole(_part_name(number))
+
+    def save(self, number: int, part: Part) -> None:
+        """Write a part whole or not at all."""
+        buffer = io.BytesIO()
+        np.savez(buffer, ids=part.ids, lengths=part.lengths, prompt_lengths=part.prompt_lengths)
+        self.store.write(_part_name(number), buffer.getvalue())
+
+    def load(self, number: int) -> Part:
+        """Read a part.
+
+        Raises:
+            DataError: it is missing or damaged.
+        """
+        with np.load(io.BytesIO(self.store.read(_part_name(number)).tobytes())) as file:
+            return Part(file["ids"], file["lengths"], file["prompt_lengths"])
 
 
 def run(config: GenerateCorpusConfig) -> Path:
@@ -214,3 +244,7 @@ def _parents(dataset: ChunkDataset, loaded: LoadedModel, fingerprint: str) -> li
         {"kind": KIND, "path": str(dataset.path), "fingerprint": dataset.fingerprint},
         {"kind": "checkpoint", "path": str(loaded.info.path), "fingerprint": fingerprint},
     ]
+
+
+def _part_name(number: int) -> str:
+    return f"texts-{number:06d}"

@@ -11,10 +11,18 @@ from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.random_numbers import sequence_seeds
 from megatron_kd.generation.decoder import Decoder
 from megatron_kd.generation.generate import ModelPolicy, generate
-from megatron_kd.generation.generated_parts import Part
 from megatron_kd.generation.sampling import SamplingConfig
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import is_last_stage, sum_over_group
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some texts: ``ids`` int64 one after another, ``lengths`` and ``prompt_lengths`` int64 of each."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    prompt_lengths: np.ndarray
 
 
 def prompts_of(dataset: ChunkDataset, chunks: np.ndarray, prompt_length: int) -> list[np.ndarray]:

@@ -47,7 +47,7 @@ def generate_in(layout, *arguments):
 def interrupt_after(parts, settings):
     """Run the verb with parts of 5 texts, and die while the next one is written."""
     from megatron_kd.generation import generate_corpus
-    from megatron_kd.generation.generated_parts import GeneratedParts
+    from megatron_kd.generation.generate_corpus import GeneratedParts
 
     whole, size = GeneratedParts.save, generate_corpus.TEXTS_PER_PART
 
@@ -185,5 +185,9 @@ def test_training_on_it(dataset, generated, tmp_path):
 
 def test_masking_prompts_of_a_plain_corpus_is_refused(dataset, tmp_path):
     with pytest.raises(RankError, match="has no prompts") as refused:
-        train_in_ranks("TP1 PP1", [f"data.path={dataset.path}", "data.mask_prompt=true"], tmp_path / "run")
+        train_in_ranks(
+            "TP1 PP1",
+            [f"data.path={dataset.path}", "data.mask_prompt=true", "model.name=qwen_toy_reference"],
+            tmp_path / "run",
+        )
     assert DataError.__name__ in str(refused.value)

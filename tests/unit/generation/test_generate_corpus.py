@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from megatron_kd.artefacts.work_store import WorkStore
-from megatron_kd.generation.generated_parts import GeneratedParts, Part
+from megatron_kd.generation.generate_corpus import GeneratedParts
+from megatron_kd.generation.prompted_texts import Part
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-# The NGC image brings torch, Transformer Engine and Apex; everything else is installed by the Makefile, against them.
+# The NGC image has torch, Transformer Engine and Apex; the Makefile installs everything else against them.
 #   docker build -t megatron-kd .
 #   docker run --gpus all --ipc=host -it -v "$PWD/data:/home/megatron/megatron-kd/data" megatron-kd
 FROM nvcr.io/nvidia/pytorch:25.09-py3
@@ -10,8 +10,8 @@ USER 2000
 WORKDIR /home/megatron/megatron-kd
 COPY --chown=2000:2000 . .
 
-# torch, and what the image built against it, stay the image's own; the rest has the versions that the tests pass with,
-# which the image's own constraints (PIP_CONSTRAINT) would contradict.
+# torch, and what the image built against it, remain the image's own. Everything else gets the versions that pass the
+# tests, which the image's own constraints (PIP_CONSTRAINT) would contradict.
 RUN python -c 'import torch; print(f"torch=={torch.__version__}")' > /home/megatron/constraints.txt \
     && grep -v '^torch==' requirements/constraints.txt >> /home/megatron/constraints.txt \
     && PIP_CONSTRAINT='' make install PYTHON=python3 VENV_FLAGS=--system-site-packages \

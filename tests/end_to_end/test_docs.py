@@ -142,7 +142,11 @@ def every_key():
     return {key for verb in VERBS.values() for key in keys_of(verb.load_config_class())}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name != "CHANGELOG.md"],  # which names keys by their old names too
+    ids=lambda page: str(page.relative_to(REPOSITORY)),
+)
 def test_keys_that_a_page_names_are_keys(page, every_key):
     text = page.read_text(encoding="utf-8")
     sections = {key.partition(".")[0] for key in every_key if "." in key}
@@ -153,7 +157,7 @@ def test_keys_that_a_page_names_are_keys(page, every_key):
         if key.partition(".")[0] in sections and key not in every_key and not key.endswith((".jsonl", ".png"))
     }
     last = {key.rpartition(".")[2] for key in every_key}
-    assert not unknown | {key for key in re.findall(r"`([a-z_]+)=[^`]*`", text) if key not in last}
+    assert not unknown | {key for key in re.findall(r"`([a-z_]+)=(?!\")[^`]*`", text) if key not in last}
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/laptop_to_cluster.md", "docs/installation.md", "docs/scaling.md"])

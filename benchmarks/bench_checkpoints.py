@@ -38,10 +38,9 @@ def generate_folder(folder: Path, scale: float) -> dict[str, int]:
     """Write a Qwen2-like folder of ``scale`` x 1.8B parameters in bf16; its bytes and those of its largest tensor."""
     import torch
 
-    from megatron_kd.checkpoints.families import hf_config
-    from megatron_kd.checkpoints.rules import decoder_rules, mcore_to_hf
-    from megatron_kd.checkpoints.safetensors_file import SafetensorsWriter, TensorSpec, parse_size
-    from megatron_kd.checkpoints.sharded_state import meta_state, tensors_of
+    from megatron_kd.checkpoints.families import hf_config, tensor_table
+    from megatron_kd.checkpoints.safetensors_file import SafetensorsWriter, TensorSpec
+    from megatron_kd.checkpoints.sharded_state import meta_state, meta_tensors
     from megatron_kd.data.tokenization import train_byte_level_bpe
     from megatron_kd.models.architecture import architecture_by_name
     from megatron_kd.parallel.runtime import distributed_runtime
@@ -54,11 +53,12 @@ def generate_folder(folder: Path, scale: float) -> dict[str, int]:
     )
     train_byte_level_bpe([f"{i} {i * i} some words {chr(97 + i % 26) * 5}" for i in range(2000)], 300, folder)
     with distributed_runtime():
-        shapes = tensors_of(meta_state(architecture, "bf16"))
-    rules = decoder_rules(architecture)
-    specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in mcore_to_hf(rules, architecture, shapes)}
+        shapes = meta_tensors(meta_state(architecture, "bf16"))
+    table = tensor_table(architecture, str(folder))
+    parts = [part for name, tensor in shapes.items() for part in table.to_hf(name, tensor)]
+    specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in parts}
     generator = torch.Generator().manual_seed(0)
-    with SafetensorsWriter(folder, specs, parse_size("1GB")) as writer:
+    with SafetensorsWriter(folder, specs, 10**9) as writer:
         for name, spec in specs.items():
             writer.add(name, torch.empty(spec.shape, dtype=spec.dtype).uniform_(-0.1, 0.1, generator=generator))
     (folder / "config.json").write_text(json.dumps(hf_config(architecture, "bfloat16", 0)))

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.cache_parts import random_dataset
 from megatron_kd.artefacts.work_store import WorkStore
-from megatron_kd.checkpoints.loading import LoadedModel
+from megatron_kd.checkpoints.weights import LoadedModel
 from megatron_kd.config import from_mapping
 from megatron_kd.data.batch import make_batch
 from megatron_kd.losses.tile_buffers import HeadLogits

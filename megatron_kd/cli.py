@@ -57,8 +57,8 @@ VERBS: dict[str, Verb] = {
     "cache_teacher_logits": Verb(
         "teachers.cache.cache_teacher_logits.CacheTeacherLogitsConfig", "the teacher's targets for every chunk, on disk"
     ),
-    "convert_from_hf": Verb("conversion.convert_from_hf.ConvertFromHFConfig", "Hugging Face folder to checkpoint"),
-    "convert_to_hf": Verb("conversion.convert_to_hf.ConvertToHFConfig", "checkpoint to Hugging Face folder"),
+    "convert_from_hf": Verb("conversion.conversion_config.ConvertFromHFConfig", "Hugging Face folder to checkpoint"),
+    "convert_to_hf": Verb("conversion.conversion_config.ConvertToHFConfig", "checkpoint to Hugging Face folder"),
     "evaluate": Verb("evaluation.evaluate_config.EvaluateConfig", "held-out loss, bits per byte, zero-shot tasks"),
     "plan_run": Verb("planning.plan_config.PlanRunConfig", "memory, time and storage of a run, before it starts"),
     "fit_scaling_law": Verb(

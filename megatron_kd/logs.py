@@ -15,6 +15,8 @@ import os
 import sys
 import warnings
 
+from tqdm import tqdm
+
 EVERY_RANK = {"every_rank": True}
 """Pass as ``extra`` to print a message on every rank that logs it."""
 
@@ -64,6 +66,18 @@ def silence_known_noise() -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # training/checkpoint.py reports a failed write, in one line.
     logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)
+
+
+def progress_bar(total: int, description: str, unit: str = "B") -> tqdm:
+    """Return a bar with an estimate of the time left, on a terminal; nothing is shown elsewhere.
+
+    Args:
+        total: how many of ``unit`` there are; bytes by default.
+    """
+    interval = 0.5 if sys.stderr.isatty() else 10.0
+    return tqdm(
+        total=total, unit=unit, unit_scale=True, desc=description, file=sys.stderr, disable=None, mininterval=interval
+    )
 
 
 class _StandardError(logging.Handler):

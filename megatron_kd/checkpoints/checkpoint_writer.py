@@ -1,7 +1,8 @@
-"""One checkpoint after another into ``checkpoints/``: built under another name, renamed when whole, old ones removed.
+"""Writes a run's checkpoints, one after another: built under another name, renamed when whole, old ones removed.
 
-    begin   plan, and either write at once or copy and write in a thread while training goes on
-    finish  collective: description, rename, ``latest``, retention (old ones go in a thread too, if the save had one)
+    begin   plan, and either write at once or copy and write in a thread while training continues
+    finish  collective: manifest, rename, ``latest``, retention (old ones are removed in a thread too, if the save had
+            one)
 
 A failure in the thread is raised by ``finish``, on every rank; the previous checkpoint is untouched.
 """
@@ -37,18 +38,18 @@ logger = logging.getLogger(__name__)
 
 FORMAT = {"backend": "torch_dist", "layout": "fully_reshardable"}
 Describe = Callable[[Path, Checksums], str | None]
-"""Write the manifest of a folder whose large files have these checksums; why it failed, or None."""
+"""Writes the manifest of a folder whose large files have these checksums; returns why it failed, or None."""
 
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints remain: the ``newest`` (None: all), and those whose step is a multiple of ``every``."""
+    """Rule of which checkpoints remain: the ``newest`` (None: all), and those whose step is a multiple of ``every``."""
 
     newest: int | None = None
     every: int | None = None
 
     def removes(self, folders: list[Path]) -> list[Path]:
-        """Of ``folders``, newest first, those that go."""
+        """Return which of ``folders`` (newest first) are removed."""
         old = folders[self.newest :] if self.newest else []
         return [folder for folder in old if not self.every or step_of(folder) % self.every]
 
@@ -76,7 +77,7 @@ class CheckpointWriter:
 
     @property
     def is_open(self) -> bool:
-        """Whether a checkpoint was begun and is not finished; the same on every rank."""
+        """Whether a checkpoint has begun and is not finished; the same on every rank."""
         return self._open is not None
 
     @property
@@ -93,7 +94,7 @@ class CheckpointWriter:
         self.finish()
         self.wait_for_removal()
         final = self._checkpoints / f"step_{step}"
-        on_main_rank(lambda: _remove_passed_over(self._checkpoints, step))
+        on_main_rank(lambda: _remove_from_step(self._checkpoints, step))
         stack, save = ExitStack(), ShardedSave(staging=self._staging)
         folder = Path(on_main_rank(lambda: str(stack.enter_context(building(final)))))
         self._open = _Open(final, folder, save, describe, stack)
@@ -135,13 +136,13 @@ class CheckpointWriter:
         return now.final
 
     def wait_for_removal(self) -> None:
-        """Until the checkpoints that the last one replaced are gone."""
+        """Wait until the checkpoints that the last one replaced are removed."""
         if self._removal is not None:
             self._removal.join()
             self._removal = None
 
     def abandon(self) -> None:
-        """Remove what there is of an open checkpoint. Not collective; for the way out of an error."""
+        """Remove what there is of an open checkpoint. Not collective: it is called while an error is raised."""
         now, self._open = self._open, None
         if now is None:
             return
@@ -169,27 +170,27 @@ def _remove(folders: list[Path]) -> None:
 
 
 class _Abandoned(Exception):
-    """Makes the folder under construction be removed."""
+    """Makes the unfinished folder be removed."""
 
 
 def step_of(folder: Path) -> int:
-    """n of ``step_<n>``."""
+    """Return n of ``step_<n>``."""
     return int(folder.name.removeprefix("step_"))
 
 
 def space_left(folder: Path) -> str:
-    """A full disk is the usual reason, and not every error says so."""
+    """Return a question about the free space: a full disk is the usual reason, and not every error says so."""
     try:
         return f"; is the disk full ({shutil.disk_usage(folder).free / 1e6:,.0f} MB are free)?"
     except OSError:
         return ""
 
 
-def _remove_passed_over(checkpoints: Path, step: int) -> None:
-    """Remove what is there of ``step`` and later ones: damaged when the run started, or undone by a rollback."""
+def _remove_from_step(checkpoints: Path, step: int) -> None:
+    """Remove the checkpoints of ``step`` and later ones: damaged when the run started, or undone by a rollback."""
     for folder in checkpoint_folders(checkpoints):
         if step_of(folder) >= step:
-            logger.info(f"{folder} is replaced by what follows from an earlier checkpoint")
+            logger.info(f"{folder} is removed: the run resumed from an earlier checkpoint")
             shutil.rmtree(folder)
 
 

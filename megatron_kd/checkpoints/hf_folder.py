@@ -12,10 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_kd.checkpoints.families import architecture_from_hf
-from megatron_kd.checkpoints.rules import Rename, check_hf_names, decoder_rules, expand, uses_fused_norms
+from megatron_kd.checkpoints.families import architecture_from_hf, tensor_table
 from megatron_kd.errors import CheckpointError
-from megatron_kd.models.architecture import ModelArchitecture
+from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.models.parameters import global_indices, global_parameter_name, global_shape, take_local_part
 
 CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -24,7 +23,7 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "
 
 
 def is_hf_folder(path: Path) -> bool:
-    """Whether ``path`` looks like an exported model."""
+    """Return whether ``path`` looks like an exported model."""
     return (path / CONFIG_NAME).is_file()
 
 
@@ -33,29 +32,26 @@ class HFFolder:
 
     Attributes:
         path: the folder.
-        architecture: as config.json describes it.
-        config: config.json.
+        config: content of config.json.
+        architecture: what config.json describes.
+        table: the rule of every tensor.
 
     Raises:
-        CheckpointError: no weights, another family, or tensors that do not fit the architecture (lists them).
+        CheckpointError: there are no weights, the family is unknown, or tensors do not fit the architecture (lists
+            them).
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.config = _read_json(path / CONFIG_NAME)
-        self.architecture: ModelArchitecture = architecture_from_hf(self.config, str(path / CONFIG_NAME))
+        self.architecture = architecture_from_hf(self.config, str(path / CONFIG_NAME))
+        self.table = tensor_table(self.architecture, str(path))
         self._files = _locate_tensors(path)
-        self._rules: dict[str, Rename] = {}
-        check_hf_names(
-            expand(decoder_rules(self.architecture), self.architecture.num_layers),
-            self.architecture,
-            set(self._files),
-            str(path),
-        )
+        self.table.require_hf_names(set(self._files))
 
     @property
     def bos_id(self) -> int | None:
-        """What a text begins with, if the model has such an id.
+        """The id that begins a text, if the model has one.
 
         Raises:
             CheckpointError: config.json has something else there.
@@ -66,7 +62,7 @@ class HFFolder:
         return value
 
     def generation_settings(self) -> dict[str, Any] | None:
-        """generation_config.json, if there is one.
+        """Return the content of generation_config.json, if there is one.
 
         Raises:
             CheckpointError: it cannot be read.
@@ -75,7 +71,11 @@ class HFFolder:
         return _read_json(path) if path.is_file() else None
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
+        """Return one tensor, on the CPU.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
         try:
             with safe_open(self._files[name], framework="pt") as file:
                 return file.get_tensor(name)
@@ -83,8 +83,12 @@ class HFFolder:
             raise CheckpointError(f"{self._files[name]}: cannot read '{name}' ({error})") from None
 
     def dtypes(self) -> set[torch.dtype]:
-        """Of the tensors that the table needs."""
-        needed = {name for rule in self._rule_by_name().values() for name in rule.hf}
+        """Return the dtypes of the tensors that the table needs.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        needed = self.table.hf_names
         found = set()
         for file in sorted({self._files[name] for name in needed}):
             try:
@@ -95,60 +99,35 @@ class HFFolder:
         return {_DTYPES.get(name, torch.uint8) for name in found}
 
     def mcore_tensor(self, name: str, vocab_rows: int) -> Tensor:
-        """A whole mcore tensor (names of the local layer spec), its vocabulary padded to ``vocab_rows``.
+        """Return a whole mcore tensor, its vocabulary padded to ``vocab_rows``.
 
         Raises:
             CheckpointError: a tensor cannot be read or has another shape than the architecture's.
         """
-        rule = self._rule_by_name()[name]
-        try:
-            return rule.to_mcore([self.tensor(part) for part in rule.hf], self.architecture, vocab_rows)
-        except RuntimeError as error:
-            raise self._misfit(rule, error) from None
-
-    def _rule_by_name(self) -> dict[str, Rename]:
-        if not self._rules:
-            rules = expand(decoder_rules(self.architecture), self.architecture.num_layers)
-            self._rules = {rule.mcore: rule for rule in rules}
-        return self._rules
-
-    def _misfit(self, rule: Rename, error: Exception) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path}: '{rule.hf[0]}' does not fit the architecture in {CONFIG_NAME}: {str(error).splitlines()[0]}"
-        )
+        return self.table.to_mcore(name, self.tensor, vocab_rows)
 
     @torch.no_grad()
-    def load_into(self, chunks: Sequence[torch.nn.Module]) -> None:
+    def load_into(self, chunks: Sequence[HiddenStateGPTModel]) -> None:
         """Fill this rank's model chunks.
 
         Raises:
             CheckpointError: a tensor cannot be read or has another shape than the model's.
         """
         for chunk in chunks:
-            parameters = dict(chunk.named_parameters())
-            rules = {
-                rule.mcore: rule
-                for rule in expand(
-                    decoder_rules(self.architecture, uses_fused_norms(parameters)), self.architecture.num_layers
-                )
-            }
-            for local_name, parameter in parameters.items():
+            for local_name, parameter in chunk.named_parameters():
                 name = global_parameter_name(chunk, local_name)
-                rule = rules[name]
-                try:
-                    whole = rule.to_mcore(
-                        [self.tensor(part) for part in rule.hf], self.architecture, self.architecture.vocab_size
+                whole = self.mcore_tensor(name, self.architecture.vocab_size)
+                shape = global_shape(name, parameter, chunk)
+                if tuple(whole.shape) != shape:  # a shorter one would be padded
+                    raise CheckpointError(
+                        f"{self.path}: '{self.table.hf_names_of(name)[0]}' does not fit the architecture in "
+                        f"{CONFIG_NAME}: shape {list(whole.shape)}, not {list(shape)}"
                     )
-                    shape = global_shape(name, parameter, chunk)
-                    if tuple(whole.shape) != shape:  # a shorter one would be padded
-                        raise RuntimeError(f"shape {list(whole.shape)}, not {list(shape)}")
-                    parameter.copy_(take_local_part(whole, global_indices(name, parameter, chunk)))
-                except (RuntimeError, IndexError) as error:
-                    raise self._misfit(rule, error) from None
+                parameter.copy_(take_local_part(whole, global_indices(name, parameter, chunk)))
 
 
 def _locate_tensors(path: Path) -> dict[str, Path]:
-    """Tensor name -> file."""
+    """Map every tensor's name to its file."""
     if (path / INDEX_NAME).is_file():
         located = {}
         weight_map = _read_json(path / INDEX_NAME).get("weight_map")

@@ -1,24 +1,19 @@
-"""The rule types that map one family's Hugging Face tensors to Megatron-Core's, in both directions.
+"""Rules between Megatron-Core's tensors and Hugging Face's, each with both directions, and the table of one model's.
 
-The table of rules is in ``decoder.py``. A rule names one mcore tensor and the HF tensors that hold the same
-numbers; ``{layer}`` in a name stands for every layer. Shapes: h hidden, f ffn, d head width, a attention heads,
-g query groups, V the vocabulary without padding.
+A rule names one mcore tensor and the Hugging Face tensors that hold the same numbers. Shapes: h hidden, f ffn, d head
+width, a attention heads, g query groups, V the vocabulary without padding.
 
     Rename        one tensor, another name
     MergeQKV      q [a·d, …], k [g·d, …], v [g·d, …]  ↔  [g · (a/g + 2) · d, …], per group: its q heads, k, v
     MergeGateUp   gate [f, h], up [f, h]              ↔  [2f, h], gate above up
     Vocabulary    [V, h]                              ↔  [padded V, h], zeros below
 
-All functions are pure and copy no more than they must; the dtype stays what it is.
-
-The mapping table of Llama-like decoders: which mcore tensor holds which Hugging Face tensors.
-
-Qwen1.5, Qwen2, Qwen2.5, Qwen3, Llama and Mistral have the same tensors under the same names; they differ in a bias on
-Q, K and V, norms on Q and K, and whether the output layer is the embedding: ``families.py`` reads it from config.json.
+Rules are pure, keep the dtype and copy no more than they must. Mcore names are those of the local layer spec.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -28,23 +23,36 @@ from megatron_kd.models.architecture import ModelArchitecture
 
 
 @dataclass(frozen=True)
-class Rename:
-    """The same tensor under two names."""
+class Rule(ABC):
+    """One mcore tensor and the Hugging Face tensors that it is made of.
+
+    Both directions may raise RuntimeError where a shape is not the architecture's.
+    """
 
     mcore: str
     hf: tuple[str, ...]
 
+    @abstractmethod
     def to_hf(self, tensor: Tensor, architecture: ModelArchitecture) -> tuple[Tensor, ...]:
-        """mcore's tensor to HF's, in the order of ``hf``."""
+        """Convert mcore's tensor to Hugging Face's, in the order of ``hf``."""
+
+    @abstractmethod
+    def to_mcore(self, tensors: Sequence[Tensor], architecture: ModelArchitecture, vocab_rows: int) -> Tensor:
+        """Convert Hugging Face's tensors, in the order of ``hf``, to mcore's with ``vocab_rows`` ids."""
+
+
+class Rename(Rule):
+    """A tensor under another name."""
+
+    def to_hf(self, tensor: Tensor, architecture: ModelArchitecture) -> tuple[Tensor, ...]:
         return (tensor,)
 
     def to_mcore(self, tensors: Sequence[Tensor], architecture: ModelArchitecture, vocab_rows: int) -> Tensor:
-        """HF's tensors, in the order of ``hf``, to mcore's."""
         return tensors[0]
 
 
-class MergeQKV(Rename):
-    """Three projections to one whose rows are interleaved by query group, so that TP shards whole groups."""
+class MergeQKV(Rule):
+    """Three projections in one whose rows are interleaved by query group, so that TP shards whole groups."""
 
     def to_hf(self, tensor: Tensor, architecture: ModelArchitecture) -> tuple[Tensor, ...]:
         heads = architecture.num_attention_heads // architecture.num_query_groups
@@ -61,8 +69,8 @@ class MergeQKV(Rename):
         return torch.cat(parts, dim=1).reshape(-1, *trailing)
 
 
-class MergeGateUp(Rename):
-    """SwiGLU's two input projections to one."""
+class MergeGateUp(Rule):
+    """SwiGLU's two input projections in one."""
 
     def to_hf(self, tensor: Tensor, architecture: ModelArchitecture) -> tuple[Tensor, ...]:
         return tuple(part.contiguous() for part in tensor.chunk(2, dim=0))
@@ -73,8 +81,8 @@ class MergeGateUp(Rename):
         return torch.cat(list(tensors), dim=0)
 
 
-class Vocabulary(Rename):
-    """Rows per vocabulary id: mcore pads them to a multiple, HF holds as many as there are."""
+class Vocabulary(Rule):
+    """Rows per vocabulary id: mcore pads them to a multiple, Hugging Face holds as many as there are."""
 
     def to_hf(self, tensor: Tensor, architecture: ModelArchitecture) -> tuple[Tensor, ...]:
         return (tensor[: architecture.vocab_size].contiguous(),)
@@ -82,137 +90,93 @@ class Vocabulary(Rename):
     def to_mcore(self, tensors: Sequence[Tensor], architecture: ModelArchitecture, vocab_rows: int) -> Tensor:
         missing = vocab_rows - tensors[0].shape[0]
         if missing < 0:
-            raise CheckpointError(f"'{self.hf[0]}' has {tensors[0].shape[0]} rows, more than the model's {vocab_rows}")
+            raise RuntimeError(f"{tensors[0].shape[0]} rows, more than the model's {vocab_rows}")
         if missing == 0:
             return tensors[0]
         padding = tensors[0].new_zeros(missing, *tensors[0].shape[1:])
         return torch.cat([tensors[0], padding], dim=0)
 
 
-def mcore_to_hf(
-    rules: Sequence[Rename], architecture: ModelArchitecture, state: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    """Every HF tensor of ``state`` (full, unsharded, mcore's names), one after another.
+class TensorTable:
+    """Every tensor of one model, by its mcore name, with the rule that converts it.
 
     Args:
-        rules: the family's table for ``architecture``.
-        architecture: of the model.
-        state: full tensors by mcore name; ``_extra_state`` entries are left out.
-
-    Raises:
-        CheckpointError: a tensor is missing, unknown, or of another shape than the architecture's.
+        rules: one per mcore tensor.
+        architecture: the model's.
+        where: what errors call the model's folder.
     """
-    expanded = expand(rules, architecture.num_layers)
-    names = {name for name in state if not name.endswith("_extra_state")}
-    _require_same({rule.mcore for rule in expanded}, names, "the checkpoint")
-    for rule in expanded:
+
+    def __init__(self, rules: Sequence[Rule], architecture: ModelArchitecture, where: str):
+        self._rules = {rule.mcore: rule for rule in rules}
+        self._architecture, self._where = architecture, where
+
+    @property
+    def mcore_names(self) -> set[str]:
+        """Names of all mcore tensors."""
+        return set(self._rules)
+
+    @property
+    def hf_names(self) -> set[str]:
+        """Names of all Hugging Face tensors."""
+        return {name for rule in self._rules.values() for name in rule.hf}
+
+    def hf_names_of(self, name: str) -> tuple[str, ...]:
+        """Return the Hugging Face tensors of an mcore tensor, in the order of :meth:`to_hf`."""
+        return self._rules[name].hf
+
+    def require_mcore_names(self, names: set[str]) -> None:
+        """Raise :class:`CheckpointError`, listing the differences, unless ``names`` are the table's mcore tensors."""
+        self._require_same(self.mcore_names, names)
+
+    def require_hf_names(self, names: set[str]) -> None:
+        """Raise :class:`CheckpointError`, listing the differences, unless ``names`` are the table's HF tensors.
+
+        Rotary buffers are ignored, and so is the output layer of a tied model.
+        """
+        ignored = {"lm_head.weight"} if self._architecture.tie_word_embeddings else set()
+        found = {name for name in names if name not in ignored and not name.endswith("rotary_emb.inv_freq")}
+        self._require_same(self.hf_names, found)
+
+    def to_hf(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield the Hugging Face tensors of one whole mcore tensor.
+
+        Raises:
+            CheckpointError: its shape is not the architecture's.
+        """
         try:
-            tensors = rule.to_hf(state[rule.mcore], architecture)
-        except RuntimeError as error:
-            raise _wrong_shape(rule.mcore, state[rule.mcore], error) from None
-        yield from zip(rule.hf, tensors, strict=True)
+            parts = self._rules[name].to_hf(tensor, self._architecture)
+        except (RuntimeError, IndexError) as error:
+            raise self._misfit(name, tensor, error) from None
+        yield from zip(self._rules[name].hf, parts, strict=True)
 
+    def to_mcore(self, name: str, read: Callable[[str], Tensor], vocab_rows: int) -> Tensor:
+        """Return one whole mcore tensor.
 
-def hf_to_mcore(
-    rules: Sequence[Rename], architecture: ModelArchitecture, state: Mapping[str, Tensor], vocab_rows: int
-) -> Iterator[tuple[str, Tensor]]:
-    """Every mcore tensor of ``state`` (HF's names), full and unsharded, one after another.
+        Args:
+            read: returns a Hugging Face tensor by name.
+            vocab_rows: rows of a vocabulary matrix; those that Hugging Face lacks are zero.
 
-    Args:
-        rules: the family's table for ``architecture``.
-        architecture: of the model.
-        state: tensors by HF name. Rotary buffers are left out, and so is the output layer of a tied model.
-        vocab_rows: rows of the padded vocabulary; the added ones are zero.
-
-    Raises:
-        CheckpointError: a tensor is missing, unknown, or of another shape than the architecture's.
-    """
-    expanded = expand(rules, architecture.num_layers)
-    check_hf_names(expanded, architecture, set(state), "the Hugging Face folder")
-    for rule in expanded:
-        tensors = [state[name] for name in rule.hf]
+        Raises:
+            CheckpointError: a shape is not the architecture's.
+        """
+        rule = self._rules[name]
+        tensors = [read(part) for part in rule.hf]
         try:
-            yield rule.mcore, rule.to_mcore(tensors, architecture, vocab_rows)
-        except RuntimeError as error:
-            raise _wrong_shape(rule.hf[0], tensors[0], error) from None
+            return rule.to_mcore(tensors, self._architecture, vocab_rows)
+        except (RuntimeError, IndexError) as error:
+            raise self._misfit(rule.hf[0], tensors[0], error) from None
 
+    def _require_same(self, expected: set[str], found: set[str]) -> None:
+        faults = []
+        for word, names in (("lacks", expected - found), ("has unknown", found - expected)):
+            if names:
+                shown = ", ".join(f"'{name}'" for name in sorted(names)[:3])
+                faults.append(f"{word} {shown}" + (f" and {len(names) - 3} more" if len(names) > 3 else ""))
+        if faults:
+            raise CheckpointError(f"{self._where} does not fit the architecture: it " + "; it ".join(faults))
 
-def check_hf_names(expanded: Sequence[Rename], architecture: ModelArchitecture, names: set[str], where: str) -> None:
-    """Raise :class:`CheckpointError`, listing the names, unless HF tensors are just those of the expanded table."""
-    ignored = {"lm_head.weight"} if architecture.tie_word_embeddings else set()
-    found = {name for name in names if name not in ignored and not name.endswith("rotary_emb.inv_freq")}
-    _require_same({name for rule in expanded for name in rule.hf}, found, where)
-
-
-def expand(rules: Sequence[Rename], num_layers: int) -> list[Rename]:
-    """The table with ``{layer}`` filled in, layer by layer, the rules without it in their places."""
-    expanded: list[Rename] = []
-    per_layer = [rule for rule in rules if "{layer}" in rule.mcore]
-    for rule in rules:
-        if rule not in per_layer:
-            expanded.append(rule)
-        elif rule is per_layer[0]:
-            expanded.extend(_at_layer(one, layer) for layer in range(num_layers) for one in per_layer)
-    return expanded
-
-
-def _at_layer(rule: Rename, layer: int) -> Rename:
-    return type(rule)(rule.mcore.format(layer=layer), tuple(name.format(layer=layer) for name in rule.hf))
-
-
-def _require_same(expected: set[str], found: set[str], where: str) -> None:
-    faults = []
-    for word, names in (("lacks", expected - found), ("has unknown", found - expected)):
-        if names:
-            shown = ", ".join(f"'{name}'" for name in sorted(names)[:3])
-            faults.append(f"{word} {shown}" + (f" and {len(names) - 3} more" if len(names) > 3 else ""))
-    if faults:
-        raise CheckpointError(f"{where} does not fit the architecture: it " + "; it ".join(faults))
-
-
-def _wrong_shape(name: str, tensor: Tensor, error: RuntimeError) -> CheckpointError:
-    reason = str(error).splitlines()[0]
-    return CheckpointError(f"'{name}' of shape {list(tensor.shape)} does not fit the architecture: {reason}")
-
-
-_MCORE, _HF = "decoder.layers.{layer}", "model.layers.{layer}"
-
-
-def decoder_rules(architecture: ModelArchitecture, fused_norms: bool = False) -> tuple[Rename, ...]:
-    """The table, in the model's order.
-
-    Args:
-        architecture: decides whether there is an output layer of its own, a bias on Q, K and V, and norms on Q and K.
-        fused_norms: the names of the Transformer Engine spec, whose norms belong to the linear layers after them.
-    """
-    attention = f"{_MCORE}.self_attention"
-    qkv = [f"{_HF}.self_attn.{part}_proj" for part in ("q", "k", "v")]
-    input_norm = f"{attention}.linear_qkv.layer_norm_weight" if fused_norms else f"{_MCORE}.input_layernorm.weight"
-    mlp_norm = f"{_MCORE}.mlp.linear_fc1.layer_norm_weight" if fused_norms else f"{_MCORE}.pre_mlp_layernorm.weight"
-    rules = [
-        Vocabulary("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
-        Rename(input_norm, (f"{_HF}.input_layernorm.weight",)),
-        MergeQKV(f"{attention}.linear_qkv.weight", tuple(f"{name}.weight" for name in qkv)),
-    ]
-    if architecture.add_qkv_bias:
-        rules.append(MergeQKV(f"{attention}.linear_qkv.bias", tuple(f"{name}.bias" for name in qkv)))
-    if architecture.qk_layernorm:
-        rules += [
-            Rename(f"{attention}.{part}_layernorm.weight", (f"{_HF}.self_attn.{part}_norm.weight",))
-            for part in ("q", "k")
-        ]
-    rules += [
-        Rename(f"{attention}.linear_proj.weight", (f"{_HF}.self_attn.o_proj.weight",)),
-        Rename(mlp_norm, (f"{_HF}.post_attention_layernorm.weight",)),
-        MergeGateUp(f"{_MCORE}.mlp.linear_fc1.weight", (f"{_HF}.mlp.gate_proj.weight", f"{_HF}.mlp.up_proj.weight")),
-        Rename(f"{_MCORE}.mlp.linear_fc2.weight", (f"{_HF}.mlp.down_proj.weight",)),
-        Rename("decoder.final_layernorm.weight", ("model.norm.weight",)),
-    ]
-    if not architecture.tie_word_embeddings:
-        rules.append(Vocabulary("output_layer.weight", ("lm_head.weight",)))
-    return tuple(rules)
-
-
-def uses_fused_norms(state: Mapping[str, Any]) -> bool:
-    """Whether mcore tensors carry the names of the Transformer Engine spec."""
-    return any(name.endswith("linear_qkv.layer_norm_weight") for name in state)
+    def _misfit(self, name: str, tensor: Tensor, error: Exception) -> CheckpointError:
+        reason = str(error).splitlines()[0]
+        return CheckpointError(
+            f"{self._where}: '{name}' of shape {list(tensor.shape)} does not fit the architecture: {reason}"
+        )

@@ -1,9 +1,9 @@
 """Checkpoints of Megatron-LM itself (``torch_dist``) as a source of weights: teacher, student's start, export.
 
-Megatron-LM keeps its arguments in the checkpoint (``common.pt``, or an object in the sharded files in newer versions):
-they say which architecture it is. They are unpickled with ``weights_only``: of the classes that arguments hold, plain
-containers and enumerations are let in, anything else is refused by name. (torch's own ``.metadata`` is a pickle without
-such a guard: read checkpoints whose origin you trust.)
+Megatron-LM keeps its arguments in the checkpoint (``common.pt``, or an object in the sharded files in newer versions),
+which describe the architecture. They are unpickled with ``weights_only``: plain containers and enumerations are
+allowed, any other class is refused by name. torch's own ``.metadata`` is a pickle without such a guard: read
+checkpoints whose origin you trust.
 """
 
 import argparse
@@ -13,17 +13,19 @@ import io
 import pathlib
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_kd.artefacts.checksums import SIDECAR_NAME
 from megatron_kd.artefacts.manifest import MANIFEST_NAME
-from megatron_kd.checkpoints.sharded_state import StoredTensors, sharded_weights
+from megatron_kd.checkpoints.families import exportable_as
+from megatron_kd.checkpoints.sharded_state import StoredTensors, sharded_weights, tensor_entries
 from megatron_kd.errors import CheckpointError
 from megatron_kd.models.architecture import ModelArchitecture
+from megatron_kd.models.gpt import HiddenStateGPTModel
 
 ITERATION_NAME, COMMON_NAME, METADATA_NAME = "latest_checkpointed_iteration.txt", "common.pt", ".metadata"
 _CONTAINERS = (argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath, pathlib.PurePosixPath)
@@ -48,7 +50,7 @@ _WANTED = {
 
 
 def find_stock_checkpoint(path: Path) -> Path | None:
-    """The folder of a Megatron-LM checkpoint that ``path`` is or points to; None if it is something else."""
+    """Return the folder of a Megatron-LM checkpoint that ``path`` is or points to; None if it is something else."""
     tracker = path / ITERATION_NAME
     if tracker.is_file():
         name = tracker.read_text(encoding="utf-8").strip()
@@ -63,7 +65,7 @@ class StockCheckpoint:
     Attributes:
         path: its folder (``iter_0001000``).
         arguments: Megatron-LM's.
-        architecture: as they describe it; ``vocab_size`` is the padded one.
+        architecture: what the arguments describe; ``vocab_size`` is the padded one.
 
     Raises:
         CheckpointError: it is damaged, or of an architecture that is not supported.
@@ -76,16 +78,16 @@ class StockCheckpoint:
         self.architecture = architecture_from_arguments(self.arguments, str(path))
 
     @torch.no_grad()
-    def load_into(self, chunks: Sequence[torch.nn.Module]) -> None:
+    def load_into(self, model_chunks: Sequence[HiddenStateGPTModel]) -> None:
         """Fill this rank's model chunks; every rank reads what it holds.
 
         Raises:
             CheckpointError: tensors are missing (lists them) or have another shape than the model's.
         """
-        for chunk in chunks:
+        for chunk in model_chunks:
             parameters = dict(chunk.named_parameters())
-            state = sharded_weights(chunk, chunk.pg_collection)
-            entries = {name: entry for name, entry in state.items() if name in parameters and _is_tensor(entry)}
+            state = tensor_entries(sharded_weights(chunk, chunk.pg_collection))
+            entries = {name: entry for name, entry in state.items() if name in parameters}
             self._stored.require_entries(entries.values())
             for name, entry in entries.items():
                 parameters[name].copy_(self._stored.read(entry))
@@ -103,10 +105,10 @@ class StockCheckpoint:
 
 
 def architecture_from_arguments(arguments: Any, where: str) -> ModelArchitecture:
-    """The architecture that Megatron-LM's arguments describe.
+    """Return the architecture that Megatron-LM's arguments describe.
 
     Raises:
-        CheckpointError: one is missing, or asks for what is not supported (names all such).
+        CheckpointError: an argument is missing, or some ask for what is not supported (names all such).
     """
 
     def get(name: str, *default: Any) -> Any:
@@ -118,9 +120,9 @@ def architecture_from_arguments(arguments: Any, where: str) -> ModelArchitecture
     faults = [f"{name}={get(name, wanted)!r}" for name, wanted in _WANTED.items() if get(name, wanted) != wanted]
     if faults:
         raise CheckpointError(f"{where}: Megatron-LM's arguments {', '.join(faults)} are not supported")
-    heads, bias, norms = get("num_attention_heads"), bool(get("add_qkv_bias", False)), bool(get("qk_layernorm", False))
+    heads = get("num_attention_heads")
     scaled = bool(get("use_rope_scaling", False))
-    return ModelArchitecture(
+    architecture = ModelArchitecture(
         num_layers=get("num_layers"),
         hidden_size=get("hidden_size"),
         ffn_hidden_size=get("ffn_hidden_size"),
@@ -129,15 +131,15 @@ def architecture_from_arguments(arguments: Any, where: str) -> ModelArchitecture
         vocab_size=get("padded_vocab_size"),
         kv_channels=get("kv_channels", None) or 0,
         tie_word_embeddings=not get("untie_embeddings_and_output_weights", False),
-        add_qkv_bias=bias,
-        qk_layernorm=norms,
+        add_qkv_bias=bool(get("add_qkv_bias", False)),
+        qk_layernorm=bool(get("qk_layernorm", False)),
         rope_theta=float(get("rotary_base", 10_000)),
         rope_scaling_factor=float(get("rope_scaling_factor", 8.0)) if scaled else 1.0,
         norm_epsilon=get("norm_epsilon", 1e-5),
         init_std=get("init_method_std", 0.02),
         max_position_embeddings=get("max_position_embeddings", 32_768),
-        hf_model_type="qwen3" if norms else "qwen2" if bias else "llama",
     )
+    return replace(architecture, hf_model_type=exportable_as(architecture) or architecture.hf_model_type)
 
 
 def _unpickle(data: bytes, where: str) -> Any:
@@ -153,19 +155,13 @@ def _unpickle(data: bytes, where: str) -> Any:
 
 
 def _harmless(names: Sequence[str], where: str) -> Iterator[Any]:
-    """The classes behind names; plain containers and enumerations of the standard library and Megatron-Core only."""
+    """Yield the classes behind names; only plain containers, and enumerations of imported modules or Megatron-Core."""
     for name in names:
         module_name, _, attribute = name.rpartition(".")
-        if module_name.split(".")[0] == "megatron" and module_name.startswith("megatron.core."):
-            module = importlib.import_module(module_name)
-        else:
-            module = sys.modules.get(module_name)
+        is_megatron = module_name.startswith("megatron.core.")
+        module = importlib.import_module(module_name) if is_megatron else sys.modules.get(module_name)
         found = getattr(module, attribute, None)
         is_enumeration = isinstance(found, type) and issubclass(found, enum.Enum)
         if found not in _CONTAINERS and not is_enumeration:
             raise CheckpointError(f"{where}: holds a '{name}', which is not loaded: it could run code")
         yield found
-
-
-def _is_tensor(entry: Any) -> bool:
-    return isinstance(entry, (ShardedTensor, ShardedTensorFactory))

@@ -1,16 +1,16 @@
-"""Weights of a model from a checkpoint or a Hugging Face folder, under any layout; what a checkpoint's manifest says.
+"""The front door to checkpoints: find one of any kind, read its manifest, load weights or model under any layout.
 
-A checkpoint is Megatron-Core's ``torch_dist`` format with a ``manifest.json`` and ``checksums.json`` beside it. A path
-may name the folder itself, a run folder, or its ``checkpoints/``: the last two mean the newest whole checkpoint.
-
-Megatron-Core's sharded state of a model's weights, and the errors that its checkpoints raise, in a line.
+A checkpoint of this project is Megatron-Core's ``torch_dist`` format with a ``manifest.json`` and ``checksums.json``
+beside it. A path may name the folder itself, a run folder, or its ``checkpoints/``: the last two mean the newest whole
+checkpoint. Hugging Face folders and Megatron-LM's checkpoints are opened in the same way.
 """
 
 import dataclasses
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from megatron.core import dist_checkpointing
@@ -24,10 +24,15 @@ from megatron_kd.artefacts.manifest import read_manifest
 from megatron_kd.checkpoints.hf_folder import HFFolder, is_hf_folder
 from megatron_kd.checkpoints.sharded_state import StoredTensors, root_cause, sharded_weights
 from megatron_kd.checkpoints.stock_megatron import StockCheckpoint, find_stock_checkpoint
+from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.tokenization import load_tokenizer
 from megatron_kd.errors import CheckpointError, DataError
-from megatron_kd.models.architecture import ModelArchitecture
+from megatron_kd.models.architecture import ModelArchitecture, ScoredModelConfig
+from megatron_kd.models.gpt import HiddenStateGPTModel, build_model
 from megatron_kd.parallel.coordination import on_main_rank
+from megatron_kd.parallel.groups import create_process_groups
+from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
+from megatron_kd.parallel.runtime import Runtime, seed_everything
 
 logger = logging.getLogger(__name__)
 
@@ -36,17 +41,32 @@ LATEST_NAME = "latest"
 _WITHOUT_EFFECT_ON_WEIGHTS = ("init_std", "max_position_embeddings", "hf_model_type", "kv_channels")
 
 
+class WeightSource(Protocol):
+    """Weights in files of another format than this project's."""
+
+    def load_into(self, model_chunks: Sequence[HiddenStateGPTModel]) -> None:
+        """Fill this rank's model chunks; raises :class:`CheckpointError` where the weights do not fit them."""
+
+
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A whole checkpoint on disk: where, of what architecture, and its manifest."""
+    """A whole checkpoint on disk.
+
+    Attributes:
+        path: its folder.
+        architecture: its model's.
+        manifest: what it says of itself; for other formats, the values that this project needs of them.
+        checksums: of its files; empty for other formats.
+        source: where the weights are; None for a checkpoint of this project.
+        is_hf_folder: whether it is a Hugging Face folder.
+    """
 
     path: Path
     architecture: ModelArchitecture
     manifest: Mapping[str, Any]
-    """Of a Hugging Face folder: what it tells of the same things."""
     checksums: Checksums
-    source: HFFolder | StockCheckpoint | None = None
-    """Where the weights are, if not in files of our own."""
+    source: WeightSource | None = None
+    is_hf_folder: bool = False
 
     @property
     def tokenizer_hash(self) -> str:
@@ -88,7 +108,7 @@ def open_checkpoint(path: str | Path) -> CheckpointInfo:
 
 
 def check_same_architecture(info: CheckpointInfo, architecture: ModelArchitecture) -> None:
-    """Raise :class:`CheckpointError`, naming what differs, if a checkpoint is not of this architecture.
+    """Raise :class:`CheckpointError`, naming the differences, if a checkpoint is not of this architecture.
 
     Loading alone would not notice fewer layers or another RoPE base.
     """
@@ -103,34 +123,38 @@ def check_same_architecture(info: CheckpointInfo, architecture: ModelArchitectur
 
 
 def checkpoint_folders(checkpoints: Path) -> list[Path]:
-    """Every ``step_<n>`` in a ``checkpoints/`` folder, newest first. Temporary folders do not match."""
+    """Return every ``step_<n>`` in a ``checkpoints/`` folder, newest first. Temporary folders do not match."""
     found = [(int(folder.name[5:]), folder) for folder in checkpoints.glob("step_*") if folder.name[5:].isdigit()]
     return [folder for _, folder in sorted(found, reverse=True)]
 
 
-def load_weights(chunks: Sequence[torch.nn.Module], groups: ProcessGroupCollection, info: CheckpointInfo) -> None:
-    """Fill ``chunks`` from a checkpoint written under any layout. Collective over the world.
+def load_weights(
+    model_chunks: Sequence[HiddenStateGPTModel], groups: ProcessGroupCollection, info: CheckpointInfo
+) -> None:
+    """Fill ``model_chunks`` from a checkpoint written under any layout. Collective over the world.
 
     Raises:
         CheckpointError: the checkpoint is damaged, lacks a parameter, or has another shape of it.
     """
     if info.source is not None:
-        info.source.load_into(chunks)
+        info.source.load_into(model_chunks)
         return
     on_main_rank(info.verify)
-    state = {f"model{i}": sharded_weights(chunk, groups) for i, chunk in enumerate(chunks)}
+    state = {f"model{i}": sharded_weights(chunk, groups) for i, chunk in enumerate(model_chunks)}
     loaded = load_sharded_state(state, info.path)
-    for i, chunk in enumerate(chunks):
+    for i, chunk in enumerate(model_chunks):
         chunk.load_state_dict(loaded[f"model{i}"], strict=False)
 
 
 def load_sharded_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
-    """``dist_checkpointing.load`` with its complaints as one clear error. Collective over the world.
+    """Load a sharded state with ``dist_checkpointing``, with one clear error. Collective over the world.
 
-    Transformer Engine's ``_extra_state`` is asked for only where the checkpoint has it: the specs differ.
+    Transformer Engine's ``_extra_state`` is loaded only where the checkpoint has it: layer specs differ in it.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another model.
     """
-    objects = StoredTensors(path).object_keys()
-    state = without_missing_extra_state(state, objects)
+    state = without_missing_extra_state(state, StoredTensors(path).object_keys)
     try:
         return dist_checkpointing.load(state, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
     except (Exception, CheckpointException) as error:  # noqa: BLE001 - a dozen types; the latter is no Exception
@@ -138,7 +162,7 @@ def load_sharded_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def without_missing_extra_state(state: dict[str, Any], stored: set[str]) -> dict[str, Any]:
-    """The sharded state without ``_extra_state`` objects that are not among the stored ones."""
+    """Return the sharded state without ``_extra_state`` objects that are not among the stored ones."""
     kept = {}
     for name, entry in state.items():
         if isinstance(entry, ShardedObject) and entry.key.endswith("_extra_state") and entry.unique_key not in stored:
@@ -146,6 +170,90 @@ def without_missing_extra_state(state: dict[str, Any], stored: set[str]) -> dict
         is_plain = isinstance(entry, dict) and all(isinstance(key, str) for key in entry)
         kept[name] = without_missing_extra_state(entry, stored) if is_plain else entry
     return kept
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """Frozen model chunks of this rank, with their groups and the checkpoint that they come from."""
+
+    model_chunks: list[HiddenStateGPTModel]
+    groups: ProcessGroupCollection
+    layout: ParallelLayout
+    info: CheckpointInfo
+
+
+def load_for_inference(
+    config: ScoredModelConfig, parallel: ParallelConfig, dataset: ChunkDataset, runtime: Runtime
+) -> LoadedModel:
+    """Load a checkpoint for inference on ``dataset``. Collective over the world.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or reads other ids than the dataset holds.
+    """
+    info = open_checkpoint(config.path)
+    check_same_tokenizer(info, dataset)
+    architecture = info.architecture
+    layout = ParallelLayout.for_world(parallel, runtime.world_size)
+    layout.check_model(
+        num_layers=architecture.num_layers,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        seq_length=dataset.seq_length,
+    )
+    groups = create_process_groups(layout)
+    seed_everything(0, groups)  # under sequence parallelism the embedding uses Megatron-Core's generators
+    model_chunks = build_model(
+        architecture,
+        layout,
+        groups,
+        precision=config.precision or info.manifest["precision"],
+        device=runtime.device,
+        layer_spec=config.layer_spec,
+        max_sequence_length=dataset.seq_length,
+    )
+    load_weights(model_chunks, groups, info)
+    for chunk in model_chunks:
+        chunk.requires_grad_(False)
+        chunk.eval()
+    return LoadedModel(model_chunks, groups, layout, info)
+
+
+def check_same_tokenizer(info: CheckpointInfo, dataset: ChunkDataset) -> None:
+    """Raise :class:`CheckpointError` if a model reads other ids than the dataset holds."""
+    if info.tokenizer_hash != dataset.tokenizer_hash:
+        raise CheckpointError(
+            f"{info.path} was trained with tokenizer {info.tokenizer_hash}, but the dataset {dataset.path} has "
+            f"{dataset.tokenizer_hash}: use a dataset of the same tokenizer"
+        )
+    rows = info.architecture.vocab_size
+    if rows < dataset.vocab_size:  # a vocabulary-parallel embedding would give zeros for the others
+        raise CheckpointError(
+            f"{info.path} has embeddings for {rows} ids, but the tokenizer of the dataset {dataset.path} has "
+            f"{dataset.vocab_size}: use a model with all of them"
+        )
+
+
+def load_whole_model(path: str | Path) -> tuple[HiddenStateGPTModel, CheckpointInfo]:
+    """Load a checkpoint into an unsharded model on the CPU, inside a world of one rank.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    info = open_checkpoint(path)
+    layout = ParallelLayout.for_world(ParallelConfig(), 1)
+    groups = create_process_groups(layout)
+    [model] = build_model(
+        info.architecture,
+        layout,
+        groups,
+        precision=info.manifest["precision"],
+        device=torch.device("cpu"),
+        layer_spec="local",
+        max_sequence_length=info.manifest["seq_length"],
+    )
+    load_weights([model], groups, info)
+    return model.eval(), info
 
 
 def _open_stock_checkpoint(path: Path) -> CheckpointInfo:
@@ -190,24 +298,25 @@ def _open_hf_folder(path: Path) -> CheckpointInfo:
         "precision": "bf16" if dtype == "bfloat16" else "fp32",
         "dataset_fingerprint": None,
     }
-    return CheckpointInfo(path, folder.architecture, manifest, Checksums(), folder)
+    return CheckpointInfo(path, folder.architecture, manifest, Checksums(), folder, is_hf_folder=True)
 
 
 def _resolve(path: Path) -> Path:
+    """Return the folder of the checkpoint that a path of this project names."""
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint or run folder")
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints"
-    if path.name == "checkpoints" or (path / LATEST_NAME).is_file():
-        folders = checkpoint_folders(path)
-        if not folders:
-            raise CheckpointError(f"{path}: holds no whole checkpoint (step_<n>)")
-        latest = path / LATEST_NAME
-        if not latest.is_file():
-            return folders[0]
-        name = latest.read_text("utf-8", errors="replace").strip()
-        named = next((folder for folder in folders if folder.name == name), None)
-        if named is None:
-            logger.info(f"{latest}: names no checkpoint there ({name[:40]!r}); {folders[0].name} is taken")
-        return named or folders[0]
-    return path
+    if path.name != "checkpoints" and not (path / LATEST_NAME).is_file():
+        return path
+    folders = checkpoint_folders(path)
+    if not folders:
+        raise CheckpointError(f"{path}: holds no whole checkpoint (step_<n>)")
+    latest = path / LATEST_NAME
+    if not latest.is_file():
+        return folders[0]
+    name = latest.read_text("utf-8", errors="replace").strip()
+    named = next((folder for folder in folders if folder.name == name), None)
+    if named is None:
+        logger.info(f"{latest}: names no checkpoint there ({name[:40]!r}); {folders[0].name} is used")
+    return named or folders[0]

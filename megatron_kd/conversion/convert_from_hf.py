@@ -2,13 +2,12 @@
 
 python tools/convert_from_hf.py input=Qwen2.5-1.5B output=checkpoints/qwen2.5-1.5b
 
-config.json  →  architecture  →  save plan without data (conversion/sharded_state.py)
+config.json  →  architecture  →  save plan without data
 safetensors  →  rules, one tensor when the plan asks for it  →  torch_dist files, manifest, tokenizer
 """
 
 import logging
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +20,30 @@ from megatron_kd.artefacts.artefact_folder import building, refuse_existing
 from megatron_kd.artefacts.checksums import Checksums
 from megatron_kd.checkpoints.checkpoint_writer import FORMAT, write_checkpoint_manifest
 from megatron_kd.checkpoints.hf_folder import HFFolder
-from megatron_kd.checkpoints.loading import load_whole_model
 from megatron_kd.checkpoints.sharded_save import ShardedSave
-from megatron_kd.checkpoints.sharded_state import PlacedTensors, meta_state, tensors_of
-from megatron_kd.conversion.parity import compare_logits, progress_bar
+from megatron_kd.checkpoints.sharded_state import PlacedTensors, meta_state, meta_tensors
+from megatron_kd.checkpoints.weights import load_whole_model
+from megatron_kd.conversion.conversion_config import ConvertFromHFConfig
+from megatron_kd.conversion.parity import compare_logits
 from megatron_kd.data.tokenization import load_tokenizer
 from megatron_kd.data.tokenizer_info import TOKENIZER_FOLDER, is_tokenizer_file
 from megatron_kd.errors import CheckpointError, DataError
+from megatron_kd.logs import progress_bar
+from megatron_kd.models.architecture import Precision
 from megatron_kd.models.gpt import padded_vocab_size
 from megatron_kd.parallel.runtime import distributed_runtime
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-
-
-@dataclass(frozen=True)
-class ConvertFromHFConfig:
-    """The keys of ``convert_from_hf``."""
-
-    input: str
-    """A folder with config.json, safetensors and a tokenizer."""
-    output: str
-    verify: bool = True
-    """Compare the logits of the result with transformers' (both models in fp32 in memory)."""
-    seq_length: int | None = None
-    """For the record; None means the model's own limit."""
+PRECISIONS: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def run(config: ConvertFromHFConfig) -> Path:
     """Write the checkpoint and return its path.
 
     Raises:
-        CheckpointError: the folder cannot be read, is of an unknown family, or its tensors are not the family's.
+        CheckpointError: the folder cannot be read, is of an unknown family, its tensors are not the family's, or the
+            logits do not agree.
         DataError: the output exists.
     """
     output = Path(config.output)
@@ -64,8 +54,9 @@ def run(config: ConvertFromHFConfig) -> Path:
     with distributed_runtime() as runtime, building(output) as folder:
         if runtime.world_size > 1:
             raise CheckpointError("convert_from_hf runs in one process: start it without torchrun")
-        checksums = write_weights(source, folder)
-        about = describe_source(source, folder, config.seq_length)
+        dtype = common_dtype(source)
+        checksums = write_weights(source, folder, dtype)
+        about = describe_source(source, folder, dtype, config.seq_length)
         write_checkpoint_manifest(folder, checksums, source.architecture, about)
         if config.verify:
             model, _ = load_whole_model(folder)
@@ -73,16 +64,18 @@ def run(config: ConvertFromHFConfig) -> Path:
     return output
 
 
-def write_weights(source: HFFolder, folder: Path) -> Checksums:
-    """Write the folder's tensors as a checkpoint, each when it is its turn; the checksums of its large files.
+def write_weights(source: HFFolder, folder: Path, dtype: torch.dtype) -> Checksums:
+    """Write the tensors of ``source`` as a checkpoint, each converted when it is its turn.
+
+    Returns:
+        The checksums of the checkpoint's large files.
 
     Raises:
         CheckpointError: a tensor cannot be read or has another shape than the architecture's.
     """
-    dtype = common_dtype(source)
     state = meta_state(source.architecture, PRECISIONS[dtype])
-    total = sum(tensor.nbytes for tensor in tensors_of(state).values())
-    reader = _InTurn(source, state, dtype)
+    total = sum(tensor.nbytes for tensor in meta_tensors(state).values())
+    reader = _TensorsInTurn(source, state, dtype)
     save = ShardedSave(reader.resolve)
     dist_checkpointing.save(state, str(folder), sharded_strategy=save, content_metadata=dict(FORMAT))
     with progress_bar(total, "convert") as bar:
@@ -95,23 +88,24 @@ def write_weights(source: HFFolder, folder: Path) -> Checksums:
     return checksums
 
 
-class _InTurn:
-    """The tensors of a Hugging Face folder for a save plan; the last one is kept, as its parts come one by one."""
+class _TensorsInTurn:
+    """The tensors of a Hugging Face folder for a save plan. The last one is kept: its parts are asked for in turn."""
 
     def __init__(self, source: HFFolder, state: dict[str, Any], dtype: torch.dtype):
         self._source, self._dtype = source, dtype
         self._placed = PlacedTensors(state)
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(state).items()}
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in meta_tensors(state).items()}
         self._vocab_rows = padded_vocab_size(source.architecture.vocab_size, 1)
         self._kept: tuple[str, Tensor] | None = None
         self.error: CheckpointError | None = None
 
     def resolve(self, item: WriteItem) -> Tensor:
-        """The part that ``item`` stands for, in the shape of its chunk."""
+        """Return the part of a tensor that ``item`` stands for, in the shape of its chunk."""
         name, start, rows = self._placed.find(item)
         if self._kept is None or self._kept[0] != name:
-            self._kept = None
+            self._kept = None  # released before the next is read
             self._kept = (name, self._whole(name))
+        assert item.tensor_data is not None
         return self._kept[1][start : start + rows].reshape(item.tensor_data.chunk.sizes)
 
     def _whole(self, name: str) -> Tensor:
@@ -129,7 +123,11 @@ class _InTurn:
 
 
 def common_dtype(source: HFFolder) -> torch.dtype:
-    """fp32 or bf16, whichever all tensors have; fp32 holds float16 and mixtures exactly, which is said."""
+    """Return fp32 or bf16, whichever all tensors have; fp32 for float16 and mixtures, with a line that says so.
+
+    Raises:
+        CheckpointError: there are tensors of another dtype.
+    """
     found = source.dtypes()
     if len(found) == 1 and found <= PRECISIONS.keys():
         return next(iter(found))
@@ -140,8 +138,8 @@ def common_dtype(source: HFFolder) -> torch.dtype:
     return torch.float32
 
 
-def describe_source(source: HFFolder, folder: Path, seq_length: int | None) -> dict[str, Any]:
-    """The manifest's account of where the checkpoint comes from; the tokenizer's files are copied into ``folder``.
+def describe_source(source: HFFolder, folder: Path, dtype: torch.dtype, seq_length: int | None) -> dict[str, Any]:
+    """Copy the tokenizer's files into ``folder``, and return what the manifest says of the checkpoint's origin.
 
     Raises:
         CheckpointError: there is no tokenizer that can be read.
@@ -163,7 +161,7 @@ def describe_source(source: HFFolder, folder: Path, seq_length: int | None) -> d
         "dataset_fingerprint": None,
         "dataset_path": None,
         "seq_length": seq_length or source.architecture.max_position_embeddings,
-        "precision": PRECISIONS[common_dtype(source)],
+        "precision": PRECISIONS[dtype],
         "generation_config": source.generation_settings(),
         "config": {},
         "parents": [{"kind": "hf_folder", "path": str(source.path.absolute())}],

@@ -5,57 +5,34 @@
     checkpoint  →  whole mcore tensors, one after another  →  rules  →  safetensors, config.json, tokenizer, model card
                                                             ↘  verify: transformers' logits against mcore's
 
-Without ``verify`` about the largest tensor is in memory at a time, not the model.
-
-README.md of an exported folder: what the model is, how it was trained and on what, as its checkpoint tells.
+Without ``verify`` about the largest tensor is in memory at a time, not the model. The model card (README.md) says what
+the model is, how it was trained and on what, by the checkpoint's manifest.
 """
 
 import json
 import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_kd.artefacts.artefact_folder import building, refuse_existing
-from megatron_kd.checkpoints.families import family_of, hf_config
-from megatron_kd.checkpoints.hf_folder import HFFolder
-from megatron_kd.checkpoints.loading import load_whole_model
-from megatron_kd.checkpoints.rules import decoder_rules, expand, mcore_to_hf
-from megatron_kd.checkpoints.safetensors_file import SafetensorsWriter, TensorSpec, parse_size
-from megatron_kd.checkpoints.sharded_state import meta_state, stream_tensors, tensors_of
-from megatron_kd.checkpoints.weights import CheckpointInfo, open_checkpoint
-from megatron_kd.conversion.parity import compare_logits, progress_bar
+from megatron_kd.checkpoints.families import family_of, hf_config, tensor_table
+from megatron_kd.checkpoints.safetensors_file import SafetensorsWriter, TensorSpec
+from megatron_kd.checkpoints.sharded_state import meta_state, meta_tensors, stream_tensors
+from megatron_kd.checkpoints.weights import CheckpointInfo, load_whole_model, open_checkpoint
+from megatron_kd.conversion.conversion_config import ConvertToHFConfig, parse_size
+from megatron_kd.conversion.parity import compare_logits
 from megatron_kd.data.tokenization import hashes_in_folder
 from megatron_kd.data.tokenizer_info import is_tokenizer_file
 from megatron_kd.errors import CheckpointError
+from megatron_kd.logs import progress_bar
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.parallel.runtime import distributed_runtime
-
-
-@dataclass(frozen=True)
-class ConvertToHFConfig:
-    """The keys of ``convert_to_hf``."""
-
-    input: str
-    """A checkpoint, or a run folder, which means its newest."""
-    output: str
-    verify: bool = True
-    """Compare the logits of the result in transformers with Megatron-Core's (fp32; parity.py says how near)."""
-    tokenizer: str | None = None
-    """Folder with the tokenizer's files; None means the one of the dataset that the checkpoint was trained on."""
-    max_shard_size: str = "5GB"
-
-    def validate(self) -> Iterator[str]:
-        """Faults in the values, one message each."""
-        try:
-            parse_size(self.max_shard_size)
-        except ValueError as error:
-            yield f"'max_shard_size': {error}, as in 5GB"
 
 
 def run(config: ConvertToHFConfig) -> Path:
@@ -71,15 +48,15 @@ def run(config: ConvertToHFConfig) -> Path:
         if runtime.world_size > 1:
             raise CheckpointError("convert_to_hf runs in one process: start it without torchrun")
         info = open_checkpoint(config.input)
-        if isinstance(info.source, HFFolder):
+        if info.is_hf_folder:
             raise CheckpointError(f"{info.path}: is a Hugging Face folder already")
         tokenizer = tokenizer_folder(config.tokenizer, info)
         with building(output) as folder, verified_meanwhile(info):
             precision = info.manifest["precision"]
-            shapes = tensors_of(meta_state(info.architecture, precision))
+            shapes = meta_tensors(meta_state(info.architecture, precision))
             tensors = stream_tensors(info.path, info.architecture, precision)
-            write_weights(folder, info.architecture, shapes, tensors, config.max_shard_size)
-            write_settings(folder, info.architecture, info.manifest, tokenizer, next(iter(shapes.values())).dtype)
+            shard_bytes = parse_size(config.max_shard_size)
+            write_hf_folder(folder, info.architecture, shapes, tensors, info.manifest, tokenizer, shard_bytes)
             if config.verify:
                 model, _ = load_whole_model(info.path)
                 compare_logits(model, folder, "the exported model's")
@@ -91,7 +68,7 @@ def verified_meanwhile(info: CheckpointInfo) -> Iterator[None]:
     """Compare the checksums in a thread while the block reads the same files.
 
     Raises:
-        CheckpointError: a file is damaged; comes in place of what the damage led to in the block.
+        CheckpointError: a file is damaged; raised instead of what the damage led to in the block.
     """
     with ThreadPoolExecutor(1) as pool:
         check = pool.submit(info.verify)
@@ -104,25 +81,28 @@ def verified_meanwhile(info: CheckpointInfo) -> Iterator[None]:
 def write_hf_folder(
     folder: Path,
     architecture: ModelArchitecture,
-    state: Mapping[str, Tensor],
+    shapes: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
     manifest: Mapping[str, Any],
     tokenizer: Path,
-    max_shard_size: str = "5GB",
+    shard_bytes: int,
 ) -> None:
-    """Fill ``folder`` from a model in memory.
+    """Fill an empty folder with a model.
 
     Args:
-        folder: an empty folder.
+        folder: the folder.
         architecture: of the model.
-        state: whole tensors by mcore name (local layer spec); vocabularies may be padded.
+        shapes: every mcore tensor on the meta device (names of the local layer spec); vocabularies may be padded.
+        tensors: the same with data, in the same order, each used and released.
         manifest: of the checkpoint.
         tokenizer: folder with the tokenizer's files.
-        max_shard_size: weights are cut into files of at most this.
+        shard_bytes: largest size of a file.
+
+    Raises:
+        CheckpointError: the names or shapes are not the architecture's.
     """
-    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-    shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    write_weights(folder, architecture, shapes, tensors.items(), max_shard_size)
-    write_settings(folder, architecture, manifest, tokenizer, next(iter(tensors.values())).dtype)
+    write_weights(folder, architecture, shapes, tensors, shard_bytes)
+    write_settings(folder, architecture, manifest, tokenizer, next(iter(shapes.values())).dtype)
 
 
 @torch.no_grad()
@@ -131,29 +111,23 @@ def write_weights(
     architecture: ModelArchitecture,
     shapes: Mapping[str, Tensor],
     tensors: Iterable[tuple[str, Tensor]],
-    max_shard_size: str,
+    shard_bytes: int,
 ) -> None:
-    """Write the safetensors files.
-
-    Args:
-        shapes: every mcore tensor on the meta device.
-        tensors: the same with data, in any order, each used and let go.
-
-    Raises:
-        CheckpointError: the names or shapes are not the architecture's.
-    """
-    rules = decoder_rules(architecture)
-    by_mcore_name = {rule.mcore: rule for rule in expand(rules, architecture.num_layers)}
-    hf_shapes = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in mcore_to_hf(rules, architecture, shapes)}
-    order = [name for name in shapes if not name.endswith("_extra_state")]
-    specs = {name: hf_shapes[name] for mcore in order for name in by_mcore_name[mcore].hf}
+    """Write the safetensors files; see :func:`write_hf_folder`."""
+    table = tensor_table(architecture, "the checkpoint")
+    wanted = [name for name in shapes if not name.endswith("_extra_state")]  # Transformer Engine's extra state
+    table.require_mcore_names(set(wanted))
+    specs = {
+        hf_name: TensorSpec(tuple(part.shape), part.dtype)
+        for name in wanted
+        for hf_name, part in table.to_hf(name, shapes[name])
+    }
     total = sum(spec.nbytes for spec in specs.values())
-    with SafetensorsWriter(folder, specs, parse_size(max_shard_size)) as writer, progress_bar(total, "export") as bar:
+    with SafetensorsWriter(folder, specs, shard_bytes) as writer, progress_bar(total, "export") as bar:
         for name, tensor in tensors:
-            rule = by_mcore_name.get(name)
-            if rule is None:
-                continue  # Transformer Engine's extra state
-            for hf_name, part in zip(rule.hf, rule.to_hf(tensor, architecture), strict=True):
+            if name not in table.mcore_names:
+                continue
+            for hf_name, part in table.to_hf(name, tensor):
                 writer.add(hf_name, part)
                 bar.update(part.nbytes)
 
@@ -165,7 +139,7 @@ def write_settings(
     tokenizer: Path,
     dtype: torch.dtype,
 ) -> None:
-    """Everything beside the weights: config.json, generation_config.json, the tokenizer's files, the model card."""
+    """Write everything but the weights: config.json, generation_config.json, the tokenizer's files, the model card."""
     eos_id, bos_id = manifest.get("eos_id"), manifest.get("bos_id")
     _write_json(folder / "config.json", hf_config(architecture, str(dtype).removeprefix("torch."), eos_id, bos_id))
     generation = manifest.get("generation_config") or {
@@ -181,7 +155,7 @@ def write_settings(
 
 
 def tokenizer_folder(given: str | None, info: CheckpointInfo) -> Path:
-    """Where the tokenizer's files are: as told, or as the checkpoint says (a relative path is inside it).
+    """Return the folder of the tokenizer's files: ``given``, or what the checkpoint names (relative to itself).
 
     Raises:
         CheckpointError: there is no tokenizer.json, or it is not the tokenizer that the model was trained with.
@@ -210,13 +184,14 @@ _HEADER = ("---", "library_name: transformers", "pipeline_tag: text-generation",
 
 
 def model_card(architecture: ModelArchitecture, manifest: Mapping[str, Any]) -> str:
-    """The text, from the checkpoint's manifest; what the manifest does not know is left out."""
-    name = manifest.get("config", {}).get("model", {}).get("name") or family_of(architecture).hf_architecture
+    """Return the card; what the manifest does not say is left out."""
+    hf_class = family_of(architecture).hf_class
+    name = manifest.get("config", {}).get("model", {}).get("name") or hf_class
     lines = [
         *_HEADER,
         f"# {name}",
         "",
-        f"A {family_of(architecture).hf_architecture} of {architecture.parameters:,} parameters "
+        f"A {hf_class} of {architecture.parameters:,} parameters "
         f"({architecture.non_embedding_parameters:,} without embeddings), written by Megatron-KD.",
         "",
         "## Training",

@@ -1,14 +1,10 @@
-"""The same logits from Megatron-Core and from transformers: what ``verify=true`` of both conversions compares.
+"""Parity of logits between Megatron-Core and transformers: what ``verify=true`` of both conversions compares."""
 
-The bar of both conversions.
-"""
-
-import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 from megatron_kd.errors import CheckpointError
 from megatron_kd.models.gpt import HiddenStateGPTModel, full_logits
@@ -19,17 +15,17 @@ VERIFIED_TOKENS = (2, 64)
 
 @torch.no_grad()
 def compare_logits(model: HiddenStateGPTModel, folder: Path, whose: str) -> float:
-    """Largest absolute difference, in fp32, between transformers' logits of ``folder`` and those of ``model``.
+    """Return the largest absolute difference between the logits of ``model`` and transformers' of ``folder``, in fp32.
 
     Args:
         model: the unsharded mcore model; it is converted to fp32 in place.
         folder: a Hugging Face folder.
-        whose: what to call the model that was just made, in an error.
+        whose: what errors call the model that was just made.
 
     Raises:
         CheckpointError: the difference is not below 1e-4, times the largest logit where that is above 1.
     """
-    theirs = transformers_model(folder)
+    theirs: Any = transformers_model(folder)
     generator = torch.Generator().manual_seed(0)
     length = min(VERIFIED_TOKENS[1], model.max_sequence_length, theirs.config.max_position_embeddings)
     tokens = torch.randint(0, model.valid_vocab_size, (VERIFIED_TOKENS[0], length), generator=generator)
@@ -48,10 +44,10 @@ def compare_logits(model: HiddenStateGPTModel, folder: Path, whose: str) -> floa
 
 
 def transformers_model(folder: Path) -> torch.nn.Module:
-    """transformers' model of a folder, in fp32, beside a running Megatron-Core.
+    """Build transformers' model of a folder, in fp32, beside a running Megatron-Core.
 
-    ``from_pretrained`` builds on the meta device, which the CPU backend's tensor factories do not follow; so the
-    model is built from config.json and filled from the files. Code in the folder is never run.
+    ``from_pretrained`` builds on the meta device, which the CPU backend's tensor factories do not follow. So the model
+    is built from config.json and filled from the files. Code in the folder is never run.
 
     Raises:
         CheckpointError: the files do not hold what the model needs, or more.
@@ -60,7 +56,8 @@ def transformers_model(folder: Path) -> torch.nn.Module:
 
     settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=False).eval()
-    wanted, given = dict(model.state_dict()), set()
+    wanted: dict[str, torch.Tensor] = dict(model.state_dict())
+    given: set[str] = set()
     for path in sorted(folder.glob("*.safetensors")):
         tensors = load_file(path)
         for name, tensor in tensors.items():
@@ -73,16 +70,3 @@ def transformers_model(folder: Path) -> torch.nn.Module:
     if missing or unexpected:
         raise CheckpointError(f"{folder}: transformers misses {missing} and does not know {unexpected}")
     return model
-
-
-def progress_bar(total: int, what: str) -> tqdm:
-    """Bytes, with an estimate of the time left."""
-    return tqdm(
-        total=total,
-        unit="B",
-        unit_scale=True,
-        desc=what,
-        file=sys.stderr,
-        disable=None,
-        mininterval=0.5 if sys.stderr.isatty() else 10.0,
-    )

@@ -21,7 +21,7 @@ from megatron_kd.data.batch import Batch, make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.losses import OutputHead
 from megatron_kd.models.gpt import HiddenStateGPTModel
-from megatron_kd.parallel.groups import is_last_stage, own_part, sum_over_group
+from megatron_kd.parallel.groups import is_last_stage, own_positions, sum_over_group
 from megatron_kd.parallel.schedule import forward_only
 
 BINS = 15
@@ -104,7 +104,7 @@ def _predictions(
     """Return confidence and rightness, ``[n]`` each, of this rank's unmasked positions."""
     if model.config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, group=groups.tp)
-    mask, labels = (own_part(values, groups.cp, 1).t().reshape(-1) for values in (batch.loss_mask, batch.labels))
+    mask, labels = (own_positions(values, groups.cp, 1).t().reshape(-1) for values in (batch.loss_mask, batch.labels))
     mask = mask > 0
     tokens, labels = hidden.flatten(0, 1)[mask], labels[mask]
     parts = [

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kd.artefacts.artefact_folder import write_file
-from megatron_kd.checkpoints.loading import LoadedModel, load_for_inference
+from megatron_kd.checkpoints.weights import LoadedModel, load_for_inference
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import LayoutError
 from megatron_kd.evaluation.calibration import calibration
@@ -57,7 +57,7 @@ def _heldout_figures(config: EvaluateConfig, path: str, runtime: Runtime) -> dic
     dataset = ChunkDataset.open(path)
     loaded = load_for_inference(config.model, config.parallel, dataset, runtime)
     totals = heldout_loss(
-        loaded.chunks, loaded.groups, dataset, device=runtime.device, micro_batch_size=config.micro_batch_size
+        loaded.model_chunks, loaded.groups, dataset, device=runtime.device, micro_batch_size=config.micro_batch_size
     )
     figures = {
         "model": str(loaded.info.path),
@@ -79,7 +79,7 @@ def _calibration_figures(
     config: EvaluateConfig, loaded: LoadedModel, dataset: ChunkDataset, runtime: Runtime
 ) -> dict[str, float]:
     found = calibration(
-        loaded.chunks, loaded.groups, dataset, device=runtime.device, micro_batch_size=config.micro_batch_size
+        loaded.model_chunks, loaded.groups, dataset, device=runtime.device, micro_batch_size=config.micro_batch_size
     )
     return {"ece": found.error, "accuracy": found.accuracy, "confidence": found.confidence}
 
@@ -91,8 +91,8 @@ def _exposure_figures(
     teacher = load_for_inference(source, config.parallel, dataset, runtime)
     _check_same_rows(loaded, teacher, config.parallel.tensor_model_parallel_size)
     found = exposure_bias(
-        loaded.chunks,
-        teacher.chunks,
+        loaded.model_chunks,
+        teacher.model_chunks,
         loaded.groups,
         dataset,
         config.exposure,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_kd.checkpoints.families import FAMILIES
 from megatron_kd.errors import CheckpointError, ConfigError, DataError
 
 PAPER_TASKS = (
@@ -26,7 +27,6 @@ PAPER_TASKS = (
     "storycloze_2018",
 )
 METRICS = ("acc_norm,none", "acc,none")
-BOS_FAMILIES = ("llama", "mistral")
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ def begins_with_bos(config: HarnessConfig, hf_folder: str) -> bool:
     """Return whether texts begin with bos: by ``harness.add_bos_token``, or else by the model's family."""
     if config.add_bos_token is not None:
         return config.add_bos_token
-    return json.loads((Path(hf_folder) / "config.json").read_text("utf-8")).get("model_type") in BOS_FAMILIES
+    family = FAMILIES.get(json.loads((Path(hf_folder) / "config.json").read_text("utf-8")).get("model_type"))
+    return family is not None and family.starts_with_bos
 
 
 def summarise(results: dict[str, dict[str, Any]], missing: list[str]) -> dict[str, Any]:

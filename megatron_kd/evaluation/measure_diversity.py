@@ -179,7 +179,7 @@ def _mean_hidden_states(path: str, datasets: list[ChunkDataset], indices: list[n
     # TF-IDF needs neither torch nor Megatron-Core.
     import torch
 
-    from megatron_kd.checkpoints.loading import load_for_inference
+    from megatron_kd.checkpoints.weights import load_for_inference
     from megatron_kd.parallel.runtime import Runtime, distributed_runtime
     from megatron_kd.selection.proxy import read_batch
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from megatron_kd.artefacts.artefact_folder import building
 from megatron_kd.artefacts.manifest import already_made, recipe_of
 from megatron_kd.artefacts.work_store import WorkStore
-from megatron_kd.checkpoints.loading import LoadedModel, load_for_inference, weights_fingerprint
+from megatron_kd.checkpoints.weights import LoadedModel, load_for_inference
 from megatron_kd.config import to_mapping
 from megatron_kd.costs.flops import forward_flops
 from megatron_kd.data.chunk_dataset import KIND, PROMPT_LENGTHS_NAME, ChunkDataset
@@ -32,6 +32,7 @@ from megatron_kd.errors import ConfigError, DataError
 from megatron_kd.generation.prompted_texts import Part, PromptSource, generate_part
 from megatron_kd.generation.sampling import SamplingConfig
 from megatron_kd.models.architecture import ScoredModelConfig
+from megatron_kd.models.parameters import weights_fingerprint
 from megatron_kd.parallel.coordination import on_main_rank
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.parallel.runtime import Runtime, distributed_runtime
@@ -117,7 +118,7 @@ def run(config: GenerateCorpusConfig) -> Path:
     with distributed_runtime() as runtime:
         dataset = ChunkDataset.open(config.data.path)
         loaded = load_for_inference(config.model, config.parallel, dataset, runtime)
-        fingerprint = weights_fingerprint(loaded.chunks, loaded.groups.intra_dist_opt)
+        fingerprint = weights_fingerprint(loaded.model_chunks, loaded.groups.intra_dist_opt)
         prompts = _prompt_source(config, dataset, loaded.info.manifest.get("bos_id"))
         _check_positions(loaded, prompts)
         ingredients = _ingredients(config, dataset, fingerprint, prompts)
@@ -192,7 +193,7 @@ def _generate_missing(
                 continue
             numbers = np.arange(start, min(start + TEXTS_PER_PART, prompts.num_texts))
             part = generate_part(
-                loaded.chunks,
+                loaded.model_chunks,
                 loaded.groups,
                 prompts,
                 numbers,

@@ -1,13 +1,13 @@
 """Model architectures, apart from how they are sharded, and the ``model.*`` keys that choose one. Imports no torch.
 
-``ARCHITECTURES`` lists the sizes by name: the MiniPLM paper's (``qwen_104m`` … ``qwen_1.8b``) and toy sizes for a
-CPU. All but two toy sizes are Qwen2-type decoders (Hugging Face ``Qwen2ForCausalLM``): RoPE, RMSNorm, SwiGLU, bias on
-Q, K and V only. Models of other sizes and families come from Hugging Face folders (``model.name`` ``as_init_from``).
-Evidence for the sizes: MiniPLM (arXiv 2410.17215), table of model configurations, and the released checkpoints.
+``ARCHITECTURES`` lists the sizes by name: the MiniPLM paper's (``qwen_104m`` … ``qwen_1.8b``) and toy sizes for a CPU,
+whose vocabulary is the dataset's tokenizer's. All but two toys are Qwen2-type decoders (Hugging Face
+``Qwen2ForCausalLM``): RoPE, RMSNorm, SwiGLU, bias on Q, K and V only. Models of other sizes and families come from
+Hugging Face folders (``model.name`` ``as_init_from``). Evidence for the sizes: MiniPLM (arXiv 2410.17215), table of
+model configurations, and the released checkpoints.
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Iterator, Literal
 
 from megatron_kd.errors import ConfigError
@@ -20,11 +20,7 @@ Precision = Literal["fp32", "bf16"]
 
 @dataclass(frozen=True)
 class ModelArchitecture:
-    """A decoder with RoPE, RMSNorm and SwiGLU; the defaults are Qwen2's.
-
-    ``vocab_size`` counts the rows of the embedding that the model defines (before any padding for tensor
-    parallelism); 0 means: as many as the dataset's tokenizer has.
-    """
+    """A decoder with RoPE, RMSNorm and SwiGLU; the defaults are Qwen2's."""
 
     num_layers: int
     hidden_size: int
@@ -32,6 +28,7 @@ class ModelArchitecture:
     num_attention_heads: int
     num_query_groups: int
     vocab_size: int = 0
+    """Rows of the embedding, without padding for tensor parallelism; 0 means as many as the dataset's tokenizer has."""
     kv_channels: int = 0
     """Width of one head; 0 means hidden_size / num_attention_heads."""
     tie_word_embeddings: bool = True
@@ -39,16 +36,17 @@ class ModelArchitecture:
     qk_layernorm: bool = False
     rope_theta: float = 1_000_000.0
     rope_scaling_factor: float = 1.0
-    """Llama 3.1's stretching of low frequencies; 1 means none, and the next three do not matter."""
+    """How far Llama 3.1 stretches low frequencies; 1 means not at all, and the next three have no effect."""
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     rope_original_positions: int = 8192
     sliding_window: int | None = None
-    """Tokens that attention reaches back; longer sequences are refused."""
+    """How many tokens attention reaches back; longer sequences are refused."""
     norm_epsilon: float = 1e-6
     init_std: float = 0.02
     max_position_embeddings: int = 32_768
     hf_model_type: str = "qwen2"
+    """The family that the model is exported as, one of ``checkpoints/families.py``."""
 
     @property
     def head_dim(self) -> int:
@@ -76,74 +74,52 @@ class ModelArchitecture:
         return self.non_embedding_parameters + self.embedding_parameters
 
     def with_vocab_size(self, vocab_size: int) -> "ModelArchitecture":
-        """The same architecture, its vocabulary filled in where it was left to the tokenizer."""
-        return self if self.vocab_size else dataclasses.replace(self, vocab_size=vocab_size)
+        """Return the architecture with its vocabulary filled in where it was left to the tokenizer."""
+        return self if self.vocab_size else replace(self, vocab_size=vocab_size)
 
 
-def _qwen(layers: int, hidden: int, ffn: int, heads: int, vocab: int = QWEN_VOCAB_SIZE, **other) -> ModelArchitecture:
-    return ModelArchitecture(
-        num_layers=layers,
-        hidden_size=hidden,
-        ffn_hidden_size=ffn,
-        num_attention_heads=heads,
-        num_query_groups=other.pop("groups", heads),
-        vocab_size=vocab,
-        **other,
-    )
+def _qwen(layers: int, hidden: int, ffn: int, heads: int, *, tied: bool = True) -> ModelArchitecture:
+    return ModelArchitecture(layers, hidden, ffn, heads, heads, vocab_size=QWEN_VOCAB_SIZE, tie_word_embeddings=tied)
 
+
+_TOY = ModelArchitecture(4, 64, 176, 4, 4, rope_theta=10_000.0, init_std=0.08)
+"""For a CPU, sized for the quickstart's minutes: narrow layers need a wide init_std."""
 
 ARCHITECTURES: dict[str, ModelArchitecture] = {
-    # The paper's sizes. 300M is neither tied nor untied in any published count (247M or 363M): tied here, as its kin.
+    # The paper's sizes. No published count of 300M says whether it is tied (247M) or not (363M): tied, as its siblings.
     "qwen_104m": _qwen(8, 512, 1408, 8),
     "qwen_200m": _qwen(12, 768, 2112, 12),
     "qwen_300m": _qwen(18, 768, 2112, 12),
     "qwen_500m": _qwen(24, 1024, 2816, 16),
-    "qwen_1.2b": _qwen(24, 1536, 4224, 16, tie_word_embeddings=False),
-    "qwen_1.8b": _qwen(24, 2048, 5504, 16, tie_word_embeddings=False),
-    # Toy sizes for a CPU, sized for the quickstart's minutes; narrow layers want a wide init_std.
-    # Their vocabulary is the dataset's tokenizer's.
-    "qwen_toy_reference": _qwen(2, 64, 176, 4, vocab=0, rope_theta=10_000.0, init_std=0.08),
-    "qwen_toy_student": _qwen(4, 64, 176, 4, vocab=0, rope_theta=10_000.0, init_std=0.08),
-    "qwen_toy_teacher": _qwen(4, 96, 256, 4, vocab=0, rope_theta=10_000.0, init_std=0.08),
-    "qwen_toy_untied": _qwen(4, 96, 256, 4, vocab=0, groups=2, rope_theta=10_000.0, tie_word_embeddings=False),
-    "qwen3_toy": _qwen(
-        4,
-        64,
-        176,
-        4,
-        vocab=0,
-        groups=2,
-        kv_channels=32,
-        rope_theta=10_000.0,
-        init_std=0.08,
-        add_qkv_bias=False,
-        qk_layernorm=True,
-        hf_model_type="qwen3",
+    "qwen_1.2b": _qwen(24, 1536, 4224, 16, tied=False),
+    "qwen_1.8b": _qwen(24, 2048, 5504, 16, tied=False),
+    "qwen_toy_reference": replace(_TOY, num_layers=2),
+    "qwen_toy_student": _TOY,
+    "qwen_toy_teacher": replace(_TOY, hidden_size=96, ffn_hidden_size=256),
+    "qwen_toy_untied": replace(
+        _TOY, hidden_size=96, ffn_hidden_size=256, num_query_groups=2, tie_word_embeddings=False, init_std=0.02
     ),
-    "llama_toy": _qwen(
-        4,
-        64,
-        176,
-        4,
-        vocab=0,
-        groups=2,
-        rope_theta=10_000.0,
-        init_std=0.08,
+    "qwen3_toy": replace(
+        _TOY, num_query_groups=2, kv_channels=32, add_qkv_bias=False, qk_layernorm=True, hf_model_type="qwen3"
+    ),
+    "llama_toy": replace(
+        _TOY,
+        num_query_groups=2,
         add_qkv_bias=False,
         tie_word_embeddings=False,
         rope_scaling_factor=8.0,
         rope_original_positions=16,
         hf_model_type="llama",
     ),
-    "qwen_21m": _qwen(6, 256, 704, 4, vocab=32_000, tie_word_embeddings=False),
+    "qwen_21m": replace(_qwen(6, 256, 704, 4, tied=False), vocab_size=32_000),
 }
 
 
 def architecture_by_name(name: str) -> ModelArchitecture:
-    """The architecture called ``name``.
+    """Return the architecture called ``name``.
 
     Raises:
-        ConfigError: there is none; the message lists the names.
+        ConfigError: the name is unknown; the message lists those that are known.
     """
     if name not in ARCHITECTURES:
         raise ConfigError(f"model.name '{name}' is unknown; choose one of {', '.join(ARCHITECTURES)}")

@@ -1,23 +1,20 @@
-"""Attention on ``torch.nn.functional.scaled_dot_product_attention``, in the place of Megatron-Core's local one.
+"""Attention of the local layer spec: ``torch.nn.functional.scaled_dot_product_attention`` and two special cases.
 
 Megatron-Core's own unfused attention materialises [batch, heads, sequence, sequence] scores and takes its workspace
-from global state; this one does neither, so it runs on any device with explicitly passed groups.
+from global state. This one does neither, so it runs on any device with explicitly passed groups.
 
-Causal attention for short sequences in fp32 on a CPU, as batched matrix products over blocks of query rows.
+On a CPU, short causal sequences in fp32 run as batched matrix products over blocks of query rows: a block attends only
+to the keys up to its end, so little above the diagonal is computed. The probabilities are kept for the backward pass
+(heads x sequence² / 2 numbers), which limits it to short sequences; torch's CPU kernel recomputes them and is slower.
 
-A block of rows attends only to the keys up to its end, so little above the diagonal is computed. The probabilities
-are kept for the backward pass (heads x sequence² / 2 numbers), which limits it to short sequences; torch's own CPU
-kernel recomputes them, which is slower there.
-
-Self-attention that caches rotated keys, for the local layer spec.
-
-Megatron-Core's static cache holds keys as they come out of the projection, and rotates all of them again for every
-token. This one rotates a key once, before it is cached, and keeps a sequence's keys side by side in memory.
+While decoding, a cache holds rotated keys side by side in memory. Megatron-Core's static cache holds them as they come
+out of the projection and rotates all of them again for every token.
 """
 
 import math
 
 import torch
+import torch.distributed as dist
 from megatron.core.inference.contexts.base_context import BaseInferenceContext
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -29,11 +26,11 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_kd.models.local_modules import rotate
-from megatron_kd.parallel.groups import in_order, part_numbers
+from megatron_kd.parallel.groups import join_positions, slice_numbers
 
 
 class SDPACoreAttention(torch.nn.Module):
-    """Causal self-attention with grouped queries; takes and gives Megatron-Core's shapes and constructor arguments."""
+    """Causal self-attention with grouped queries, with Megatron-Core's shapes and constructor arguments."""
 
     def __init__(
         self,
@@ -48,7 +45,10 @@ class SDPACoreAttention(torch.nn.Module):
         **_: object,
     ):
         super().__init__()
-        self._context_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        self._context_group: dist.ProcessGroup | None = None
+        if config.context_parallel_size > 1:
+            assert pg_collection is not None, "context parallelism needs process groups"
+            self._context_group = pg_collection.cp
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.is_grouped = config.num_query_groups != config.num_attention_heads
@@ -75,7 +75,7 @@ class SDPACoreAttention(torch.nn.Module):
             [sequence, batch, heads x width].
         """
         if self._context_group is not None:
-            return self._attend_to_all_ranks(query, key, value)
+            return self._attend_to_all_ranks(query, key, value, self._context_group)
         if query.shape[0] == 1 and attention_mask is None:
             return self._attend_with_one_query(query, key, value)
         if self._suits_blocks(query, key, attention_mask):
@@ -83,7 +83,7 @@ class SDPACoreAttention(torch.nn.Module):
         return self._attend(query, key, value, None if attention_mask is None else ~attention_mask)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """``mask`` is True where attention is allowed; None is causal."""
+        """Call torch's kernel; ``mask`` is True where attention is allowed, None is causal."""
         context = scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
@@ -96,25 +96,25 @@ class SDPACoreAttention(torch.nn.Module):
         )
         return context.permute(2, 0, 1, 3).flatten(2)
 
-    def _attend_to_all_ranks(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Each half of this rank's queries to all keys up to it, gathered from the context-parallel ranks (as in Llama
-        3's training, arXiv 2407.21783, section 3.3.2). Keys and values are whole on every rank, queries are not."""
-        group = self._context_group
+    def _attend_to_all_ranks(self, query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Attend with each half of this rank's queries to all keys up to it, gathered from the context-parallel ranks.
+
+        Keys and values are whole on every rank, queries are not (as in Llama 3, arXiv 2407.21783, section 3.3.2).
+        """
         both = gather_from_sequence_parallel_region(torch.stack([key, value], dim=1), group=group)
-        keys, values = in_order(both, group.size()).unbind(1)
+        keys, values = join_positions(both, group.size()).unbind(1)
         half = query.shape[0] // 2
         return torch.cat(
             [
                 self._attend(queries, keys[:end], values[:end], causal_lower_right(half, end))
                 for queries, end in zip(
-                    query.split(half), ((number + 1) * half for number in part_numbers(group.size(), group.rank()))
+                    query.split(half), ((number + 1) * half for number in slice_numbers(group.size(), group.rank()))
                 )
             ]
         )
 
     def _attend_with_one_query(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Decoding: it attends to all that is cached. The heads of a group stand in for queries, so that its keys are
-        read once."""
+        """Attend to all that is cached; the heads of a group stand in for queries, so that its keys are read once."""
         _, batch, heads, width = query.shape
         context = scaled_dot_product_attention(
             query.view(batch, key.shape[2], -1, width),
@@ -137,9 +137,8 @@ class SDPACoreAttention(torch.nn.Module):
 
     def _attend_in_blocks(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         length, batch, heads, width = query.shape
-        context = blocked_causal_attention(
-            *(x.reshape(length, batch * heads, width) for x in (query, key, value)), self.softmax_scale
-        )
+        query, key, value = (x.reshape(length, batch * heads, width) for x in (query, key, value))
+        context = blocked_causal_attention(query, key, value, self.softmax_scale)
         return context.view(length, batch, heads * width)
 
 
@@ -148,7 +147,7 @@ MAX_SEQUENCE = 1024
 
 
 def blocked_causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """softmax(scale · Q Kᵀ + causal mask) V for every head.
+    """Compute softmax(scale · Q Kᵀ + causal mask) V for every head.
 
     Args:
         query, key, value: [sequence, heads, width], the last dimension contiguous; heads may run over a batch.
@@ -160,7 +159,7 @@ def blocked_causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: f
 
 
 class _BlockedCausalAttention(torch.autograd.Function):
-    """The backward pass with the kept probabilities P: dP = dO Vᵀ, dS = P ∘ (dP − rowsum(P ∘ dP))."""
+    """Blocked attention; with the kept probabilities P, dP = dO Vᵀ and dS = P ∘ (dP − rowsum(P ∘ dP))."""
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -189,7 +188,7 @@ class _BlockedCausalAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = (scaled.new_empty(heads, length, width) for _ in range(3))
         last = len(kept) - 1
         softmax_backward = torch.ops.aten._softmax_backward_data.out
-        # Products are added with add_: baddbmm_ into a slice makes one small product a head, each with its own threads.
+        # Products are added with add_: baddbmm_ into a slice makes one small product per head, with threads of its own.
         for block in range(last, -1, -1):  # the last block reaches every key, so it writes and the others add
             start, end = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, length)
             probabilities, rows = kept[block], rows_g[:, start:end]
@@ -206,15 +205,15 @@ class _BlockedCausalAttention(torch.autograd.Function):
 
 
 class CachingSelfAttention(SelfAttention):
-    """Megatron-Core's, with a cache of its own; generation/decoder.py calls its parts."""
+    """Megatron-Core's self-attention with a cache of its own; ``generation/decoder.py`` calls its parts."""
 
     def extend(
         self, context: BaseInferenceContext, query: Tensor, key: Tensor, value: Tensor, angles: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotate, and append to the cache.
+        """Rotate the next tokens' keys and queries, and append to the cache.
 
         Args:
-            context: says how many tokens the cache holds and has room for; this layer's memory is kept in it.
+            context: holds the cache's memory, its length and its capacity.
             query: [n, b, heads, width] of the next n tokens. key, value: [n, b, query groups, width].
             angles: of all positions, always the same object.
 
@@ -228,10 +227,10 @@ class CachingSelfAttention(SelfAttention):
         keys[:, :, start:end], values[:, :, start:end] = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
         if start == 0:
             return query, key, value
-        return query, *(memory[:, :, :end].permute(2, 0, 1, 3) for memory in (keys, values))
+        return query, keys[:, :, :end].permute(2, 0, 1, 3), values[:, :, :end].permute(2, 0, 1, 3)
 
     def _memory(self, context: BaseInferenceContext, like: Tensor) -> tuple[Tensor, Tensor]:
-        """This layer's keys and values [b, query groups, max length, width]."""
+        """Return the memory of this layer's keys and values, [b, query groups, max length, width] each."""
         memory = context.key_value_memory_dict
         if self.layer_number not in memory:
             _, batch, groups, width = like.shape

@@ -1,11 +1,12 @@
-"""Decoders on Megatron-Core's GPTModel whose last stage gives hidden states instead of logits.
+"""Decoders on Megatron-Core's GPTModel whose last stage returns hidden states instead of logits.
 
-The output layer is applied inside the fused loss (megatron_kd/losses), which never holds the logits; so the model
+The output layer is applied inside the fused loss (``megatron_kd/losses``), which never holds the logits. So the model
 returns what that loss needs: the hidden states after the final norm, and a description of the head.
 """
 
 import math
-from typing import Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -20,9 +21,9 @@ from megatron_kd.losses import OutputHead, run_forward_pre_hooks
 from megatron_kd.models.architecture import LayerSpecName, ModelArchitecture, Precision
 from megatron_kd.models.layer_specs import choose_layer_spec, decoder_layer_spec
 from megatron_kd.models.local_modules import apply_rotary
-from megatron_kd.parallel.groups import is_first_stage, is_last_stage, own_part
+from megatron_kd.parallel.groups import is_first_stage, is_last_stage, own_positions
 from megatron_kd.parallel.layout import ParallelLayout
-from megatron_kd.parallel.mcore_patches.model_patches import (
+from megatron_kd.parallel.mcore_patches.remedies import (
     mark_sharded_weights,
     pipeline_communication,
     scale_rotary,
@@ -36,14 +37,29 @@ class HiddenStateGPTModel(GPTModel):
     """GPTModel whose ``forward`` takes whole sequences and returns [sequence, batch, hidden] on the last stage too.
 
     Under context and sequence parallelism the sequence dimension of what it returns is this rank's part.
+
+    Args:
+        valid_vocab_size: ids of the vocabulary, without padded rows.
+        options: GPTModel's arguments.
     """
 
-    valid_vocab_size: int = 0
+    def __init__(self, *, valid_vocab_size: int, **options: Any):
+        super().__init__(**options)
+        self.valid_vocab_size = valid_vocab_size
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, *arguments: object, **options: object) -> Tensor:
-        """Tokens and their positions, [batch, sequence], whole on every rank; see the class for what it returns."""
+    def forward(self, input_ids: Tensor, position_ids: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        """Run the stage.
+
+        Args:
+            input_ids, position_ids: [batch, sequence], whole on every rank.
+
+        Returns:
+            Hidden states, as the class describes them.
+        """
         group = self.pg_collection.cp
-        return super().forward(own_part(input_ids, group, 1), own_part(position_ids, group, 1), *arguments, **options)
+        return super().forward(
+            own_positions(input_ids, group, 1), own_positions(position_ids, group, 1), *arguments, **options
+        )
 
     def _postprocess(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         if self.post_process:
@@ -51,7 +67,7 @@ class HiddenStateGPTModel(GPTModel):
         return hidden_states
 
     def output_head(self) -> OutputHead:
-        """This rank's part of the output layer (last pipeline stage only)."""
+        """Describe this rank's part of the output layer (last pipeline stage only)."""
         weight = (
             self.shared_embedding_or_output_weight()
             if self.share_embeddings_and_output_weights
@@ -66,7 +82,7 @@ class HiddenStateGPTModel(GPTModel):
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
-    """Rows of the embedding over all ranks: a multiple of 128 x TP, as Megatron pads."""
+    """Return the rows of the embedding over all ranks: a multiple of 128 x TP, as Megatron pads."""
     multiple = VOCABULARY_MULTIPLE * tensor_parallel_size
     return math.ceil(vocab_size / multiple) * multiple
 
@@ -74,7 +90,7 @@ def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
 def transformer_config(
     architecture: ModelArchitecture, layout: ParallelLayout, *, precision: Precision, device: torch.device
 ) -> TransformerConfig:
-    """Megatron-Core's configuration of ``architecture`` under ``layout``."""
+    """Return Megatron-Core's configuration of ``architecture`` under ``layout``."""
     on_cuda = device.type == "cuda"
     if not on_cuda:
         use_rotary_kernel(apply_rotary)
@@ -111,7 +127,7 @@ def transformer_config(
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=on_cuda and _has_fused_weight_gradient(),
         bias_activation_fusion=on_cuda,
-        use_te_activation_func=not on_cuda,  # models/local_modules.py through the layer spec
+        use_te_activation_func=not on_cuda,  # how the layer spec's SwiGLU is put in
         apply_rope_fusion=not on_cuda,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
@@ -129,63 +145,55 @@ def build_model(
     layer_spec: LayerSpecName = "auto",
     max_sequence_length: int,
 ) -> list[HiddenStateGPTModel]:
-    """This rank's model chunks (one, or one per virtual pipeline stage), uninitialised, on ``device``."""
+    """Build this rank's model chunks (one, or one per virtual pipeline stage), uninitialised, on ``device``.
+
+    Raises:
+        ConfigError: sequences exceed the architecture's sliding window, or the layer spec is not available here.
+    """
     if architecture.sliding_window and max_sequence_length > architecture.sliding_window:
         raise ConfigError(
             f"sequences of {max_sequence_length} tokens exceed the sliding window of {architecture.sliding_window} of "
             "this model's attention, which is not supported: use data.seq_length of at most the window"
         )
     config = transformer_config(architecture, layout, precision=precision, device=device)
-    kind = choose_layer_spec(layer_spec)
-    stages = range(layout.virtual_pipeline) if layout.virtual_pipeline else [None]
-    return [
-        _build_chunk(architecture, config, kind, layout, groups, stage, max_sequence_length, device) for stage in stages
-    ]
-
-
-def _build_chunk(
-    architecture: ModelArchitecture,
-    config: TransformerConfig,
-    kind: str,
-    layout: ParallelLayout,
-    groups: ProcessGroupCollection,
-    stage: int | None,
-    max_sequence_length: int,
-    device: torch.device,
-) -> HiddenStateGPTModel:
-    last_virtual = stage is None or stage == layout.virtual_pipeline - 1
-    layers = get_num_layers_to_build(config, vp_stage=stage, pp_rank=groups.pp.rank())
-    model = HiddenStateGPTModel(
-        config=config,
-        transformer_layer_spec=decoder_layer_spec(kind, config, layers),
-        vocab_size=padded_vocab_size(architecture.vocab_size, layout.tensor),
-        max_sequence_length=max_sequence_length,
-        pre_process=is_first_stage(groups) and stage in (None, 0),
-        post_process=is_last_stage(groups) and last_virtual,
-        share_embeddings_and_output_weights=architecture.tie_word_embeddings,
-        position_embedding_type="rope",
-        rotary_base=architecture.rope_theta,
-        pg_collection=groups,
-        vp_stage=stage,
-    ).to(device)
-    if config.bf16:
-        model.bfloat16()
-    model.valid_vocab_size = architecture.vocab_size
-    if architecture.rope_scaling_factor != 1.0 and hasattr(model, "rotary_pos_emb"):
-        scale_rotary(
-            model.rotary_pos_emb,
-            factor=architecture.rope_scaling_factor,
-            low_freq_factor=architecture.rope_low_freq_factor,
-            high_freq_factor=architecture.rope_high_freq_factor,
-            original_positions=architecture.rope_original_positions,
-        )
-    mark_sharded_weights(model)
-    return model
+    spec = choose_layer_spec(layer_spec)
+    num_virtual = layout.virtual_pipeline or 1
+    model_chunks = []
+    for number in range(num_virtual):
+        virtual_stage = number if layout.virtual_pipeline else None
+        num_layers = get_num_layers_to_build(config, vp_stage=virtual_stage, pp_rank=groups.pp.rank())
+        chunk = HiddenStateGPTModel(
+            valid_vocab_size=architecture.vocab_size,
+            config=config,
+            transformer_layer_spec=decoder_layer_spec(spec, config, num_layers),
+            vocab_size=padded_vocab_size(architecture.vocab_size, layout.tensor),
+            max_sequence_length=max_sequence_length,
+            pre_process=is_first_stage(groups) and number == 0,
+            post_process=is_last_stage(groups) and number == num_virtual - 1,
+            share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=architecture.rope_theta,
+            pg_collection=groups,
+            vp_stage=virtual_stage,
+        ).to(device)
+        if config.bf16:
+            chunk.bfloat16()
+        if architecture.rope_scaling_factor != 1.0 and hasattr(chunk, "rotary_pos_emb"):
+            scale_rotary(
+                chunk.rotary_pos_emb,
+                factor=architecture.rope_scaling_factor,
+                low_freq_factor=architecture.rope_low_freq_factor,
+                high_freq_factor=architecture.rope_high_freq_factor,
+                original_positions=architecture.rope_original_positions,
+            )
+        mark_sharded_weights(chunk)
+        model_chunks.append(chunk)
+    return model_chunks
 
 
 @torch.no_grad()
 def full_logits(model: HiddenStateGPTModel, tokens: Tensor) -> Tensor:
-    """All logits of ``tokens`` under an unpipelined model, for parity checks on short inputs.
+    """Compute all logits of ``tokens`` under an unpipelined model, for parity checks on short inputs.
 
     Args:
         tokens: [batch, sequence] ids.
@@ -206,9 +214,9 @@ def full_logits(model: HiddenStateGPTModel, tokens: Tensor) -> Tensor:
     return logits.transpose(0, 1)[..., : model.valid_vocab_size]
 
 
-def parameter_count(chunks: Sequence[torch.nn.Module]) -> int:
-    """Parameters on this rank."""
-    return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+def parameter_count(model_chunks: Sequence[torch.nn.Module]) -> int:
+    """Return the number of parameters on this rank."""
+    return sum(parameter.numel() for chunk in model_chunks for parameter in chunk.parameters())
 
 
 def _has_fused_weight_gradient() -> bool:

@@ -1,4 +1,4 @@
-"""Which modules a decoder layer is built from: Transformer Engine's, or torch's with Megatron-Core's linear layers.
+"""Layer specs: the modules of a decoder layer, Transformer Engine's or torch's with Megatron-Core's linear layers.
 
 Both specs keep the same sharded key names, so a checkpoint written with one loads with the other.
 """
@@ -24,7 +24,7 @@ from megatron_kd.models.local_modules import RMSNorm, SwiGLU
 
 
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine can be imported on a machine with CUDA."""
+    """Return whether Transformer Engine can be imported on a machine with CUDA."""
     if not torch.cuda.is_available():
         return False
     try:
@@ -35,10 +35,10 @@ def has_transformer_engine() -> bool:
 
 
 def choose_layer_spec(requested: LayerSpecName) -> Literal["te", "local"]:
-    """``auto`` is Transformer Engine where it works.
+    """Return the layer spec to use; ``auto`` means Transformer Engine where it works.
 
     Raises:
-        ConfigError: Transformer Engine was asked for by name and is not usable here.
+        ConfigError: Transformer Engine was asked for by name and does not work here.
     """
     if requested == "te" and not has_transformer_engine():
         raise ConfigError(
@@ -52,7 +52,7 @@ def choose_layer_spec(requested: LayerSpecName) -> Literal["te", "local"]:
 def decoder_layer_spec(
     kind: Literal["te", "local"], config: TransformerConfig, num_local_layers: int
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """The spec of this pipeline stage's ``num_local_layers`` layers and of the norm that follows them."""
+    """Return the spec of this pipeline stage's ``num_local_layers`` layers and of the norm that follows them."""
     if kind == "te":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
@@ -69,5 +69,5 @@ def decoder_layer_spec(
 
 
 def _mlp_submodules(mlp: ModuleSpec | functools.partial) -> MLPSubmodules:
-    """Of a spec (megatron-core 0.16) or of a partial function (0.19)."""
+    """Return the submodules of an MLP's spec (Megatron-Core 0.16) or partial function (0.19)."""
     return mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]

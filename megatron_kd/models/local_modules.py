@@ -1,15 +1,7 @@
-"""RMSNorm that allows sequence parallelism without Transformer Engine or Apex.
+"""Modules of the local layer spec: RMSNorm, SwiGLU and rotary embedding that read their inputs few times.
 
-SwiGLU without copies of its halves, for the local layer spec.
-
-Megatron-Core's unfused version adds an offset of zero in a pass of its own and joins the two halves' gradients in
-another. It builds an activation module from the layer spec where the configuration says ``use_te_activation_func``,
-which is how this one is put in its place.
-
-Rotary position embedding in three passes over its input, where Transformer Engine's fused kernel is not installed.
-
-Megatron-Core's own unfused version takes a dozen passes and copies. It calls a kernel by the name
-``fused_apply_rotary_pos_emb`` if the configuration says ``apply_rope_fusion``; on a CPU that name is given this one.
+Each has a backward pass of its own that keeps little. Megatron-Core's versions without Transformer Engine take many
+passes and copies, and its norm refuses sequence parallelism (``parallel/mcore_patches/patch_table.py``).
 """
 
 import functools
@@ -31,7 +23,7 @@ class RMSNorm(torch.nn.Module):
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron-Core's flag
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]."""
@@ -41,7 +33,7 @@ class RMSNorm(torch.nn.Module):
 
 
 def _normalize(hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The result and the inverse RMS of every row."""
+    """Return the result and the inverse RMS of every row."""
     rows = hidden.float()
     inverse_rms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_().div_(rows.shape[-1]).add_(eps).rsqrt_()
     normalized = rows * inverse_rms
@@ -50,7 +42,7 @@ def _normalize(hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tens
 
 
 class _RMSNormFunction(torch.autograd.Function):
-    """Keeps the input and one scalar a row for the backward pass; arithmetic in fp32."""
+    """Keeps the input and one scalar per row for the backward pass; arithmetic in fp32."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -84,12 +76,12 @@ class SwiGLU(torch.nn.Module):
         return _SwiGLUFunction.apply(gate_and_up)
 
     def sharded_state_dict(self, *_: object, **__: object) -> dict[str, object]:
-        """Nothing: there are no weights. Megatron-Core's MLP asks each of its parts."""
+        """Return an empty state: there are no weights, but Megatron-Core's MLP asks each of its parts."""
         return {}
 
 
 class _SwiGLUFunction(torch.autograd.Function):
-    """Keeps silu(gate) beside its input: an exponential costs more than reading it again."""
+    """Keeps silu(gate) beside its input: computing it again costs more than reading it."""
 
     @staticmethod
     def forward(ctx, gate_and_up: Tensor) -> Tensor:
@@ -115,7 +107,10 @@ def apply_rotary(values: Tensor, angles: Tensor, interleaved: bool = False) -> T
     Args:
         values: [sequence, batch, heads, width].
         angles: [sequence, 1, 1, width] radians, the second half equal to the first.
-        interleaved: must be False: pairs (2 i, 2 i + 1) are not what this rotates.
+        interleaved: must be False; True means pairs (2 i, 2 i + 1).
+
+    Raises:
+        NotImplementedError: pairs are interleaved, or only some channels are rotated.
     """
     if interleaved or angles.shape[-1] != values.shape[-1]:
         raise NotImplementedError(
@@ -128,7 +123,7 @@ def apply_rotary(values: Tensor, angles: Tensor, interleaved: bool = False) -> T
 
 
 def rotate(values: Tensor, angles: Tensor, start: int, end: int) -> Tensor:
-    """As :func:`apply_rotary`, by the angles of the positions from ``start`` to ``end``; no gradient.
+    """Rotate by the angles of the positions from ``start`` to ``end``, without a gradient; see :func:`apply_rotary`.
 
     Args:
         angles: of all positions, always the same object, so that their cosines are computed once.
@@ -139,13 +134,15 @@ def rotate(values: Tensor, angles: Tensor, start: int, end: int) -> Tensor:
 
 @functools.lru_cache(maxsize=4)
 def _cosine_and_sine(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Of the whole width and of half of it. All layers give the same ``angles`` object, which is what the cache asks
-    for: a tensor is equal to a key only if it is that key."""
+    """Return cosines of the whole width and sines of half of it, which is enough.
+
+    All layers pass the same ``angles`` object; a tensor hashes by identity, so the cache finds it.
+    """
     return angles.cos().to(dtype), angles.sin().to(dtype).chunk(2, dim=-1)[0]
 
 
 class _Rotation(torch.autograd.Function):
-    """The backward pass is the rotation by the opposite angle."""
+    """Rotation; its backward pass rotates by the opposite angle."""
 
     @staticmethod
     def forward(ctx, values: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -1,13 +1,7 @@
-"""How ranks agree on what only one of them knows: work of the main rank, and which rank reports a failure.
+"""Coordination of ranks: work of the main rank, who reports a failure, and a queue that free replicas take from."""
 
-Units of work handed to whichever replica of the model is free, so that slow and fast ranks end together.
-
-The first rank of a replica takes the next number from a counter in the world's key-value store and tells the others of
-its replica. No replica waits for another one.
-"""
-
-from collections.abc import Iterator, Sequence
-from typing import Any, Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,62 +10,72 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_kd.errors import UserError, disk_full
 
 _FAILURES_KEY = "megatron_kd/failures"
+ResultT = TypeVar("ResultT")
 
 
-def on_main_rank(action: Callable[[], Any]) -> Any:
-    """``action()`` on rank 0; its value on every rank. Collective over the world.
+def on_main_rank(action: Callable[[], ResultT]) -> ResultT:
+    """Run ``action()`` on rank 0 and return its value on every rank. Collective over the world.
 
     Raises:
         UserError: rank 0 raised one (on every rank, of the same type and text), or an OSError.
     """
-    outcome: list[Any] = [None]
+    outcome: list[tuple[ResultT | None, UserError | None] | None] = [None]
     if dist.get_rank() == 0:
         try:
-            outcome = [("value", action())]
+            outcome = [(action(), None)]
         except UserError as error:
-            outcome = [("error", error)]
+            outcome = [(None, error)]
         except OSError as error:
             other = UserError(f"{error.strerror or error} ({error.filename or 'output'})")
-            outcome = [("error", disk_full(error) or other)]
+            outcome = [(None, disk_full(error) or other)]
     dist.broadcast_object_list(outcome, src=0)
-    kind, value = outcome[0]
-    if kind == "error":
-        raise value
-    return value
+    assert outcome[0] is not None
+    value, failure = outcome[0]
+    if failure is not None:
+        raise failure
+    return value  # type: ignore[return-value]  # None only where ``action`` returns it
 
 
 def first_to_fail(store: dist.Store | None = None) -> bool:
-    """Whether no other rank has failed before this one: the first one reports, the others end quietly.
+    """Count this rank's failure; return whether no other rank has failed before. The first reports, others are silent.
 
-    ``store`` is shared by all ranks of the job; None means the default group's.
+    Args:
+        store: shared by all ranks of the job; None means the default group's.
     """
     try:
-        return (store or dist.distributed_c10d._get_default_store()).add(_FAILURES_KEY, 1) == 1
-    except Exception:  # noqa: BLE001 - the store went away with the rank that failed first
+        return _count_failures(store, 1) == 1
+    except Exception:  # noqa: BLE001 - the store ended with the rank that failed first
         return False
 
 
 def another_rank_failed(store: dist.Store | None = None) -> bool:
-    """Whether a rank has reported a failure: what this rank ran into is then its consequence."""
+    """Return whether a rank has reported a failure, which this rank's own error is then a consequence of."""
     try:
-        return (store or dist.distributed_c10d._get_default_store()).add(_FAILURES_KEY, 0) > 0
-    except Exception:  # noqa: BLE001 - nothing is known of the others
+        return _count_failures(store, 0) > 0
+    except Exception:  # noqa: BLE001 - without the store nothing is known of the others
         return False
 
 
+def _count_failures(store: dist.Store | None, added: int) -> int:
+    return (store or dist.distributed_c10d._get_default_store()).add(_FAILURES_KEY, added)
+
+
 class WorkQueue:
-    """Iterates over the units that this rank's replica is given.
+    """Iterates over the units that this rank's replica of the model takes.
+
+    The first rank of a replica takes the next number from a counter in the world's key-value store and broadcasts it
+    inside the replica, so that slow and fast replicas end together. No replica waits for another one.
 
     Args:
-        units: all there is to do; the same on every rank.
-        name: of the counter; unique in the life of the world, the same on every rank.
+        units: everything to do; the same on every rank.
+        name: the counter's, unique in the life of the world, the same on every rank.
         groups: of the model; ``groups.mp`` is a replica.
-        device: for the message inside a replica.
+        device: for the broadcast.
     """
 
     def __init__(self, units: Sequence[int], name: str, groups: ProcessGroupCollection, device: torch.device) -> None:
         self._units, self._key, self._device = units, f"megatron_kd/work/{name}", device
-        self._replica = groups.mp
+        self._replica: dist.ProcessGroup = groups.mp
         self._store = dist.distributed_c10d._get_default_store()
 
     def __iter__(self) -> Iterator[int]:
@@ -79,7 +83,7 @@ class WorkQueue:
             yield self._units[place]
 
     def num_taken(self) -> int:
-        """Units handed out so far, over all replicas."""
+        """Return how many units have been taken, over all replicas."""
         return min(self._store.add(self._key, 0), len(self._units))
 
     def _next(self) -> int:

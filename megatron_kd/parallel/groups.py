@@ -1,16 +1,16 @@
-"""Process groups of one model, passed explicitly: Megatron-Core's global ``parallel_state`` is never initialised.
+"""Process groups of one model, and the positions that context-parallel ranks hold.
 
-Two models with different layouts in one world each get a ``ProcessGroupCollection`` of their own; a forgotten group
-then fails loudly instead of silently using the other model's.
+Groups are passed explicitly; Megatron-Core's global ``parallel_state`` is never initialised. Two models with different
+layouts in one world each get a ``ProcessGroupCollection`` of their own, and a forgotten group fails at once instead of
+using the other model's.
 
-Context parallelism: which positions of a sequence are whose.
-
-A sequence is cut into 2 C parts; rank r of C holds parts r and 2 C - 1 - r, one after the other, as Megatron-Core's
-rotary embedding and Transformer Engine's attention have it. Under a causal mask every rank then has as much to do.
+Under context parallelism a sequence is cut into 2 C slices; rank r of C holds slices r and 2 C - 1 - r, one after the
+other, as Megatron-Core's rotary embedding and Transformer Engine's attention expect. Under a causal mask every rank
+then has as much to do.
 """
 
 from datetime import timedelta
-from typing import Sequence
+from typing import Sequence, cast
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_kd.parallel.layout import ParallelLayout
-from megatron_kd.parallel.mcore_patches.model_patches import ensure_sequence_parallel_workspace
+from megatron_kd.parallel.mcore_patches.remedies import ensure_sequence_parallel_workspace
 
 GROUP_DIMENSIONS: dict[str, tuple[str, ...]] = {
     "tp": ("tensor",),
@@ -36,7 +36,7 @@ GROUP_DIMENSIONS: dict[str, tuple[str, ...]] = {
 def create_process_groups(
     layout: ParallelLayout, ranks: Sequence[int] | None = None, timeout: timedelta | None = None
 ) -> ProcessGroupCollection:
-    """Create every group that Megatron-Core asks of a dense decoder, for one model laid out over ``ranks``.
+    """Create every group that Megatron-Core needs for a dense decoder, for one model laid out over ``ranks``.
 
     Collective over the whole world: every rank calls it with the same arguments, whether or not it is in ``ranks``.
 
@@ -79,7 +79,7 @@ def create_process_groups(
 def _create_embedding_group(
     layout: ParallelLayout, members: Sequence[int], timeout: timedelta | None
 ) -> dist.ProcessGroup | None:
-    """[first, last] pipeline stage of each pipeline, which sum the gradients of tied embeddings."""
+    """Group the first and the last stage of each pipeline, which sum the gradients of tied embeddings."""
     ends = [sorted({group[0], group[-1]}) for group in layout.rank_groups("pipeline")]
     group = _enumerate_groups([[members[i] for i in end] for end in ends], timeout)
     return None if group is dist.GroupMember.NON_GROUP_MEMBER else group
@@ -87,50 +87,50 @@ def _create_embedding_group(
 
 def _enumerate_groups(all_ranks: list[list[int]], timeout: timedelta | None) -> dist.ProcessGroup:
     mine, _ = dist.new_subgroups_by_enumeration(all_ranks, timeout=timeout)
-    return dist.GroupMember.NON_GROUP_MEMBER if mine is None else mine
+    return cast(dist.ProcessGroup, dist.GroupMember.NON_GROUP_MEMBER) if mine is None else mine
 
 
 def is_first_stage(groups: ProcessGroupCollection) -> bool:
-    """Whether this rank holds the embedding's pipeline stage."""
+    """Return whether this rank holds the embedding's pipeline stage."""
     return groups.pp.rank() == 0
 
 
 def is_last_stage(groups: ProcessGroupCollection) -> bool:
-    """Whether this rank holds the output layer's pipeline stage."""
+    """Return whether this rank holds the output layer's pipeline stage."""
     return groups.pp.rank() == groups.pp.size() - 1
 
 
 def sum_over_group(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """In-place sum over ``group``; returns ``values``."""
+    """Sum ``values`` over ``group``, in place, and return them."""
     if group.size() > 1:
         dist.all_reduce(values, group=group)
     return values
 
 
-def part_numbers(size: int, rank: int) -> tuple[int, int]:
-    """The two of 2 ``size`` parts that ``rank`` holds."""
+def slice_numbers(size: int, rank: int) -> tuple[int, int]:
+    """Return which two of 2 ``size`` slices ``rank`` holds."""
     return rank, 2 * size - 1 - rank
 
 
-def part_of(values: Tensor, size: int, rank: int, dimension: int = 0) -> Tensor:
-    """What rank ``rank`` of ``size`` holds of whole sequences.
+def positions_of_rank(values: Tensor, size: int, rank: int, dimension: int = 0) -> Tensor:
+    """Return what rank ``rank`` of ``size`` holds of whole sequences.
 
     Args:
         values: their positions along ``dimension``, a multiple of 2 ``size`` of them.
     """
     if size == 1:
         return values
-    parts = values.chunk(2 * size, dim=dimension)
-    return torch.cat([parts[number] for number in part_numbers(size, rank)], dim=dimension)
+    slices = values.chunk(2 * size, dim=dimension)
+    return torch.cat([slices[number] for number in slice_numbers(size, rank)], dim=dimension)
 
 
-def own_part(values: Tensor, group: dist.ProcessGroup | None, dimension: int = 0) -> Tensor:
-    """:func:`part_of` for this rank of a context-parallel group; None is no such group."""
-    return values if group is None else part_of(values, group.size(), group.rank(), dimension)
+def own_positions(values: Tensor, group: dist.ProcessGroup | None, dimension: int = 0) -> Tensor:
+    """Return what this rank of a context-parallel group holds of whole sequences; all of it where there is no group."""
+    return values if group is None else positions_of_rank(values, group.size(), group.rank(), dimension)
 
 
-def in_order(gathered: Tensor, size: int) -> Tensor:
-    """Whole sequences from what all ranks hold, one rank after the other, along the first dimension."""
-    parts = gathered.chunk(2 * size)
-    place = {number: 2 * rank + half for rank in range(size) for half, number in enumerate(part_numbers(size, rank))}
-    return torch.cat([parts[place[number]] for number in range(2 * size)])
+def join_positions(gathered: Tensor, size: int) -> Tensor:
+    """Return whole sequences, made from what the ranks hold, one rank after the other along the first dimension."""
+    slices = gathered.chunk(2 * size)
+    place = {number: 2 * rank + half for rank in range(size) for half, number in enumerate(slice_numbers(size, rank))}
+    return torch.cat([slices[place[number]] for number in range(2 * size)])

@@ -21,14 +21,14 @@ class ParallelConfig:
     context_parallel_size: int = 1
     sequence_parallel: bool = False
     num_layers_in_first_pipeline_stage: int | None = None
-    """None means an even share of what the other of the two leaves."""
+    """None means an even share of the layers that the last stage leaves."""
     num_layers_in_last_pipeline_stage: int | None = None
-    """Fewer than an even share make room for output layer, loss and teacher's head (``plan_run`` says how many)."""
+    """None means an even share; fewer make room for output layer, loss and teacher's head (``plan_run``)."""
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
 
     def validate(self) -> Iterator[str]:
-        """Faults in the values, one message each."""
+        """Yield one message for each fault in the values."""
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
             if getattr(self, name) < 1:
                 yield f"'parallel.{name}' must be at least 1, not {getattr(self, name)}"
@@ -51,19 +51,25 @@ class ParallelConfig:
             yield "'parallel.overlap_param_gather' needs 'parallel.overlap_grad_reduce'"
 
     def context_parallel_faults(self, why: str) -> Iterator[str]:
-        """For what cannot cut its batches along the sequence: a message if it is asked to."""
+        """Yield a message if sequences are to be cut, for a verb that cannot; ``why`` completes it."""
         if self.context_parallel_size > 1:
             yield f"'parallel.context_parallel_size' must be 1: {why}"
 
 
 def sequence_multiple(tensor: int, context: int, sequence_parallel: bool) -> int:
-    """What the length of every sequence must be a multiple of, so that its parts are equally long."""
+    """Return the number that every sequence's length must be a multiple of, so that its parts are equally long."""
     return math.lcm(tensor * context if sequence_parallel else 1, 2 * context if context > 1 else 1)
 
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """Sizes of every parallel dimension over ``world_size`` ranks, and the place of each rank."""
+    """Sizes of every parallel dimension over ``world_size`` ranks, and the place of each rank.
+
+    Attributes:
+        virtual_pipeline: virtual stages of each pipeline stage; None without interleaving.
+        first_stage_layers: layers of the pipeline's first stage; None means an even share.
+        last_stage_layers: layers of its last stage, likewise.
+    """
 
     tensor: int
     pipeline: int
@@ -73,11 +79,10 @@ class ParallelLayout:
     sequence_parallel: bool = False
     first_stage_layers: int | None = None
     last_stage_layers: int | None = None
-    """Layers of the pipeline's ends; None means an even share."""
 
     @classmethod
     def for_world(cls, config: ParallelConfig, world_size: int) -> "ParallelLayout":
-        """The layout of ``config`` filled up with data parallelism.
+        """Return the layout of ``config``, filled up with data parallelism.
 
         Raises:
             LayoutError: ``world_size`` is not a multiple of TP x PP x CP.
@@ -107,7 +112,7 @@ class ParallelLayout:
         return self.tensor * self.pipeline * self.context * self.data
 
     def coordinates(self, rank: int) -> "RankCoordinates":
-        """Where ``rank`` stands in each dimension."""
+        """Return the place of ``rank`` in each dimension."""
         rest, tensor = divmod(rank, self.tensor)
         rest, context = divmod(rest, self.context)
         pipeline, data = divmod(rest, self.data)
@@ -118,7 +123,7 @@ class ParallelLayout:
         return ((pipeline * self.data + data) * self.context + context) * self.tensor + tensor
 
     def rank_groups(self, *dimensions: str) -> list[list[int]]:
-        """All groups of ranks that differ only in ``dimensions``, each in rank order, ordered by first rank."""
+        """Return all groups of ranks that differ only in ``dimensions``, in rank order, sorted by first rank."""
         fixed = [name for name in ("tensor", "context", "data", "pipeline") if name not in dimensions]
         groups: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
@@ -130,7 +135,7 @@ class ParallelLayout:
         self, *, num_layers: int, num_attention_heads: int, num_query_groups: int, ffn_hidden_size: int, seq_length: int
     ) -> None:
         """Raise :class:`LayoutError`, naming every part of a model that this layout does not divide."""
-        chunks = self.pipeline * (self.virtual_pipeline or 1)
+        model_chunks = self.pipeline * (self.virtual_pipeline or 1)
         needs = [
             (num_attention_heads, self.tensor, "attention heads", "tensor_model_parallel_size"),
             (num_query_groups, self.tensor, "query groups (key-value heads)", "tensor_model_parallel_size"),
@@ -138,7 +143,7 @@ class ParallelLayout:
         ]
         ends = [count for count in (self.first_stage_layers, self.last_stage_layers) if count is not None]
         if not ends:
-            needs.append((num_layers, chunks, "layers", "pipeline_model_parallel_size (times virtual stages)"))
+            needs.append((num_layers, model_chunks, "layers", "pipeline_model_parallel_size (times virtual stages)"))
         else:
             needs += self._uneven_needs(num_layers, ends)
         if self.sequence_parallel:
@@ -152,7 +157,7 @@ class ParallelLayout:
             raise LayoutError("; ".join(faults))
 
     def stage_layers(self, num_layers: int) -> list[int]:
-        """Layers of every pipeline stage of a model that :meth:`check_model` has passed."""
+        """Return the layers of every pipeline stage of a model that :meth:`check_model` has accepted."""
         ends = [count for count in (self.first_stage_layers, self.last_stage_layers) if count is not None]
         between = self.pipeline - len(ends)
         share = (num_layers - sum(ends)) // between if between else 0
@@ -162,7 +167,7 @@ class ParallelLayout:
         return layers
 
     def _uneven_needs(self, num_layers: int, ends: list[int]) -> list[tuple[int, int, str, str]]:
-        """What an uneven pipeline asks to divide; see :meth:`check_model`."""
+        """What an uneven pipeline must divide; see :meth:`check_model`."""
         virtual, between = self.virtual_pipeline or 1, self.pipeline - len(ends)
         rest = num_layers - sum(ends)
         if rest < between or (between == 0 and rest):
@@ -175,7 +180,7 @@ class ParallelLayout:
         return needs
 
     def micro_batches(self, global_batch_size: int, micro_batch_size: int) -> int:
-        """Micro-batches per step on each data-parallel rank.
+        """Return the micro-batches per step on each data-parallel rank.
 
         Raises:
             LayoutError: the global batch does not divide by micro-batch size x data-parallel size, or an interleaved
@@ -196,7 +201,7 @@ class ParallelLayout:
         return count
 
     def describe(self) -> str:
-        """For a person: ``TP2 PP2 DP1``."""
+        """Return the layout in short, ``TP2 PP2 DP1``."""
         parts = [f"TP{self.tensor}", f"PP{self.pipeline}"]
         if self.virtual_pipeline:
             parts.append(f"VPP{self.virtual_pipeline}")
@@ -218,5 +223,5 @@ class RankCoordinates:
 
 
 def as_mapping(layout: ParallelLayout) -> dict[str, int | bool | None]:
-    """The layout as plain values, for manifests."""
+    """Return the layout as plain values, for manifests."""
     return dataclasses.asdict(layout)

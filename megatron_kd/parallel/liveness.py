@@ -1,9 +1,9 @@
-"""Ranks that die end the job: every rank holds a connection to rank 0, and a connection that breaks is a death.
+"""Detection of dead ranks: every rank holds a connection to rank 0, and one that breaks ends the job.
 
-The operating system closes the connection of a process that dies, whatever killed it, and keep-alive finds a host that
-is gone in half a minute. Rank 0 then tells all others, and each ends at once: a main thread that waits inside a
-collective for the dead rank cannot be interrupted in any other way. A rank that leaves properly says so first; one
-that leaves with an error gives the others a few seconds to end by themselves.
+The operating system closes the connection of a process that dies, whatever killed it, and keep-alive notices a host
+that is gone within half a minute. Rank 0 then tells all others, and each exits at once: a main thread that waits inside
+a collective for the dead rank cannot be interrupted in any other way. A rank that leaves properly says so first; one
+that leaves with an error gives the others a few seconds to exit by themselves.
 """
 
 import json
@@ -36,11 +36,11 @@ class Liveness:
         store: shared by all ranks.
         rank: this rank.
         world_size: all ranks.
-        describe: says what a rank is in messages about it, e.g. ``rank 3 (teacher rank 1 of 2)``.
-        timeout: how long the ranks may take to come together.
+        describe: names a rank in messages, e.g. ``rank 3 (teacher rank 1 of 2)``.
+        timeout: how long the ranks may take to connect.
 
     Raises:
-        LayoutError: they have not; the message names those that are missing.
+        LayoutError: some have not; the message names them.
     """
 
     def __init__(
@@ -80,11 +80,11 @@ class Liveness:
                     missing = [self._describe(rank) for rank in range(1, world_size) if rank not in self._peers]
                     raise LayoutError(
                         f"{', '.join(missing)} did not connect to {self._describe(0)} at {host}:"
-                        f"{server.getsockname()[1]} in time: see whether it started, and whether a firewall is between"
+                        f"{server.getsockname()[1]} in time: check that it started, and that no firewall is between"
                     ) from None
 
     def _accept(self, server: socket.socket) -> None:
-        """The next connection; one that does not say which rank it is (a port scanner's) is closed."""
+        """Accept the next connection; one that does not say which rank it is (a port scanner's) is closed."""
         server.settimeout(max(self._deadline - time.monotonic(), 0.001))
         peer = server.accept()[0]
         peer.settimeout(_HELLO_SECONDS)
@@ -118,7 +118,7 @@ class Liveness:
         threading.Thread(target=self._read, args=(reader, role), name="liveness", daemon=True).start()
 
     def _read(self, reader, role: str) -> None:
-        """Until the other end leaves; a connection that ends without a word is a death."""
+        """Read until the other end leaves; a connection that ends without a message is a death."""
         try:
             for line in reader:
                 message = json.loads(line)
@@ -127,7 +127,7 @@ class Liveness:
                 if message["kind"] == "failed":
                     self._follow_failure()
                     return
-                self._end(None)  # rank 0 has said who is dead
+                self._end(None)  # rank 0 has reported who is dead
         except OSError:
             pass
         if not self._left.is_set():
@@ -140,9 +140,9 @@ class Liveness:
             os._exit(_FAILED_STATUS)
 
     def _end(self, dead: str | None) -> None:
-        """End this process; ``dead`` names the rank that is to be told about."""
+        """End this process; ``dead`` names the rank to report, if any."""
         if dead is not None and (self._rank == 0 or self._rank == 1):
-            logger.info(f"{dead} is gone (killed, crashed or cut off): all ranks stop", extra=EVERY_RANK)
+            logger.info(f"{dead} is gone (killed, crashed or disconnected): all ranks stop", extra=EVERY_RANK)
         if self._rank == 0:
             self._tell({"kind": "dead"})
         os._exit(_DEAD_STATUS)
@@ -158,7 +158,7 @@ class Liveness:
 
 
 def _keep_alive(peer: socket.socket) -> None:
-    """A host that does not answer for half a minute is gone."""
+    """Let the system close the connection to a host that has not answered for half a minute."""
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
         if hasattr(socket, name):  # not on macOS

@@ -1,4 +1,4 @@
-"""Megatron-Core's pipeline schedules, called with explicit groups; forward-only passes that keep what they give."""
+"""Megatron-Core's pipeline schedules, called with explicit groups, and forward-only passes that collect results."""
 
 from typing import Any, Callable, Iterator, Sequence, TypeVar
 
@@ -14,7 +14,7 @@ ForwardStep = Callable[[Iterator[ItemT], torch.nn.Module], tuple[Tensor, Callabl
 
 
 def run_schedule(
-    chunks: Sequence[torch.nn.Module],
+    model_chunks: Sequence[torch.nn.Module],
     groups: ProcessGroupCollection,
     forward_step: ForwardStep,
     items: Sequence[ItemT],
@@ -27,32 +27,33 @@ def run_schedule(
     """Pass ``items`` (micro-batches) through the model's pipeline, once forward and, in training, once backward.
 
     Args:
-        chunks: this rank's model chunks; more than one is an interleaved pipeline.
+        model_chunks: this rank's; more than one is an interleaved pipeline.
         forward_step: ``(iterator of items, chunk) -> (output, loss function)``, as Megatron-Core's schedules call it.
 
     Returns:
-        What the loss function reported for each item, on the last stage; empty elsewhere.
+        What the loss function reported for each item, on the last stage; an empty list elsewhere.
     """
-    schedule = get_forward_backward_func(pp_size=groups.pp.size(), vp_size=len(chunks) if len(chunks) > 1 else None)
-    iterators: Any = [iter(items) for _ in chunks] if len(chunks) > 1 else iter(items)
-    pipelined = groups.pp.size() > 1
+    is_interleaved, is_pipelined = len(model_chunks) > 1, groups.pp.size() > 1
+    schedule = get_forward_backward_func(
+        pp_size=groups.pp.size(), vp_size=len(model_chunks) if is_interleaved else None
+    )
     return schedule(
         forward_step_func=forward_step,
-        data_iterator=iterators,
-        model=list(chunks),
+        data_iterator=[iter(items) for _ in model_chunks] if is_interleaved else iter(items),
+        model=list(model_chunks),
         num_microbatches=len(items),
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
         collect_non_loss_data=collect_non_loss_data,
-        p2p_communicator=P2PCommunicator(groups.pp, get_model_config(chunks[0])) if pipelined else None,
+        p2p_communicator=P2PCommunicator(groups.pp, get_model_config(model_chunks[0])) if is_pipelined else None,
         pg_collection=groups,
     )
 
 
 @torch.no_grad()
 def forward_only(
-    chunks: Sequence[torch.nn.Module],
+    model_chunks: Sequence[torch.nn.Module],
     groups: ProcessGroupCollection,
     inputs: Callable[[ItemT], tuple[Tensor, Tensor]],
     collect: Callable[[ItemT, Tensor], Any],
@@ -61,7 +62,7 @@ def forward_only(
     seq_length: int,
     micro_batch_size: int,
 ) -> list[Any]:
-    """``collect(item, hidden states)`` of every item, in order, on the last stage; empty elsewhere.
+    """Return ``collect(item, hidden states)`` of every item, in order, on the last stage; an empty list elsewhere.
 
     Args:
         inputs: item -> (tokens [b, s], position ids [b, s]).
@@ -75,7 +76,7 @@ def forward_only(
         return hidden, lambda output, non_loss_data=False: collect(item, output)
 
     return run_schedule(
-        chunks,
+        model_chunks,
         groups,
         step,
         items,

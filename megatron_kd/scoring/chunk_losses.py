@@ -18,7 +18,7 @@ from megatron_kd.data.batch import Batch, make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.losses import Workspace, linear_distillation_loss
 from megatron_kd.models.gpt import HiddenStateGPTModel
-from megatron_kd.parallel.groups import is_last_stage, own_part, sum_over_group
+from megatron_kd.parallel.groups import is_last_stage, own_positions, sum_over_group
 from megatron_kd.parallel.schedule import forward_only
 from megatron_kd.scoring.micro_batches import MicroBatch, MicroBatchPlan, width_multiple
 
@@ -114,7 +114,7 @@ class ChunkScorer:
 
     def _columns(self, batch: Batch, hidden: Tensor) -> Tensor:
         model = self._chunks[-1]
-        labels, weights = (own_part(values, self._groups.cp, 1) for values in (batch.labels, batch.loss_mask))
+        labels, weights = (own_positions(values, self._groups.cp, 1) for values in (batch.labels, batch.loss_mask))
         result = linear_distillation_loss(
             hidden,
             model.output_head(),

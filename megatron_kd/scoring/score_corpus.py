@@ -15,11 +15,12 @@ import numpy as np
 
 from megatron_kd.artefacts.manifest import already_made, recipe_of
 from megatron_kd.artefacts.work_store import WorkStore
-from megatron_kd.checkpoints.loading import LoadedModel, load_for_inference, weights_fingerprint
+from megatron_kd.checkpoints.weights import LoadedModel, load_for_inference
 from megatron_kd.config import to_mapping
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import DataError
 from megatron_kd.models.architecture import ScoredModelConfig
+from megatron_kd.models.parameters import weights_fingerprint
 from megatron_kd.parallel.coordination import on_main_rank
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.parallel.runtime import Runtime, distributed_runtime
@@ -75,7 +76,7 @@ def run(config: ScoreCorpusConfig) -> Path:
         dataset = ChunkDataset.open(config.data.path)
         loaded = load_for_inference(config.model, config.parallel, dataset, runtime)
         on_main_rank(lambda: refuse_training_data(loaded.info, dataset, config.force))
-        fingerprint = weights_fingerprint(loaded.chunks, loaded.groups.intra_dist_opt)
+        fingerprint = weights_fingerprint(loaded.model_chunks, loaded.groups.intra_dist_opt)
         plan = _plan(config, dataset, loaded)
         with WorkStore(config.output, _recipe(config, dataset, loaded, fingerprint, plan)) as store:
             if not on_main_rank(lambda: _is_made(store)):
@@ -110,7 +111,7 @@ def _score(
 ) -> None:
     """Compute the scores that the store lacks, then write the score file."""
     journal = ScoreJournal(store, plan)
-    scorer = ChunkScorer(loaded.chunks, loaded.groups, dataset, runtime.device)
+    scorer = ChunkScorer(loaded.model_chunks, loaded.groups, dataset, runtime.device)
 
     def compute(micro_batches: list[MicroBatch], first_chunk: int) -> np.ndarray | None:
         losses = scorer.unit(micro_batches)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from megatron_kd.artefacts.manifest import already_made, recipe_of
 from megatron_kd.artefacts.work_store import WorkStore
-from megatron_kd.checkpoints.loading import LoadedModel, load_for_inference
+from megatron_kd.checkpoints.weights import LoadedModel, load_for_inference
 from megatron_kd.config import to_mapping
 from megatron_kd.data.batch import make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
@@ -199,7 +199,9 @@ def _trained_proxy(
 ) -> DifferenceProxy:
     """Return the proxy, from the unfinished output if it was trained before."""
     chunks, targets = measured.training
-    proxy = DifferenceProxy(loaded.chunks[0].requires_grad_(True), float(targets.mean()), float(targets.std()) or 1.0)
+    proxy = DifferenceProxy(
+        loaded.model_chunks[0].requires_grad_(True), float(targets.mean()), float(targets.std()) or 1.0
+    )
     if on_main_rank(lambda: store.is_whole(PROXY_PART)):
         saved = io.BytesIO(store.read(PROXY_PART).tobytes())
         proxy.load_state_dict(torch.load(saved, map_location=runtime.device, weights_only=True), strict=False)

@@ -19,7 +19,7 @@ from megatron_kd.data.batch import Batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import ConfigError, DataError
 from megatron_kd.losses import PADDING_ID, SparseKnowledge, SparseTargetKind
-from megatron_kd.parallel.groups import is_last_stage, own_part
+from megatron_kd.parallel.groups import is_last_stage, own_positions
 from megatron_kd.teachers.cache.cache_reader import LogitCache, View, token_hash
 from megatron_kd.teachers.cache.codec import Codec, DecodedChunk
 from megatron_kd.teachers.interface import Announced
@@ -125,7 +125,7 @@ class CachedTeacher:
         for row, chunk in enumerate(chunks):
             if chunk is not None:
                 chunk.pad_into(ids[:, row], weights[:, row], tail[:, row])
-        own = [own_part(torch.from_numpy(array), self._context_group) for array in (ids, weights, tail)]
+        own = [own_positions(torch.from_numpy(array), self._context_group) for array in (ids, weights, tail)]
         return tuple(values.flatten(0, 1) for values in own)  # type: ignore[return-value]
 
     def _chunk(self, batch: Batch, row: int) -> DecodedChunk | None:

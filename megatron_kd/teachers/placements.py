@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_kd.checkpoints.loading import check_same_tokenizer
-from megatron_kd.checkpoints.weights import CheckpointInfo, load_weights, open_checkpoint
+from megatron_kd.checkpoints.weights import CheckpointInfo, check_same_tokenizer, load_weights, open_checkpoint
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import LayoutError
 from megatron_kd.models.architecture import LayerSpecName, ModelArchitecture, Precision

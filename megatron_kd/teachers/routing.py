@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_kd.parallel.groups import part_of
+from megatron_kd.parallel.groups import positions_of_rank
 from megatron_kd.parallel.layout import ParallelLayout
 
 
@@ -96,4 +96,4 @@ class Routing:
 
     def part_for(self, destination: Destination, values: Tensor) -> Tensor:
         """Cut the positions that ``destination`` computes from values [s, ...] of whole sequences."""
-        return part_of(values, self.student.context, destination.context)
+        return positions_of_rank(values, self.student.context, destination.context)

@@ -24,7 +24,7 @@ from megatron_kd.losses import (
     linear_distillation_loss,
 )
 from megatron_kd.models.gpt import HiddenStateGPTModel
-from megatron_kd.parallel.groups import own_part
+from megatron_kd.parallel.groups import own_positions
 from megatron_kd.teachers.interface import Teacher
 from megatron_kd.training.distillation_config import METHOD_DEFAULTS, DistillationConfig, LossConfig, LossReduction
 
@@ -205,7 +205,7 @@ class MicroBatchLoss:
 
 def sequence_major(values: Tensor, context_group: dist.ProcessGroup | None = None) -> Tensor:
     """[b, s] -> [s · b], the order of Megatron-Core's hidden states; of a context-parallel rank its own positions."""
-    return own_part(values, context_group, 1).transpose(0, 1).reshape(-1)
+    return own_positions(values, context_group, 1).transpose(0, 1).reshape(-1)
 
 
 def token_weights(

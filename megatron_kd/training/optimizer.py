@@ -13,7 +13,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_kd.parallel.mcore_patches.optimizer_patches import patch_optimizer
+from megatron_kd.parallel.mcore_patches.remedies import patch_optimizer
 from megatron_kd.training.train_config import OptimizerConfig
 
 

@@ -13,8 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megatron_kd.artefacts.artefact_folder import write_file
 from megatron_kd.artefacts.folder_lock import LOCK_NAME, release, try_lock
-from megatron_kd.checkpoints.loading import check_same_tokenizer
-from megatron_kd.checkpoints.weights import CheckpointInfo, check_same_architecture
+from megatron_kd.checkpoints.weights import CheckpointInfo, check_same_architecture, check_same_tokenizer
 from megatron_kd.config import dump_yaml
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import CheckpointError, ConfigError

@@ -6,8 +6,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_kd.checkpoints.loading import check_same_tokenizer
-from megatron_kd.checkpoints.weights import check_same_architecture, load_weights, open_checkpoint
+from megatron_kd.checkpoints.weights import check_same_architecture, check_same_tokenizer, load_weights, open_checkpoint
 from megatron_kd.data.blend import open_data
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import ConfigError, DataError

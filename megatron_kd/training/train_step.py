@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_kd.data.batch import Batch
 from megatron_kd.errors import NonFiniteLossError
 from megatron_kd.parallel.groups import is_last_stage, sum_over_group
-from megatron_kd.parallel.mcore_patches.optimizer_patches import clipped_step
+from megatron_kd.parallel.mcore_patches.remedies import clipped_step
 from megatron_kd.parallel.schedule import run_schedule
 from megatron_kd.teachers.interface import Teacher
 from megatron_kd.training.objective import MicroBatchLoss

@@ -23,7 +23,7 @@ from megatron_kd.metrics.device import MemoryMeter, peak_flops
 from megatron_kd.metrics.tracker import RunTracker
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.parallel.layout import ParallelLayout, as_mapping
-from megatron_kd.parallel.mcore_patches.optimizer_patches import gather_parameters
+from megatron_kd.parallel.mcore_patches.remedies import gather_parameters
 from megatron_kd.parallel.runtime import Runtime
 from megatron_kd.scoring.chunk_losses import HeldoutLoss, heldout_loss
 from megatron_kd.teachers.interface import Action, Decision

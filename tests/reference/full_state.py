@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from megatron_kd.checkpoints.loading import load_whole_model
+from megatron_kd.checkpoints.weights import load_whole_model
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.parallel.runtime import distributed_runtime
 

@@ -48,8 +48,8 @@ class SparseTeacherInMemory:
 
 def load_in_memory(path: str, dataset: ChunkDataset, codec: Codec, sparse_target: str, runtime: Runtime) -> Any:
     """The teacher of a run folder, in a world of one rank."""
-    from megatron_kd.checkpoints.loading import load_for_inference
+    from megatron_kd.checkpoints.weights import load_for_inference
     from megatron_kd.models.architecture import ScoredModelConfig
 
     loaded = load_for_inference(ScoredModelConfig(path), ParallelConfig(), dataset, runtime)
-    return SparseTeacherInMemory(loaded.chunks[0], dataset, codec, sparse_target)
+    return SparseTeacherInMemory(loaded.model_chunks[0], dataset, codec, sparse_target)

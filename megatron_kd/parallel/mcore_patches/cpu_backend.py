@@ -1,10 +1,9 @@
 """Megatron-Core on a machine without CUDA: the one module that knows what it assumes about CUDA.
 
-``install()`` replaces, in this process, the few things that Megatron-Core reaches for: ``torch.cuda.current_device``,
-streams and synchronisation, ``device="cuda"`` in tensor factories, ``.cuda()`` methods, CUDA random-number state, and
+``install()`` replaces, in this process, the few things that Megatron-Core uses: ``torch.cuda.current_device``, streams
+and synchronisation, ``device="cuda"`` in tensor factories, ``.cuda()`` methods, CUDA random-number state, and
 ``tensor.type()`` names that its optimizer and gradient clipping compare with ``torch.cuda.*``. Collectives over a
-single rank, which Megatron-Core calls too, become no-ops. It refuses to run where CUDA is available. Nothing else in
-the package depends on it; on a GPU machine it is never called.
+single rank, which Megatron-Core calls too, become no-ops. Where CUDA is available it refuses.
 """
 
 import contextlib
@@ -39,12 +38,11 @@ _TYPE_NAMES = {
 }
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of glibc's malloc.h
 _LARGE_BLOCK = 1 << 30
-_installed = False
 
 
 def is_installed() -> bool:
-    """Whether this process runs Megatron-Core on its CPU."""
-    return _installed
+    """Return whether this process runs Megatron-Core on its CPU."""
+    return torch.cuda.Stream is _Stream
 
 
 def install() -> None:
@@ -53,8 +51,7 @@ def install() -> None:
     Raises:
         RuntimeError: CUDA is available, where the replacements would break real work.
     """
-    global _installed
-    if _installed:
+    if is_installed():
         return
     if torch.cuda.is_available():
         raise RuntimeError("the CPU backend was asked for on a machine with CUDA")
@@ -66,7 +63,12 @@ def install() -> None:
     _replace_random_state()
     _skip_collectives_of_one_rank()
     _keep_freed_memory()
-    _installed = True
+
+
+def _replace(owner: object, **replacements: Any) -> None:
+    """Replace attributes of a module or class of torch's or Megatron-Core's."""
+    for name, replacement in replacements.items():
+        setattr(owner, name, replacement)
 
 
 class _Stream:
@@ -82,17 +84,21 @@ class _Stream:
 
 
 def _replace_cuda_functions() -> None:
-    cuda, stream = torch.cuda, _Stream()
-    cuda.current_device = lambda: torch.device("cpu")
-    cuda.synchronize = lambda *_, **__: None
-    cuda.empty_cache = lambda: None
-    cuda.Stream = _Stream
-    cuda.current_stream = cuda.default_stream = lambda *_, **__: stream
-    cuda.stream = lambda *_, **__: contextlib.nullcontext()
-    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed) and None
-    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
-    cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_, **__: None
+    stream = _Stream()
+    _replace(
+        torch.cuda,
+        current_device=lambda: torch.device("cpu"),
+        synchronize=lambda *_, **__: None,
+        empty_cache=lambda: None,
+        Stream=_Stream,
+        current_stream=lambda *_, **__: stream,
+        default_stream=lambda *_, **__: stream,
+        stream=lambda *_, **__: contextlib.nullcontext(),
+        manual_seed=lambda seed: torch.default_generator.manual_seed(seed) and None,
+        get_rng_state=lambda *_, **__: torch.get_rng_state(),
+        set_rng_state=lambda state, *_, **__: torch.set_rng_state(state),
+    )
+    _replace(torch.cuda.nvtx, range_push=lambda *_, **__: None, range_pop=lambda *_, **__: None)
 
 
 def _is_cuda(device: Any) -> bool:
@@ -119,7 +125,7 @@ def _replace_factories() -> None:
     # or transformers' from_pretrained would leave buffers on the meta device and uninitialised.
     torch.utils._device._device_constructors()
     for name in _FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
+        _replace(torch, **{name: _on_cpu(getattr(torch, name))})
 
 
 def _replace_methods() -> None:
@@ -136,46 +142,50 @@ def _replace_methods() -> None:
             options["device"] = "cpu"
         return tensor_to(self, *arguments, **options)
 
-    torch.Tensor.type = type_name
-    torch.Tensor.to = to
-    torch.Tensor.cuda = lambda self, *_, **__: self
-    torch.nn.Module.cuda = lambda self, *_, **__: self
+    _replace(torch.Tensor, type=type_name, to=to, cuda=lambda self, *_, **__: self)
+    _replace(torch.nn.Module, cuda=lambda self, *_, **__: self)
 
 
 def _replace_random_state() -> None:
     from megatron.core.tensor_parallel import random as megatron_random
 
-    megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    _replace(
+        megatron_random,
+        _get_cuda_rng_state=lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state(),
+        _set_cuda_rng_state=lambda state, device=-1, graph_safe=False: torch.set_rng_state(state),
+    )
 
 
 class _Done:
-    """The handle of an asynchronous collective that had nothing to do."""
+    """The handle of an asynchronous collective over one rank, which is complete at once."""
 
     def wait(self, *_: Any) -> bool:
         return True
 
 
 def _skip_collectives_of_one_rank() -> None:
-    """Over one rank every collective is at most a copy, which gloo makes in threads of its own.
+    """Replace collectives over one rank, which are at most a copy, but which gloo makes in threads of its own.
 
     Those threads open OpenMP teams, and with more teams than processors OpenMP's threads sleep between operations
     instead of spinning: each small operation of the main thread would then pay for waking them.
     """
     from megatron.core.distributed import param_and_grad_buffer
 
-    dist.all_reduce = _in_place(dist.all_reduce)
-    dist.broadcast = _in_place(dist.broadcast)
-    dist.reduce_scatter_tensor = param_and_grad_buffer.dist_reduce_scatter_func = _with_output(
-        dist.reduce_scatter_tensor
+    reduce_scatter, all_gather = _with_output(dist.reduce_scatter_tensor), _with_output(dist.all_gather_into_tensor)
+    _replace(
+        dist,
+        all_reduce=_in_place(dist.all_reduce),
+        broadcast=_in_place(dist.broadcast),
+        reduce_scatter_tensor=reduce_scatter,
+        all_gather_into_tensor=all_gather,
     )
-    dist.all_gather_into_tensor = param_and_grad_buffer.dist_all_gather_func = _with_output(dist.all_gather_into_tensor)
+    _replace(param_and_grad_buffer, dist_reduce_scatter_func=reduce_scatter, dist_all_gather_func=all_gather)
 
 
 def _in_place(collective: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(collective)
     def call(*arguments: Any, **options: Any) -> Any:
-        if len(arguments) != 1 or not _is_alone(options.get("group")):  # another form of call: left as it is
+        if len(arguments) != 1 or not _is_alone(options.get("group")):  # another form of call stays as it is
             return collective(*arguments, **options)
         return _Done() if options.get("async_op") else None
 
@@ -200,9 +210,9 @@ def _is_alone(group: Any) -> bool:
 
 
 def _keep_freed_memory() -> None:
-    """Let the C library keep large freed blocks: activations of the same sizes come again in every step.
+    """Let glibc keep large freed blocks: activations of the same sizes are allocated again in every step.
 
-    Otherwise each is mapped and zeroed anew, page by page. Other C libraries than glibc are left as they are.
+    Otherwise each is mapped and zeroed anew, page by page.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

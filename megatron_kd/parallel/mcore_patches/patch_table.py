@@ -53,34 +53,34 @@ PATCHES: dict[str, Patch] = {
     "interleaved_p2p": Patch(
         "Interleaved pipelines with the default point-to-point calls train on wrong gradients",
         "silently wrong",
-        f"{_HERE}/model_patches.py: pipeline_communication",
+        f"{_HERE}/remedies.py: pipeline_communication",
     ),
     "tied_output_replica": Patch(
         "The tied output layer of a pipeline's last stage asks global state which data-parallel replica it is",
         "error",
-        f"{_HERE}/model_patches.py: replica_of_tied_output_layer",
+        f"{_HERE}/remedies.py: replica_of_tied_output_layer",
     ),
     "sequence_parallel_workspace": Patch(
         "Linear layers gather sequence-parallel inputs into a buffer of global state, which explicit groups do "
         "not create",
         "error",
-        f"{_HERE}/model_patches.py: ensure_sequence_parallel_workspace",
+        f"{_HERE}/remedies.py: ensure_sequence_parallel_workspace",
     ),
     "sharding_attributes": Patch(
         "Weights that Megatron-Core does not initialise are not marked as shards: gradient norms count them wrong",
         "silently wrong",
-        f"{_HERE}/model_patches.py: mark_sharded_weights",
+        f"{_HERE}/remedies.py: mark_sharded_weights",
         fixed_in="0.19.2",
     ),
     "llama3_rope_bounds": Patch(
         "Llama 3.1's rotary scaling has fixed bounds; config.json gives them",
         "silently wrong",
-        f"{_HERE}/model_patches.py: scale_rotary",
+        f"{_HERE}/remedies.py: scale_rotary",
     ),
     "unfused_rotary": Patch(
-        "Rotary embedding without Transformer Engine takes a dozen passes over its input",
+        "Rotary embedding without Transformer Engine reads its input a dozen times",
         "slow",
-        f"{_HERE}/model_patches.py: use_rotary_kernel",
+        f"{_HERE}/remedies.py: use_rotary_kernel",
     ),
     "unfused_swiglu": Patch(
         "SwiGLU without Transformer Engine adds an offset of zero in a pass of its own and copies its halves",
@@ -107,43 +107,43 @@ PATCHES: dict[str, Patch] = {
     "adam_fresh_state": Patch(
         "The state dict of torch's AdamW asserts before its first step",
         "error",
-        f"{_HERE}/optimizer_patches.py: make_torch_adam_checkpointable",
+        f"{_HERE}/remedies.py: make_torch_adam_checkpointable",
     ),
     "adam_missing_step": Patch(
         "Loading torch's AdamW asks every parameter's state for a step count that the format does not store",
         "error",
-        f"{_HERE}/optimizer_patches.py: make_torch_adam_checkpointable",
+        f"{_HERE}/remedies.py: make_torch_adam_checkpointable",
     ),
     "adam_shared_step": Patch(
         "After loading, all parameters of torch's AdamW share one step count, which then advances once a parameter",
         "silently wrong",
-        f"{_HERE}/optimizer_patches.py: make_torch_adam_checkpointable",
+        f"{_HERE}/remedies.py: make_torch_adam_checkpointable",
     ),
     "bucket_padding": Patch(
         "A checkpoint's optimizer state leaves out the padding between buckets and then cuts parameters out at their "
         "padded places: behind a padded bucket a parameter is saved with a part of its neighbour's moments",
         "silently wrong",
-        f"{_HERE}/optimizer_patches.py: save_state_at_its_place",
+        f"{_HERE}/remedies.py: save_state_at_its_place",
     ),
     "weight_decay_multiplier": Patch(
         "`wd_mult` takes effect in Megatron-Core's own scheduler only",
         "silently wrong",
-        f"{_HERE}/optimizer_patches.py: patch_optimizer",
+        f"{_HERE}/remedies.py: patch_optimizer",
     ),
     "unfused_adam": Patch(
         "torch's AdamW is built without its fused kernel",
         "slow",
-        f"{_HERE}/optimizer_patches.py: use_fused_kernel",
+        f"{_HERE}/remedies.py: use_fused_kernel",
     ),
     "scaled_gradient_copies": Patch(
         "Clipping without Transformer Engine and Apex makes a scaled copy of every gradient",
         "slow",
-        f"{_HERE}/optimizer_patches.py: clipped_step",
+        f"{_HERE}/remedies.py: clipped_step",
     ),
     "overlapped_gather": Patch(
         "Under overlapped parameter gathering a rank holds only its own part of an update until the next forward pass",
         "silently wrong",
-        f"{_HERE}/optimizer_patches.py: gather_parameters",
+        f"{_HERE}/remedies.py: gather_parameters",
     ),
     "world_collectives": Patch(
         "Building an optimizer is collective over the whole world: ranks of a teacher would have to take part",

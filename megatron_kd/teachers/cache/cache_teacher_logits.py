@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from megatron_kd.artefacts.manifest import already_made, recipe_of
 from megatron_kd.artefacts.work_store import WorkStore
-from megatron_kd.checkpoints.loading import LoadedModel, load_for_inference, weights_fingerprint
+from megatron_kd.checkpoints.weights import LoadedModel, load_for_inference
 from megatron_kd.config import to_mapping
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import CheckpointError
 from megatron_kd.models.architecture import LayerSpecName, Precision, ScoredModelConfig
+from megatron_kd.models.parameters import weights_fingerprint
 from megatron_kd.parallel.coordination import WorkQueue, on_main_rank
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.parallel.runtime import Runtime, distributed_runtime
@@ -117,7 +118,7 @@ def run(config: CacheTeacherLogitsConfig) -> Path:
         dataset = ChunkDataset.open(config.data.path)
         model = ScoredModelConfig(config.teacher.path, config.teacher.layer_spec, config.teacher.precision)
         loaded = load_for_inference(model, config.parallel, dataset, runtime)
-        fingerprint = weights_fingerprint(loaded.chunks, loaded.groups.intra_dist_opt)
+        fingerprint = weights_fingerprint(loaded.model_chunks, loaded.groups.intra_dist_opt)
         settings = _settings(config, dataset, loaded, fingerprint)
         if not on_main_rank(lambda: _is_made(config, settings)):
             _cache(config, dataset, loaded, settings, runtime)

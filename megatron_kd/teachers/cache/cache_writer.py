@@ -30,7 +30,7 @@ from torch import Tensor
 
 from megatron_kd.artefacts.checksums import BLOCK_BYTES, Checksums, ChecksumStream
 from megatron_kd.artefacts.work_store import WorkStore
-from megatron_kd.checkpoints.loading import LoadedModel
+from megatron_kd.checkpoints.weights import LoadedModel
 from megatron_kd.data.batch import Batch, make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.parallel.groups import is_last_stage
@@ -257,7 +257,7 @@ class ShardFiller:
         self.replica_size = groups.mp.size()
         self._selection = None
         if is_last_stage(groups):
-            self._selection = Selection(codec, loaded.chunks[-1].output_head(), groups.tp, temperature)
+            self._selection = Selection(codec, loaded.model_chunks[-1].output_head(), groups.tp, temperature)
         self._writes = self._selection is not None and groups.tp.rank() == 0
         self._thread = ThreadPoolExecutor(1, "cache writer")
         self._waiting: deque[Future] = deque()
@@ -287,7 +287,7 @@ class ShardFiller:
     def _window(self, starts: range, last: int, writer: ShardWriter | None) -> None:
         items = [self._read(start, min(start + self._rows, last)) for start in starts]
         forward_only(
-            self._loaded.chunks,
+            self._loaded.model_chunks,
             self._loaded.groups,
             lambda item: (item[0].tokens, item[0].position_ids),
             lambda item, hidden: self._collect(item[1], item[2], hidden, writer),
@@ -306,7 +306,7 @@ class ShardFiller:
         return batch.to(self._device), rows, counted.to(self._device)
 
     def _collect(self, rows: ChunkRows, counted: Tensor, hidden: Tensor, writer: ShardWriter | None) -> None:
-        if self._loaded.chunks[-1].config.sequence_parallel:
+        if self._loaded.model_chunks[-1].config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=self._loaded.groups.tp)
         entries = self._selection(hidden.transpose(0, 1)[counted], *rows.tokens())
         if writer is not None:

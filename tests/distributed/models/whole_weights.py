@@ -5,9 +5,14 @@ from typing import Any
 
 import torch
 
-from megatron_kd.checkpoints.loading import weights_fingerprint
 from megatron_kd.models.gpt import build_model
-from megatron_kd.models.parameters import global_indices, global_parameter_name, global_shape, initialize_weights
+from megatron_kd.models.parameters import (
+    global_indices,
+    global_parameter_name,
+    global_shape,
+    initialize_weights,
+    weights_fingerprint,
+)
 from megatron_kd.parallel.groups import create_process_groups
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_kd.parallel.mcore_patches import cpu_backend

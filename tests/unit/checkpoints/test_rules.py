@@ -1,9 +1,9 @@
-"""The rule types, row by row."""
+"""The rule types, row by row, and the table that applies them."""
 
 import pytest
 import torch
 
-from megatron_kd.checkpoints.rules import MergeGateUp, MergeQKV, Rename, Vocabulary, expand, hf_to_mcore, mcore_to_hf
+from megatron_kd.checkpoints.rules import MergeGateUp, MergeQKV, Rename, TensorTable, Vocabulary
 from megatron_kd.errors import CheckpointError
 from megatron_kd.models.architecture import ModelArchitecture
 
@@ -40,30 +40,29 @@ def test_vocabulary_is_padded_with_zeros_and_cut() -> None:
     padded = rule.to_mcore([table], ARCHITECTURE, 16)
     assert padded.shape == (16, 3) and padded[11:].abs().sum() == 0
     assert torch.equal(rule.to_hf(padded, ARCHITECTURE)[0], table)
-    with pytest.raises(CheckpointError, match="11 rows, more than the model's 8"):
+    with pytest.raises(RuntimeError, match="11 rows, more than the model's 8"):
         rule.to_mcore([table], ARCHITECTURE, 8)
 
 
-def test_expand_goes_layer_by_layer() -> None:
-    table = [
-        Rename("first", ("f",)),
-        Rename("a.{layer}", ("x.{layer}",)),
-        Rename("b.{layer}", ("y.{layer}",)),
-        Rename("last", ("l",)),
-    ]
-    assert [rule.mcore for rule in expand(table, 2)] == ["first", "a.0", "b.0", "a.1", "b.1", "last"]
+def table(*rules):
+    return TensorTable(rules, ARCHITECTURE, "the folder")
 
 
 def test_missing_and_unknown_tensors_are_named() -> None:
-    table = [Rename("a.{layer}", ("x.{layer}",))]
-    state = {"a.0": torch.zeros(1), "other": torch.zeros(1), "a.0._extra_state": torch.zeros(1)}
-    with pytest.raises(CheckpointError, match="lacks 'a.1'; it has unknown 'other'$"):
-        dict(mcore_to_hf(table, ARCHITECTURE, state))
+    renames = table(Rename("a.0", ("x.0",)), Rename("a.1", ("x.1",)))
+    with pytest.raises(CheckpointError, match="^the folder does .*lacks 'a.1'; it has unknown 'other'$"):
+        renames.require_mcore_names({"a.0", "other"})
     with pytest.raises(CheckpointError, match="lacks 'x.0', 'x.1'"):
-        dict(hf_to_mcore(table, ARCHITECTURE, {}, 16))
+        renames.require_hf_names(set())
+    renames.require_hf_names({"x.0", "x.1", "lm_head.weight", "model.layers.0.rotary_emb.inv_freq"})
 
 
 def test_wrong_shape_is_named() -> None:
-    table = [MergeQKV("qkv", ("q", "k", "v"))]
-    with pytest.raises(CheckpointError, match=r"'qkv' of shape \[39, 24\]"):
-        dict(mcore_to_hf(table, ARCHITECTURE, {"qkv": torch.zeros(39, 24)}))
+    merged = table(MergeQKV("qkv", ("q", "k", "v")), Vocabulary("e", ("hf.e",)))
+    with pytest.raises(CheckpointError, match=r"the folder: 'qkv' of shape \[39, 24\] does not fit"):
+        list(merged.to_hf("qkv", torch.zeros(39, 24)))
+    with pytest.raises(CheckpointError, match=r"'q' of shape \[23\] does not fit"):
+        merged.to_mcore("qkv", lambda _: torch.zeros(23), 16)
+    for bad in (torch.zeros(17, 3), torch.zeros(())):
+        with pytest.raises(CheckpointError, match="'hf.e' of shape .* does not fit"):
+            merged.to_mcore("e", lambda _, bad=bad: bad, 16)

@@ -10,10 +10,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_kd.checkpoints.loading import load_whole_model
 from megatron_kd.checkpoints.sharded_state import sharded_weights
-from megatron_kd.checkpoints.weights import open_checkpoint
-from megatron_kd.conversion.convert_to_hf import ConvertToHFConfig
+from megatron_kd.checkpoints.weights import load_whole_model, open_checkpoint
+from megatron_kd.conversion.conversion_config import ConvertToHFConfig
 from megatron_kd.conversion.convert_to_hf import run as export
 from megatron_kd.data.tokenization import train_byte_level_bpe
 from megatron_kd.errors import CheckpointError

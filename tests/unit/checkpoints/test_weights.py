@@ -1,19 +1,21 @@
-"""Which checkpoint a path names, and what is refused."""
+"""Checkpoints as weights: saved and loaded ones are equal, paths that name them, which models may read a dataset."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megatron_kd.checkpoints.loading import weights_fingerprint
 from megatron_kd.checkpoints.weights import (
     LATEST_NAME,
     check_same_architecture,
+    check_same_tokenizer,
     checkpoint_folders,
     load_weights,
     open_checkpoint,
 )
 from megatron_kd.errors import CheckpointError
+from megatron_kd.models.parameters import weights_fingerprint
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.training.checkpoint import Progress, save_checkpoint
 from tests.distributed.training.runs import make_dataset
@@ -105,3 +107,29 @@ def test_another_models_weights_are_refused(run_folder):
         model = tiny_model()
         with pytest.raises(CheckpointError, match="cannot be loaded into this model"):
             load_weights([model], model.pg_collection, info)
+
+
+DATASET = SimpleNamespace(path="chunks", tokenizer_hash="a", vocab_size=300)
+
+
+def model(tokenizer_hash, vocab_size):
+    return SimpleNamespace(
+        path="teacher", tokenizer_hash=tokenizer_hash, architecture=SimpleNamespace(vocab_size=vocab_size)
+    )
+
+
+@pytest.mark.parametrize("rows", [300, 384])
+def test_a_model_may_have_more_ids_than_the_tokenizer(rows):
+    check_same_tokenizer(model("a", rows), DATASET)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (model("b", 300), "trained with tokenizer b, but the dataset chunks has a"),
+        (model("a", 299), "teacher has embeddings for 299 ids, but the tokenizer of the dataset chunks has 300"),
+    ],
+)
+def test_another_tokenizer_and_ids_without_embeddings_are_refused(given, message):
+    with pytest.raises(CheckpointError, match=message):
+        check_same_tokenizer(given, DATASET)

@@ -1,4 +1,4 @@
-"""Exported folders in transformers: logits, sharded files, what is refused."""
+"""Exported folders in transformers: logits, sharded files, what is refused; the model card."""
 
 import json
 import subprocess
@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_kd.config import load_config
-from megatron_kd.conversion.convert_to_hf import ConvertToHFConfig, model_card, run, write_hf_folder
+from megatron_kd.conversion.conversion_config import ConvertToHFConfig, parse_size
+from megatron_kd.conversion.convert_to_hf import model_card, run, write_hf_folder
 from megatron_kd.conversion.parity import compare_logits
 from megatron_kd.errors import CheckpointError, ConfigError, DataError
 from megatron_kd.models.architecture import ModelArchitecture
@@ -64,7 +65,9 @@ def model_and_architecture(request: pytest.FixtureRequest):
 
 def export(folder: Path, model, architecture: ModelArchitecture, tokenizer: Path, limit: str = "5GB") -> Path:
     folder.mkdir()
-    write_hf_folder(folder, architecture, dict(model.state_dict()), MANIFEST, tokenizer, limit)
+    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    shapes = {name: tensor.to("meta") for name, tensor in state.items()}
+    write_hf_folder(folder, architecture, shapes, state.items(), MANIFEST, tokenizer, parse_size(limit))
     return folder
 
 
@@ -139,3 +142,53 @@ def test_model_card_names_the_teacher() -> None:
     config = {"model": {"name": "toy"}, "distillation": {"method": "vanilla_kd"}, "teacher": {"path": "runs/teacher"}}
     card = model_card(ModelArchitecture(1, 8, 8, 1, 1, vocab_size=5), {**MANIFEST, "config": config})
     assert "vanilla_kd from the teacher runs/teacher" in card
+
+
+ARCHITECTURE = ModelArchitecture(1, 8, 8, 1, 1, vocab_size=5)
+TRAINED = {
+    "config": {
+        "model": {"name": "qwen_200m", "init_from": "checkpoints/start"},
+        "distillation": {"method": "vanilla_kd", "divergence": "forward_kl", "kd_ratio": 0.5, "temperature": 1.0},
+        "teacher": {"path": "runs/teacher"},
+    },
+    "progress": {"step": 1200, "tokens": 3_000_000, "incidents": {"skipped_batches": 2}},
+    "train_flops": 1.5e18,
+    "seq_length": 1024,
+    "precision": "bf16",
+    "dataset_path": "data/selected",
+    "dataset_fingerprint": "f00d",
+    "dataset_parents": [{"kind": "chunk_dataset", "path": "data/all", "role": "corpus"}],
+    "tokenizer_hash": "beef",
+    "evaluation": {"heldout_loss": 3.14159, "tokens": 5000},
+}
+
+
+def test_a_trained_model_tells_method_tokens_flops_lineage_and_evaluation():
+    card = model_card(ARCHITECTURE, TRAINED)
+    for line in (
+        "# qwen_200m",
+        "- method: vanilla_kd from the teacher runs/teacher (divergence forward_kl, kd_ratio 0.5, temperature 1.0)",
+        "- steps: 1,200, predicted tokens: 3,000,000",
+        "- training FLOPs, the teacher's passes counted: 1.500e+18",
+        "- started from: `checkpoints/start`",
+        "- sequence length: 1024, precision: bf16",
+        "- batches skipped: 2",
+        "- dataset: data/selected (fingerprint f00d)",
+        "- made from chunk dataset `data/all` as corpus",
+        "- tokenizer hash: beef",
+        "| heldout loss | 3.1416 |",
+        "| tokens | 5,000 |",
+    ):
+        assert line in card.splitlines(), line
+
+
+def test_a_converted_model_is_not_said_to_be_trained():
+    parents = [{"kind": "hf_folder", "path": "/models/x"}]
+    card = model_card(ARCHITECTURE, {"config": {}, "parents": parents, "progress": {"step": 0}})
+    assert "- converted from hf folder `/models/x`; not trained here" in card
+    for word in ("steps", "FLOPs", "dataset:", "## Evaluation", "batches skipped"):
+        assert word not in card, word
+
+
+def test_it_begins_with_the_header_that_the_hub_reads():
+    assert model_card(ARCHITECTURE, TRAINED).startswith("---\nlibrary_name: transformers\n")

@@ -9,8 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_kd.checkpoints.hf_folder import HFFolder
-from megatron_kd.checkpoints.loading import load_whole_model
-from megatron_kd.checkpoints.weights import open_checkpoint
+from megatron_kd.checkpoints.weights import load_whole_model, open_checkpoint
 from megatron_kd.errors import CheckpointError
 from megatron_kd.parallel.runtime import distributed_runtime
 from tests.reference.hf_models import make_hf_folder
@@ -37,7 +36,7 @@ def checkpoint(hf, tmp_path_factory):
 
 def read_all(path):
     folder = HFFolder(path)
-    for name in folder._rule_by_name():
+    for name in folder.table.mcore_names:
         folder.mcore_tensor(name, 384)
 
 

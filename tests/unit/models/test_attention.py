@@ -1,13 +1,14 @@
-"""Core attention against attention written out in float64, with and without grouped queries."""
+"""Core attention against attention written out in float64; blocked attention against torch's."""
 
 import math
 
 import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
+from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_kd.models.architecture import ModelArchitecture
-from megatron_kd.models.attention import SDPACoreAttention
+from megatron_kd.models.attention import SDPACoreAttention, blocked_causal_attention
 from megatron_kd.models.gpt import transformer_config
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
 from tests.reference.one_rank import TINY
@@ -50,3 +51,28 @@ def test_an_explicit_mask_forbids_where_it_is_true():
     forbidden[6:, :6] = True  # two documents that do not see each other
     ours = attention()(query, key, value, forbidden.expand(2, 1, 12, 12))
     torch.testing.assert_close(ours.double(), naive(query, key, value, forbidden), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 5, 64, 65, 200])
+def test_equals_torch_attention(length):
+    generator = torch.Generator().manual_seed(length)
+    mixed = torch.randn(length, 6, 3 * 8, generator=generator, dtype=torch.float64)
+    upstream = torch.randn(length, 6, 8, generator=generator, dtype=torch.float64)
+    ours, reference = mixed.clone().requires_grad_(), mixed.clone().requires_grad_()
+    output = blocked_causal_attention(*ours.split(8, dim=-1), 0.3)
+    output.backward(upstream)
+    expected = scaled_dot_product_attention(
+        *(x.transpose(0, 1) for x in reference.split(8, dim=-1)), is_causal=True, scale=0.3
+    ).transpose(0, 1)
+    expected.backward(upstream)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(ours.grad, reference.grad)
+
+
+def test_a_key_after_the_query_has_no_influence():
+    mixed = torch.randn(70, 2, 12)
+    before = blocked_causal_attention(*mixed.split(4, dim=-1), 0.5)
+    mixed[69] = 100.0
+    after = blocked_causal_attention(*mixed.split(4, dim=-1), 0.5)
+    torch.testing.assert_close(before[:69], after[:69])
+    assert not torch.allclose(before[69], after[69])

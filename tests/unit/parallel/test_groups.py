@@ -1,11 +1,23 @@
-"""Groups in a world of one; with more ranks they are exercised by tests/distributed."""
+"""Groups in a world of one (tests/distributed has more), and the positions that context-parallel ranks hold."""
+
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank
 
-from megatron_kd.parallel.groups import create_process_groups, is_first_stage, is_last_stage, sum_over_group
+from megatron_kd.parallel.groups import (
+    create_process_groups,
+    is_first_stage,
+    is_last_stage,
+    join_positions,
+    own_positions,
+    positions_of_rank,
+    sum_over_group,
+)
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
+from megatron_kd.parallel.mcore_patches import cpu_backend
 from megatron_kd.parallel.runtime import distributed_runtime
 from tests.reference.one_rank import one_rank_groups
 
@@ -45,3 +57,27 @@ def test_a_layout_of_another_size_is_a_programming_error():
         two = ParallelLayout.for_world(ParallelConfig(tensor_model_parallel_size=2), 2)
         with pytest.raises(ValueError, match="needs 2 ranks, got 1"):
             create_process_groups(two)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_parts_of_all_ranks_in_order_are_the_whole(size):
+    whole = torch.arange(12 * size * 2).view(-1, 2)
+    parts = [positions_of_rank(whole, size, rank) for rank in range(size)]
+    assert {len(part) for part in parts} == {12}
+    assert join_positions(torch.cat(parts), size).equal(whole)
+    assert positions_of_rank(whole.t(), size, size - 1, dimension=1).equal(parts[-1].t())
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_positions_are_those_of_the_rotary_embedding(rank):
+    cpu_backend.install()
+    positions = torch.arange(24).view(24, 1, 1, 1)
+    group = Mock(size=lambda: 3, rank=lambda: rank)
+    assert own_positions(positions, group).equal(get_pos_emb_on_this_cp_rank(positions, 0, group))
+
+
+def test_without_a_group_everything_is_own():
+    values = torch.arange(6)
+    assert (
+        own_positions(values, None) is values and own_positions(values, Mock(size=lambda: 1, rank=lambda: 0)) is values
+    )

@@ -7,7 +7,7 @@ import torch
 
 from megatron_kd.config import from_mapping
 from megatron_kd.errors import ConfigError
-from megatron_kd.parallel.mcore_patches.optimizer_patches import clipped_step
+from megatron_kd.parallel.mcore_patches.remedies import clipped_step
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.training.optimizer import build_optimizer, learning_rate
 from megatron_kd.training.train_config import OptimizerConfig

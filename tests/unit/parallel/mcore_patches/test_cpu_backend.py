@@ -10,12 +10,12 @@ from megatron_kd.parallel.mcore_patches import cpu_backend
 
 
 def test_refuses_where_cuda_is(monkeypatch):
-    monkeypatch.setattr(cpu_backend, "_installed", False)
+    monkeypatch.setattr(cpu_backend, "is_installed", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     before = torch.cuda.current_device
     with pytest.raises(RuntimeError, match="machine with CUDA"):
         cpu_backend.install()
-    assert torch.cuda.current_device is before and not cpu_backend.is_installed()
+    assert torch.cuda.current_device is before
 
 
 PROGRAM = """

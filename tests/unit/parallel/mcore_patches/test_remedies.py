@@ -6,7 +6,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 from megatron_kd.checkpoints.weights import open_checkpoint
 from megatron_kd.models.architecture import ModelArchitecture
-from megatron_kd.parallel.mcore_patches.optimizer_patches import clipped_step
+from megatron_kd.parallel.mcore_patches.remedies import clipped_step
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.training.checkpoint import Progress, load_checkpoint, save_checkpoint, training_state
 from megatron_kd.training.optimizer import build_optimizer

@@ -1,7 +1,7 @@
 """AdamW on Megatron-Core's distributed optimizer, and the learning-rate schedule.
 
 Megatron-Core uses Transformer Engine's or Apex's FusedAdam where installed, else torch's AdamW. What it gets wrong with
-the latter is fixed in ``parallel/mcore_patches/optimizer_patches.py``.
+the latter is fixed in ``parallel/mcore_patches/remedies.py``.
 """
 
 import math

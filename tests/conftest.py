@@ -7,5 +7,5 @@ from megatron_kd.logs import start_logging
 
 @pytest.fixture(autouse=True)
 def messages_on_standard_error():
-    """The package's messages go where a verb sends them, so that ``capsys`` sees them."""
+    """Send the package's messages where a verb sends them, so that ``capsys`` sees them."""
     start_logging("megatron_kd")

@@ -1,4 +1,4 @@
-"""The tools as a shell runs them: real processes, their exit status and what they print."""
+"""The tools as a shell runs them: real processes, their exit status and output."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ class Finished:
 
     @property
     def lines(self) -> list[str]:
-        """Lines on stderr without a progress bar's and torchrun's own."""
+        """Lines on stderr, without those of progress bars and torchrun."""
         return [
             line
             for line in self.stderr.replace("\r", "\n").splitlines()
@@ -32,13 +32,13 @@ class Finished:
 
 
 def environment() -> dict[str, str]:
-    """One thread a process, as in every test; nothing left of a torchrun around the tests."""
+    """The environment of a tool: one thread per process, and no variables of a torchrun around the tests."""
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return {**kept, "OMP_NUM_THREADS": "1"}
 
 
 def start(verb: str, *arguments: str, ranks: int = 1, program: Path | None = None, **options: Any) -> subprocess.Popen:
-    """Start ``tools/<verb>.py``, under torchrun for more than one rank, in a session of its own."""
+    """Start ``tools/<verb>.py``, under torchrun for more than one rank, in its own session."""
     script = str(program or REPOSITORY / "tools" / f"{verb}.py")
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return subprocess.Popen(
@@ -54,7 +54,7 @@ def start(verb: str, *arguments: str, ranks: int = 1, program: Path | None = Non
 
 
 def start_ranks(verb: str, *arguments: str, ranks: int, logs: Path) -> list[subprocess.Popen]:
-    """Start every rank as a process of its own, without torchrun; each writes its stderr to ``logs/stderr-<rank>``."""
+    """Start every rank as a process, without torchrun; each writes its stderr to ``logs/stderr-<rank>``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -91,7 +91,7 @@ def run(
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to a command and everything that it started."""
+    """Send SIGKILL to a command and everything that it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

@@ -39,7 +39,7 @@ def module(name: str, *arguments: str) -> None:
 
 
 def write_corpus(folder: Path, size_limit: int = BYTES) -> Path:
-    """Two zstandard files of documents with ``meta.pile_set_name``; the tokenizer beside them. Returns the folder.
+    """Write two zstandard files of documents with ``meta.pile_set_name``, and a tokenizer; return the folder.
 
     Args:
         size_limit: characters of text.
@@ -68,7 +68,7 @@ def write_corpus(folder: Path, size_limit: int = BYTES) -> Path:
 
 
 def train_teacher(corpus: Path, folder: Path) -> Path:
-    """A few steps of a toy teacher on the corpus, exported; returns the Hugging Face folder."""
+    """Train a toy teacher on the corpus for a few steps, and return its exported Hugging Face folder."""
     done = [
         run(
             "tokenize_corpus",

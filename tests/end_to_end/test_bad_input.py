@@ -1,4 +1,4 @@
-"""Bad input through the command line: exit status 2, one line that says what is wrong, nothing half made."""
+"""Bad input through the command line: exit status 2, one line that says what is wrong, nothing unfinished on disk."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ KD = ["distillation.method=vanilla_kd", "teacher.placement=colocated"]
 
 
 def refused(capfd, verb, *arguments):
-    """The one line on stderr of a verb that refuses, called as its process calls it."""
+    """Return the one line on stderr of a verb that refuses its input, called as its process calls it."""
     with pytest.raises(SystemExit) as ended:
         main(verb, list(arguments))
     captured = capfd.readouterr()
@@ -133,7 +133,7 @@ def test_a_damaged_checkpoint(dataset, teacher, tmp_path, capfd):
     assert not (tmp_path / "run").exists()
 
 
-def test_going_on_with_another_dataset_seed_or_model_changes_nothing(dataset, teacher, tmp_path, capfd):
+def test_resuming_with_another_dataset_seed_or_model_changes_nothing(dataset, teacher, tmp_path, capfd):
     copy = shutil.copytree(teacher, tmp_path / "copy")
     files = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     other = make_dataset(tmp_path / "other", seed=9)
@@ -196,7 +196,7 @@ def test_a_loss_that_is_not_finite_names_step_and_chunks(dataset, tmp_path, capf
         ),
     ],
 )
-def test_several_ranks_say_one_line(ranks, arguments, message, dataset, tmp_path):
+def test_several_ranks_print_one_line(ranks, arguments, message, dataset, tmp_path):
     output = tmp_path / "run"
     ended = run("train", f"data.path={dataset.path}", f"output={output}", *SMALL, *arguments, ranks=ranks)
     ours = [line for line in ended.stderr.splitlines() if line.startswith("train: ")]
@@ -205,7 +205,7 @@ def test_several_ranks_say_one_line(ranks, arguments, message, dataset, tmp_path
     assert not output.exists()
 
 
-def test_a_real_process_says_one_line_of_a_batch_that_does_not_divide(dataset, tmp_path):
+def test_a_real_process_prints_one_line_about_a_batch_that_does_not_divide(dataset, tmp_path):
     ended = run(
         "train",
         f"data.path={dataset.path}",
@@ -219,13 +219,13 @@ def test_a_real_process_says_one_line_of_a_batch_that_does_not_divide(dataset, t
 
 
 @pytest.mark.slow
-def test_the_rank_that_fails_alone_is_the_one_that_speaks(dataset, tmp_path):
+def test_the_rank_that_fails_alone_reports_it(dataset, tmp_path):
     """A damaged block that only rank 1 of two data-parallel ranks reads."""
     program = tmp_path / "program.py"
     program.write_text(ONE_RANK_FAILS)
     ended = run("train", f"data.path={dataset.path}", f"output={tmp_path / 'run'}", *SMALL, ranks=2, program=program)
     assert ended.stderr.count("train: damaged, only here\n") == 1, ended.stderr
-    assert ended.stderr.count("train: ") == 2, "the other one says what starts"
+    assert ended.stderr.count("train: ") == 2, "the other line announces the start"
     assert "exitcode  : 2" in ended.stderr
 
 

@@ -96,7 +96,7 @@ def asked(folder, program):
 ARGUMENTS = ["input=[data/a b/*.jsonl.zst]", 'it\'s="x"', "a=$HOME"]
 
 
-def test_every_node_has_an_agent_of_one_meeting_place(job, tmp_path):
+def test_every_node_has_an_agent_of_one_rendezvous(job, tmp_path):
     assert job("run.sbatch", "train", *ARGUMENTS, SLURM_GPUS_ON_NODE="8").wait(20) == 0
     started = noted(tmp_path, "started")
     assert started["arguments"] == [
@@ -143,7 +143,7 @@ def test_a_step_has_the_jobs_cores_and_its_container(job, tmp_path):
     } < set(options)
 
 
-def test_an_array_task_is_its_line_of_the_file(job, tmp_path):
+def test_an_array_task_runs_its_line_of_the_file(job, tmp_path):
     (tmp_path / "lines").write_text("input=a output=b\ninput=c output=d\n")
     task = {"SLURM_ARRAY_JOB_ID": "4700", "SLURM_CPUS_PER_TASK": "16", "CONTAINER": "image"}
     assert job("array.sbatch", "lines", "tokenize_corpus", "workers=2", SLURM_ARRAY_TASK_ID="1", **task).wait(20) == 0
@@ -161,9 +161,11 @@ def test_an_array_task_is_its_line_of_the_file(job, tmp_path):
         ("array.sbatch", ["lines", "tokenize_corpus"], "TERM", "4700_0"),
     ],
 )
-def test_a_job_whose_time_is_up_goes_back_to_the_queue(job, tmp_path, script, arguments, said, name):
-    """train is told to save; the other verbs, which only train's signal would not end, are ended. An array's task has
-    a name of its own: the array's number would send every task back."""
+def test_a_job_out_of_time_is_requeued(job, tmp_path, script, arguments, said, name):
+    """``train`` is told to save; other verbs, which ignore that signal, are terminated.
+
+    An array task is requeued by its own name, since the array's number would requeue every task.
+    """
     (tmp_path / "lines").write_text("a=1\n")
     batch = job(script, *arguments, RUNS_FOR="30", SLURM_ARRAY_JOB_ID="4700", SLURM_ARRAY_TASK_ID="0")
     noted(tmp_path, "started")
@@ -188,7 +190,7 @@ def test_a_failure_is_requeued_only_after_a_preemption_of_this_start(job, tmp_pa
     assert ("requeue 4711" in asked(tmp_path, "scontrol")) == is_requeued
 
 
-def test_what_ends_well_stays_ended(job, tmp_path):
+def test_a_job_that_succeeds_is_not_requeued(job, tmp_path):
     batch = job("run.sbatch", "train", RECORD=RECORD.format("2026-01-02T11:00:00"))
     assert batch.wait(20) == 0 and "requeue 4711" not in asked(tmp_path, "scontrol")
     assert not Path(tmp_path / "scancel").exists()

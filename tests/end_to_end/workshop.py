@@ -1,7 +1,7 @@
-"""A folder in which the commands of a page of docs/ run as they are: its programs, and what its names stand for.
+"""A folder in which the commands of a page of docs/ run unchanged, with its programs and the files that it names.
 
-``python`` and ``torchrun`` are this interpreter's; training gets a few steps, whatever a page asks for. ``sbatch``
-notes what it is asked (a real Slurm is in test_slurm.py).
+``python`` and ``torchrun`` are this interpreter's; training runs a few steps only, whatever a page asks for. ``sbatch``
+records its arguments (test_slurm.py runs a real Slurm).
 """
 
 import os
@@ -25,13 +25,13 @@ TOY = ["training.global_batch_size=4", "training.micro_batch_size=4", "training.
 
 
 def commands(page: Path) -> list[str]:
-    """The bash blocks of a page."""
+    """Return the bash blocks of a page."""
     return re.findall(r"^```bash\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Material:
-    """Of a small corpus: chunk datasets, run folders of a teacher and a reference model, an exported folder."""
+    """Artefacts of a small corpus: chunk datasets, run folders of teacher and reference model, an exported folder."""
 
     corpus: Path
     data: Path
@@ -41,7 +41,7 @@ class Material:
 
     @classmethod
     def make(cls, folder: Path) -> "Material":
-        """Tokenise, train a few steps, export."""
+        """Tokenize, train a few steps, and export."""
         corpus, data = write_corpus(folder / "corpus", BYTES), folder / "data"
         made = cls(corpus, data, folder / "teacher", folder / "reference", folder / "hf")
         finished = [
@@ -71,10 +71,10 @@ class Material:
 
 
 class Workshop:
-    """``folder`` looks like a checkout in which somebody has worked.
+    """A folder that looks like a checkout with results.
 
     Args:
-        few_steps: further settings for the scripts that train; {} leaves them alone.
+        few_steps: more overrides for the scripts that train; {} for none.
     """
 
     def __init__(self, folder: Path, few_steps: Mapping[str, str] = FEW_STEPS):
@@ -95,13 +95,13 @@ class Workshop:
         self.environment = {**environment(), "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
 
     def link(self, name: str, target: Path) -> None:
-        """``name`` in the workshop is ``target``."""
+        """Make ``name`` in the workshop a link to ``target``."""
         place = self.folder / name
         place.parent.mkdir(parents=True, exist_ok=True)
         place.symlink_to(target)
 
     def run(self, page: Path, seconds: float, **variables: str) -> None:
-        """Every command of ``page``, in order, in one shell that ends at the first failure."""
+        """Run every command of ``page``, in order, in one shell that ends at the first failure."""
         script = "set -euo pipefail\nset -x\n" + "\n".join(commands(page))
         ended = subprocess.run(
             ["bash", "-c", script],
@@ -114,7 +114,7 @@ class Workshop:
         assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
 
     def stock(self, material: Material) -> None:
-        """The names that the pages of docs/ use."""
+        """Link the names that the pages of docs/ use."""
         for name, target in {
             "pile": material.corpus,
             "Qwen1.5-1.8B": material.hf,

@@ -41,7 +41,7 @@ def corpus(tmp_path: Path, texts: list[str]) -> Path:
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
-    """One document a line, with a domain label in ``meta.set`` that cycles through three."""
+    """Write one document per line, with a domain label in ``meta.set`` that cycles through three."""
     rows = [{"text": text, "meta": {"set": "abc"[number % 3]}} for number, text in enumerate(texts)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -91,7 +91,7 @@ def test_prompts_that_no_chunk_has_are_refused(dataset):
         exposure_bias([model], [model], model.pg_collection, dataset, config, device=runtime.device, micro_batch_size=4)
 
 
-def test_a_model_of_its_own_teacher_has_no_error(dataset):
+def test_a_model_that_is_its_own_teacher_has_no_error(dataset):
     config = ExposureConfig(num_texts=4, prompt_length=5, response_length=5)
     with distributed_runtime() as runtime:
         model = tiny_model()

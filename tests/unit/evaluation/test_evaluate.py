@@ -55,7 +55,7 @@ def test_a_uniform_model_has_log_of_the_vocabulary(uniform, tmp_path, capsys):
     assert json.loads(output.read_text()) == json.loads(capsys.readouterr().out) == figures
 
 
-def test_what_is_refused(uniform, tmp_path):
+def test_bad_settings_are_refused(uniform, tmp_path):
     dataset, folder = uniform
     config = {"data": {"path": str(dataset.path)}, "model": {"path": str(tmp_path / "none")}}
     with pytest.raises(CheckpointError, match="no such checkpoint"):

@@ -50,7 +50,7 @@ def test_metric_choice_and_plain_average():
     ("family", "given", "expected"),
     [("qwen2", None, False), ("llama", None, True), ("llama", False, False), ("qwen2", True, True)],
 )
-def test_bos_as_the_paper_unless_said_otherwise(tmp_path, family, given, expected):
+def test_bos_as_in_the_paper_unless_configured(tmp_path, family, given, expected):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     assert begins_with_bos(config(add_bos_token=given), str(tmp_path)) is expected
 
@@ -60,14 +60,14 @@ def test_a_task_without_accuracy():
         summarise({"wikitext": {"word_perplexity,none": 30.0}}, [])
 
 
-def test_a_run_folder_is_not_an_exported_one(tmp_path):
+def test_a_run_folder_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="convert_to_hf"):
         run_harness(config(tasks=["piqa"]), str(tmp_path), "cpu")
 
 
 @pytest.fixture
 def exported(tmp_path):
-    """A small Qwen2 folder with a byte-level tokenizer; its weights are wide, so that it has opinions."""
+    """A small Qwen2 folder with a byte-level tokenizer; its weights are wide, so that its predictions differ."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -95,7 +95,7 @@ def exported(tmp_path):
 
 
 def expected_accuracy(folder, length_normalised):
-    """The same by hand: summed log-probabilities of each choice under transformers."""
+    """The accuracy by hand, from summed log-probabilities of each choice under transformers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -142,7 +142,7 @@ def test_the_real_harness_on_local_tasks(exported, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_data_that_cannot_be_had(exported, tmp_path):
+def test_data_that_cannot_be_loaded(exported, tmp_path):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra: pip install 'megatron-kd[eval]'")
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/gone.yaml").write_text(

@@ -23,7 +23,7 @@ from megatron_kd.artefacts.artefact_folder import building  # noqa: E402
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter  # noqa: E402
 from megatron_kd.data.copy_chunks import copy_chunks  # noqa: E402
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info  # noqa: E402
+from tests.reference.datasets import plain_tokenizer_info  # noqa: E402
 
 SEQ_LENGTH, VOCABULARY = 1024, 151_936
 CHUNKS_PER_SHARD = 100_000

@@ -25,7 +25,7 @@ from megatron_kd.data.batch import make_batch  # noqa: E402
 from megatron_kd.data.chunk_dataset import ChunkDataset  # noqa: E402
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter  # noqa: E402
 from megatron_kd.data.chunk_order import BatchSchedule, ChunkOrder  # noqa: E402
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info  # noqa: E402
+from tests.reference.datasets import plain_tokenizer_info  # noqa: E402
 
 CHUNKS, GLOBAL_BATCH, BATCHES = 100_000_000, 512, 100
 

@@ -160,14 +160,13 @@ def make_model(case: Case, folder: Path) -> None:
 def our_side(case: Case, folder: Path, stack: ExitStack) -> Callable[[], np.ndarray]:
     """The scorer of ``score_corpus`` on one rank."""
     from megatron_kd.checkpoints.hf_folder import HFFolder
-    from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
-    from megatron_kd.data.tokenizer_info import plain_tokenizer_info
     from megatron_kd.models.gpt import build_model
     from megatron_kd.parallel.groups import create_process_groups
     from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
     from megatron_kd.parallel.runtime import distributed_runtime
     from megatron_kd.scoring.chunk_losses import chunk_losses
     from megatron_kd.scoring.score_corpus import mean_losses
+    from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 
     vocabulary = plain_tokenizer_info(case.vocab_size, 0)
     dataset = write_chunk_dataset(folder / "chunks", chunks_of(case), vocabulary, case.seq_length)

@@ -115,10 +115,9 @@ def make_inputs(folder: Path) -> None:
     import dataclasses
 
     from megatron_kd.config import from_mapping
-    from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
-    from megatron_kd.data.tokenizer_info import plain_tokenizer_info
     from megatron_kd.teachers.cache import cache_teacher_logits as cache
     from megatron_kd.training.train import run
+    from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 
     ids = numpy.random.default_rng(0).integers(1, VOCABULARY, size=(256, SEQ_LENGTH + 1))
     write_chunk_dataset(folder / "data", ids, plain_tokenizer_info(VOCABULARY, 0), SEQ_LENGTH)

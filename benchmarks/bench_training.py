@@ -163,8 +163,6 @@ def our_step(case: Case, folder: Path, stack: ExitStack) -> Callable[[], float]:
     silence_known_noise()
     from megatron_kd.config import from_mapping
     from megatron_kd.data.batch import make_batch
-    from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
-    from megatron_kd.data.tokenizer_info import plain_tokenizer_info
     from megatron_kd.parallel.groups import create_process_groups
     from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
     from megatron_kd.parallel.runtime import distributed_runtime
@@ -173,6 +171,7 @@ def our_step(case: Case, folder: Path, stack: ExitStack) -> Callable[[], float]:
     from megatron_kd.training.setup import build_student
     from megatron_kd.training.train_config import TrainConfig
     from megatron_kd.training.train_step import TrainStep
+    from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 
     dataset = write_chunk_dataset(
         folder / "data", random_ids(case), plain_tokenizer_info(case.vocab_size, 0), case.seq_length

@@ -11,12 +11,11 @@ import torch
 
 from megatron_kd.artefacts.work_store import WorkStore
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.losses import OutputHead
 from megatron_kd.teachers.cache.cache_writer import ShardWriter
 from megatron_kd.teachers.cache.codec import Codec, Entries
 from megatron_kd.teachers.cache.kept_ids import Selection
+from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 
 VOCABULARY = 151_936
 TEACHERS = 64

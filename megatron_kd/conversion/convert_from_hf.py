@@ -25,8 +25,8 @@ from megatron_kd.checkpoints.sharded_state import PlacedTensors, meta_state, met
 from megatron_kd.checkpoints.weights import load_whole_model
 from megatron_kd.conversion.conversion_config import ConvertFromHFConfig
 from megatron_kd.conversion.parity import compare_logits
-from megatron_kd.data.tokenization import load_tokenizer
-from megatron_kd.data.tokenizer_info import TOKENIZER_FOLDER, is_tokenizer_file
+from megatron_kd.data.chunk_dataset import TOKENIZER_FOLDER
+from megatron_kd.data.tokenization import is_tokenizer_file, load_tokenizer
 from megatron_kd.errors import CheckpointError, DataError
 from megatron_kd.logs import progress_bar
 from megatron_kd.models.architecture import Precision

@@ -27,8 +27,7 @@ from megatron_kd.checkpoints.sharded_state import meta_state, meta_tensors, stre
 from megatron_kd.checkpoints.weights import CheckpointInfo, load_whole_model, open_checkpoint
 from megatron_kd.conversion.conversion_config import ConvertToHFConfig, parse_size
 from megatron_kd.conversion.parity import compare_logits
-from megatron_kd.data.tokenization import hashes_in_folder
-from megatron_kd.data.tokenizer_info import is_tokenizer_file
+from megatron_kd.data.tokenization import hashes_in_folder, is_tokenizer_file
 from megatron_kd.errors import CheckpointError
 from megatron_kd.logs import progress_bar
 from megatron_kd.models.architecture import ModelArchitecture

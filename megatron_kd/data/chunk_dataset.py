@@ -5,6 +5,8 @@ dataset selected from another keeps in ``chunk_ids.npy`` the id that each of its
 computed for the root serves the selection. See ``docs/file_formats.md``.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,6 @@ import numpy as np
 from megatron_kd.artefacts.checksums import Checksums, LazyBlocks
 from megatron_kd.artefacts.manifest import open_artefact
 from megatron_kd.data.indexed_dataset import IndexedDatasetReader
-from megatron_kd.data.tokenizer_info import TOKENIZER_FOLDER, TokenizerInfo
 from megatron_kd.errors import DataError
 
 KIND = "chunk_dataset"
@@ -23,6 +24,38 @@ TOKEN_BYTES_NAME = "token_byte_lengths.npy"
 PROMPT_LENGTHS_NAME = "prompt_lengths.npy"
 DOMAINS_NAME = "domains.npy"
 MASK_RULE = "input_is_not_pad"
+TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """Identity and facts of a tokenizer.
+
+    Attributes:
+        hash: content hash (``data/tokenization.py``).
+        vocab_size: largest id + 1.
+        eos_id: ends a document.
+        pad_id: fills the right of short rows; equal to ``eos_id``, as in the Qwen, Llama 3.1 and Mamba recipes, which
+            is what makes the loss mask leave out positions whose input is eos (``data/batch.py``).
+        token_byte_lengths: UTF-8 bytes per id, int32 ``[vocab_size]``, 0 for special tokens.
+        files: name → contents of the files that make it up; empty for synthetic data.
+    """
+
+    hash: str
+    vocab_size: int
+    eos_id: int
+    pad_id: int
+    token_byte_lengths: np.ndarray
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+    def copy_files(self, dataset_folder: Path) -> list[str]:
+        """Write its files into ``<dataset_folder>/tokenizer/``; returns their names relative to the dataset."""
+        if not self.files:
+            return []
+        (dataset_folder / TOKENIZER_FOLDER).mkdir()
+        for name, contents in self.files.items():
+            (dataset_folder / TOKENIZER_FOLDER / name).write_bytes(contents)
+        return [f"{TOKENIZER_FOLDER}/{name}" for name in self.files]
 
 
 class ChunkDataset:

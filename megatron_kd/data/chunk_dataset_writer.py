@@ -1,18 +1,22 @@
 """Writes chunk datasets: shards as chunks arrive, then arrays beside them, the tokenizer's files and the manifest."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_kd.artefacts.artefact_folder import building, write_array
+from megatron_kd.artefacts.artefact_folder import write_array
 from megatron_kd.artefacts.checksums import Checksums, FileChecksums
 from megatron_kd.artefacts.manifest import fingerprint_of, versions, write_manifest
-from megatron_kd.data.chunk_dataset import CHUNK_IDS_NAME, DOMAINS_NAME, KIND, TOKEN_BYTES_NAME, ChunkDataset
+from megatron_kd.data.chunk_dataset import (
+    CHUNK_IDS_NAME,
+    DOMAINS_NAME,
+    KIND,
+    TOKEN_BYTES_NAME,
+    TokenizerInfo,
+)
 from megatron_kd.data.indexed_dataset import IndexedDatasetWriter, dtype_for_vocab
-from megatron_kd.data.tokenizer_info import TokenizerInfo
 
 DEFAULT_CHUNKS_PER_SHARD = 1_000_000
 
@@ -177,21 +181,3 @@ class ChunkDatasetWriter:
         if self.mask_prompts:
             facts["mask_prompts"] = True
         return facts
-
-
-def write_chunk_dataset(
-    output: str | Path,
-    chunks: Iterable[np.ndarray],
-    tokenizer: TokenizerInfo,
-    seq_length: int,
-    chunks_per_shard: int = DEFAULT_CHUNKS_PER_SHARD,
-) -> ChunkDataset:
-    """Write chunks that are in memory, whole or not at all, and open the result."""
-    with (
-        building(output) as folder,
-        closing(ChunkDatasetWriter(folder, tokenizer, seq_length, chunks_per_shard)) as writer,
-    ):
-        for chunk in chunks:
-            writer.add(chunk, np.array([len(chunk)]))
-        writer.finish({"tool": "write_chunk_dataset"})
-    return ChunkDataset.open(output)

@@ -18,8 +18,8 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from megatron_kd.artefacts.artefact_folder import building
+from megatron_kd.data.chunk_dataset import TokenizerInfo
 from megatron_kd.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from megatron_kd.data.tokenizer_info import TokenizerInfo
 from megatron_kd.errors import DataError
 
 QWEN2_PATTERN = (
@@ -187,6 +187,13 @@ def hashes_in_folder(folder: Path, eos_id: int) -> list[str]:
     if (folder / SENTENCEPIECE_MODEL).is_file():
         found.append(_sentencepiece_hash((folder / SENTENCEPIECE_MODEL).read_bytes(), eos_id))
     return found
+
+
+def is_tokenizer_file(path: Path) -> bool:
+    """Whether a file belongs to a tokenizer, by its name: a model's folder holds others beside them."""
+    return path.is_file() and path.name.startswith(
+        ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
+    )
 
 
 def _sentencepiece_hash(model: bytes, eos_id: int) -> str:

@@ -7,10 +7,9 @@ import pytest
 
 from megatron_kd.checkpoints.weights import checkpoint_folders, open_checkpoint
 from megatron_kd.cli import main
-from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from tests.distributed.training.runs import SEQ_LENGTH, make_dataset
 from tests.end_to_end.commands import SMALL, run
+from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 
 KD = ["distillation.method=vanilla_kd", "teacher.placement=colocated"]
 

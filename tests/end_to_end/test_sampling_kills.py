@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
 from megatron_kd.data.tokenization import load_tokenizer, train_byte_level_bpe
 from megatron_kd.scoring.score_file import write_score_file
 from tests.end_to_end.commands import kill, run, start
 from tests.end_to_end.random_kills import seeded
 from tests.end_to_end.test_corpus_path import python_sources
+from tests.reference.datasets import write_chunk_dataset
 
 CHUNKS = 40_000
 

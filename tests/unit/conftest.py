@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
 from megatron_kd.data.tokenization import LoadedTokenizer, load_tokenizer, train_byte_level_bpe
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info
+from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 
 MODULES = ("argparse", "ast", "bdb", "calendar", "cmd", "code", "copy", "csv", "difflib", "enum", "heapq", "shlex")
 

@@ -11,12 +11,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_kd.checkpoints.weights import open_checkpoint
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
 from megatron_kd.data.tokenization import load_tokenizer, train_byte_level_bpe
 from megatron_kd.errors import CheckpointError
 from megatron_kd.scoring.score_file import ScoreFile
 from tests.distributed.ranks import shared_ranks
 from tests.distributed.training.runs import call_verb
+from tests.reference.datasets import write_chunk_dataset
 
 SEQ_LENGTH = 24
 TEXTS = [f"line {i}: {chr(97 + i % 26) * (i % 7 + 1)} and {i * i} more words of text" for i in range(300)]

@@ -7,11 +7,10 @@ now: 1 to 9% of these short runs.
 import numpy as np
 import pytest
 
-from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.metrics.tracker import read_metrics
 from tests.distributed.ranks import shared_ranks
 from tests.distributed.training.runs import train_here, train_in_ranks
+from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 
 VOCABULARY, LENGTH, ROWS, STEPS = 384, 32, 8, 4  # a vocabulary without padding
 METHODS = {

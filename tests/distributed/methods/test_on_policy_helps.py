@@ -11,10 +11,9 @@ answers.
 import numpy as np
 import pytest
 
-from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from tests.distributed.ranks import shared_ranks
 from tests.distributed.training.runs import call_verb, train_in_ranks
+from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 
 START, BRANCH, VOCABULARY, LENGTH = 1, 12, 32, 12
 COMMON = ["model.name=qwen_toy_reference", "training.global_batch_size=16", "training.micro_batch_size=16",

@@ -17,12 +17,11 @@ from megatron_kd.costs.memory import (
     teacher_memory,
     waiting_micro_batches,
 )
-from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.models.architecture import architecture_by_name
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
 from tests.distributed.ranks import shared_ranks
 from tests.distributed.training.runs import train_in_ranks
+from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 from tests.reference.tensor_bytes import measure_step
 
 REPOSITORY = Path(__file__).resolve().parents[3]

@@ -7,10 +7,9 @@ import numpy
 
 from megatron_kd.config import load_config
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.metrics.tracker import read_metrics
 from tests.distributed.ranks import shared_ranks
+from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 
 VOCABULARY = 300
 SEQ_LENGTH = 32

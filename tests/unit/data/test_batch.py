@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from megatron_kd.data.batch import TextBytes, content_key, derived_key, make_batch, moved
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import DataError
+from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 
 EOS = 0
 

@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 from megatron_kd.data.batch import make_batch
 from megatron_kd.data.blend import CYCLE, BlendedDataset, BlendedOrder, open_data, order_of, slots_per_cycle
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
 from megatron_kd.data.chunk_order import BatchSchedule, ChunkOrder
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import ConfigError, DataError
+from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_kd.artefacts.artefact_folder import building
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter, write_chunk_dataset
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info
+from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
+from megatron_kd.data.tokenization import LoadedTokenizer, load_tokenizer
 from megatron_kd.errors import DataError
+from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 from tests.reference.full_disk import said_on_a_full_disk
 from tests.unit.conftest import die_at_call
 
@@ -201,3 +202,13 @@ def test_a_writer_killed_at_any_step_leaves_nothing_that_looks_whole(
         os.utime(folder, (0, 0))
     assert write_chunk_dataset(tmp_path / "killed", chunks, tokenizer, 16, 15).fingerprint == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "killed"]  # abandoned folders are gone
+
+
+def test_files_travel_with_the_dataset(tmp_path: Path, tokenizer: LoadedTokenizer) -> None:
+    dataset = write_chunk_dataset(tmp_path / "d", [np.arange(5)], tokenizer.info, 8)
+    assert load_tokenizer(dataset.tokenizer_path).info.hash == tokenizer.info.hash
+    dataset.verify()
+    derived = write_chunk_dataset(tmp_path / "e", [np.arange(5)], dataset.tokenizer_info(), 8)
+    assert derived.fingerprint == dataset.fingerprint
+    for name, contents in tokenizer.info.files.items():
+        assert (derived.tokenizer_path / name).read_bytes() == contents

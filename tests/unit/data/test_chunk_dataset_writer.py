@@ -11,8 +11,8 @@ from megatron_kd.artefacts.artefact_folder import building
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.indexed_dataset import IndexedDatasetWriter
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import DataError
+from tests.reference.datasets import plain_tokenizer_info
 
 LENGTHS = np.array([3, 1, 5, 2, 4])
 IDS = np.arange(1, 16)

@@ -9,10 +9,10 @@ import pytest
 from megatron_kd.artefacts.artefact_folder import building
 from megatron_kd.data import copy_chunks as module
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter, write_chunk_dataset
+from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.copy_chunks import copy_chunks
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import DataError
+from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 from tests.reference.full_disk import said_on_a_full_disk
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

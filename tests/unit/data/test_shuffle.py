@@ -8,7 +8,7 @@ from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.chunking import Chunks
 from megatron_kd.data.corpus_outputs import BUCKET_BYTES, MAX_BUCKET_BITS, ShuffleSpool, bucket_bits_for
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info
+from tests.reference.datasets import plain_tokenizer_info
 
 
 def shuffled(folder: Path, chunks: list[np.ndarray], seed: int, bits: int, per_call: int) -> list[list[int]]:

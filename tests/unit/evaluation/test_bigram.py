@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import DataError
 from megatron_kd.evaluation.bigram import fit_bigram, score_bigram
+from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 
 VOCABULARY = 13
 

@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 
 from megatron_kd.config import from_mapping
-from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import DataError
 from megatron_kd.evaluation.measure_diversity import (
     MeasureDiversityConfig,
@@ -18,6 +16,7 @@ from megatron_kd.evaluation.measure_diversity import (
     tf_idf,
     vendi_score,
 )
+from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 
 
 def test_the_vendi_score_counts_different_things():

@@ -10,8 +10,6 @@ import numpy
 import pytest
 
 from megatron_kd.config import load_config
-from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import ConfigError, LayoutError
 from megatron_kd.planning.paper import offline_readings, one_trillion_flops, printed_steps
 from megatron_kd.planning.plan import (
@@ -25,6 +23,7 @@ from megatron_kd.planning.plan import (
 from megatron_kd.planning.plan_config import PlanRunConfig
 from megatron_kd.planning.plan_run import amount, plan_text, run
 from megatron_kd.teachers.cache.codec import Codec, Entries
+from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 MINIPLM = REPOSITORY / "examples/miniplm_pile_qwen/student_500m.yaml"

@@ -9,14 +9,13 @@ import pytest
 
 from megatron_kd.config import load_config
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import DataError
 from megatron_kd.evaluation.bigram import fit_bigram, score_bigram
 from megatron_kd.models.architecture import architecture_by_name
 from megatron_kd.quickstart import recipe as plan
 from megatron_kd.quickstart.results import collect_report, model_result
 from megatron_kd.training.train import TrainConfig, run
+from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 
 VOCABULARY, LENGTH, STEPS, BATCH = 40, 12, 4, 2
 

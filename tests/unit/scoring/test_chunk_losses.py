@@ -6,8 +6,6 @@ import numpy
 import pytest
 import torch
 
-from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import DataError
 from megatron_kd.losses import linear_distillation_loss
 from megatron_kd.parallel.runtime import distributed_runtime
@@ -15,6 +13,7 @@ from megatron_kd.scoring import chunk_losses as scoring
 from megatron_kd.scoring.chunk_losses import ChunkLosses, HeldoutLoss, chunk_losses, heldout_loss
 from megatron_kd.scoring.score_corpus import mean_losses
 from tests.distributed.training.runs import SEQ_LENGTH, VOCABULARY, make_dataset
+from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 from tests.reference.naive_scores import naive_chunk_losses
 from tests.reference.one_rank import tiny_model
 

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from megatron_kd.artefacts.work_store import WorkStore
-from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import DataError
 from megatron_kd.scoring.journal import ScoreJournal
 from megatron_kd.scoring.micro_batches import MicroBatchPlan
+from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 
 
 @pytest.fixture

@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.scoring.micro_batches import MicroBatchPlan, width_multiple
+from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 
 
 class Lengths:

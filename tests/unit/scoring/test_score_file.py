@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter, write_chunk_dataset
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info
+from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.errors import DataError
 from megatron_kd.scoring.score_file import ScoreFile, write_score_file
+from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 from tests.reference.full_disk import said_on_a_full_disk
 
 # the forked child uses numpy and files alone, never the threads of the parent

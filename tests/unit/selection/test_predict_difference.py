@@ -7,8 +7,6 @@ import pytest
 
 from megatron_kd.config import from_mapping
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import DataError
 from megatron_kd.scoring.journal import ScoreJournal
 from megatron_kd.scoring.score_file import DIFFERENCE_KIND, ScoreFile, write_score_file
@@ -18,6 +16,7 @@ from megatron_kd.selection.sample_by_difference import run as sample
 from megatron_kd.selection.split_dataset import SplitDatasetConfig
 from megatron_kd.selection.split_dataset import run as split
 from tests.distributed.training.runs import SEQ_LENGTH, VOCABULARY
+from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 from tests.unit.scoring.test_score_corpus import save_model
 
 CHUNKS = 240

@@ -10,12 +10,11 @@ from megatron_kd.artefacts.manifest import read_manifest, write_manifest
 from megatron_kd.cli import main
 from megatron_kd.config import from_mapping
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import ConfigError, DataError
 from megatron_kd.scoring.score_file import write_score_file
 from megatron_kd.selection import sample_by_difference
 from megatron_kd.selection.sample_by_difference import SampleByDifferenceConfig, run
+from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 from tests.unit.conftest import die_at_call
 
 # −log p, −log p_ref and r of the paper's instance table: three that it keeps, one that it discards

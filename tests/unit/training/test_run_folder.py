@@ -4,13 +4,12 @@ import dataclasses
 
 import pytest
 
-from megatron_kd.data.chunk_dataset_writer import write_chunk_dataset
-from megatron_kd.data.tokenizer_info import plain_tokenizer_info
 from megatron_kd.errors import CheckpointError, ConfigError
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.training.checkpoint import Progress, save_checkpoint
 from megatron_kd.training.run_folder import checkpoint_to_resume, prepare_run_folder, sole_writer
 from tests.distributed.training.runs import make_dataset
+from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 from tests.reference.one_rank import TrainingParts, train_config
 
 

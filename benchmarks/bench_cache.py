@@ -41,13 +41,13 @@ from benchmarks.cache_parts import (  # noqa: E402
 )
 from benchmarks.provenance import provenance  # noqa: E402
 from megatron_kd.logs import silence_known_noise  # noqa: E402
-from megatron_kd.teachers.cache.codec import Codec  # noqa: E402
+from megatron_kd.teachers.cache.codecs import SampledCodec, TopKCodec, TopPCodec  # noqa: E402
 
 CODECS = {
-    "top_k 64": Codec("top_k", 64, VOCABULARY),
-    "top_p 0.95, at most 64": Codec("top_p", 64, VOCABULARY, top_p=0.95),
-    "sampled, 50 draws": Codec("sampled", DRAWS, VOCABULARY),
-    "weighted, 50 draws": Codec("sampled", DRAWS, VOCABULARY, proposal_exponent=0.9),
+    "top_k 64": TopKCodec(64, VOCABULARY),
+    "top_p 0.95, at most 64": TopPCodec(64, VOCABULARY, top_p=0.95),
+    "sampled, 50 draws": SampledCodec(DRAWS, VOCABULARY),
+    "weighted, 50 draws": SampledCodec(DRAWS, VOCABULARY, proposal_exponent=0.9),
 }
 
 
@@ -122,7 +122,7 @@ def measure_exactness(quick: bool, folder: Path) -> dict[str, Any]:
 
     figures = {}
     for label, scale in (("near the teacher", 0.5), ("far from it", 2.0)):
-        exact, gradient = loss_and_gradient(entries.probabilities, entries.tail, scale)
+        exact, gradient = loss_and_gradient(entries.columns["probabilities"], entries.tail, scale)
         ours, our_gradient = loss_and_gradient(decoded.weights, decoded.tail, scale)
         cosine = torch.nn.functional.cosine_similarity(gradient, our_gradient, dim=0)  # a column is a token's gradient
         figures[label] = {"loss": exact, "loss_error_nats": abs(ours - exact), "smallest_cosine": float(cosine.min())}
@@ -157,14 +157,14 @@ def measure_writing(quick: bool, folder: Path) -> list[dict[str, Any]]:
 def measure_reading(quick: bool, folder: Path) -> list[dict[str, Any]]:
     """Batches of 8 chunks of 1,024 tokens in random order, until they are what the loss takes."""
     from megatron_kd.data.batch import make_batch
-    from megatron_kd.teachers.cached import CachedTeacher, choose_kind
+    from megatron_kd.teachers.cached import CachedTeacher
     from tests.reference.caches import write_cache
 
     dataset = random_dataset(folder / "data", 64 if quick else 256, 1024, VOCABULARY)
     rows = []
     for name, codec in CODECS.items():
         cache = write_cache(dataset, folder / name.replace(" ", "_"), codec, chunks_per_shard=50)
-        teacher = CachedTeacher(cache, dataset, choose_kind(codec, "auto", name))
+        teacher = CachedTeacher(cache, dataset, codec.target_kind("auto", name))
         order = np.random.default_rng(1).permutation(dataset.num_chunks).reshape(-1, 8)
         batches = [make_batch(dataset, indices, 1024) for indices in order]
         rates = []

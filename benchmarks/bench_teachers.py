@@ -115,7 +115,7 @@ def make_inputs(folder: Path) -> None:
     import dataclasses
 
     from megatron_kd.config import from_mapping
-    from megatron_kd.teachers.cache import cache_teacher_logits as cache
+    from megatron_kd.teachers import cache_teacher_logits as cache
     from megatron_kd.training.train import run
     from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 

@@ -14,7 +14,7 @@ from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.losses import OutputHead
 from megatron_kd.teachers.cache.cache_writer import ShardWriter
 from megatron_kd.teachers.cache.codec import Codec, Entries
-from megatron_kd.teachers.cache.kept_ids import Selection
+from megatron_kd.teachers.cache.sparsifier import Sparsifier
 from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 
 VOCABULARY = 151_936
@@ -49,7 +49,7 @@ def entries_of(codec: Codec, head: OutputHead, tokens: int) -> Entries:
     """What the codec keeps of ``tokens`` tokens, the teachers of ``head`` in turn."""
     teachers = head.weight.shape[1]
     hidden = torch.eye(teachers)[torch.arange(tokens) % teachers]
-    return Selection(codec, head, None)(hidden, np.arange(tokens) // 1024, np.arange(tokens) % 1024)
+    return Sparsifier(codec, head, None)(hidden, np.arange(tokens) // 1024, np.arange(tokens) % 1024)
 
 
 def write_shard(codec: Codec, entries: Entries, chunks: int, folder: str) -> tuple[float, int]:

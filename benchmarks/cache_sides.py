@@ -23,7 +23,8 @@ from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.parallel.schedule import forward_only
 from megatron_kd.teachers.cache.cache_writer import ShardFiller
 from megatron_kd.teachers.cache.codec import Codec
-from megatron_kd.teachers.cached import CachedTeacher, choose_kind
+from megatron_kd.teachers.cached import CachedTeacher
+from megatron_kd.teachers.teacher_config import TeacherConfig
 from megatron_kd.training.methods.method_builders import build_loss
 from megatron_kd.training.optimizer import build_optimizer
 from megatron_kd.training.setup import build_student
@@ -78,7 +79,7 @@ def step_sides(folder: Path, codec_name: str) -> Iterator[tuple[Callable, Callab
     from tests.reference.caches import write_cache
 
     dataset = random_dataset(folder / "data", 32, STUDENT_LENGTH, STUDENT_VOCABULARY)
-    codec = Codec(codec_name, 64 if codec_name == "top_k" else 50, STUDENT_VOCABULARY)  # type: ignore[arg-type]
+    codec = Codec.build(codec_name, TeacherConfig(), STUDENT_VOCABULARY)
     cache = write_cache(dataset, folder / "cache", codec)
     tree = {
         "data": {"path": str(dataset.path)}, "output": "unused", "model": {"name": STUDENT},
@@ -93,7 +94,7 @@ def step_sides(folder: Path, codec_name: str) -> Iterator[tuple[Callable, Callab
         groups = create_process_groups(layout)
         model = build_student(config, architecture, dataset, layout, groups, runtime)
         optimizer = build_optimizer(config.optimizer, model, groups, bf16=False)
-        cached = CachedTeacher(cache, dataset, choose_kind(codec, "auto", "benchmark"))
+        cached = CachedTeacher(cache, dataset, codec.target_kind("auto", "benchmark"))
         settings = from_mapping(TrainConfig, distilling, "benchmark")
         order = itertools.cycle(np.random.default_rng(0).permutation(32).reshape(-1, STUDENT_ROWS))
 

@@ -55,7 +55,7 @@ VERBS: dict[str, Verb] = {
     ),
     "generate_corpus": Verb("generation.generate_corpus.GenerateCorpusConfig", "generated text as a chunk dataset"),
     "cache_teacher_logits": Verb(
-        "teachers.cache.cache_teacher_logits.CacheTeacherLogitsConfig", "the teacher's targets for every chunk, on disk"
+        "teachers.teacher_config.CacheTeacherLogitsConfig", "the teacher's targets for every chunk, on disk"
     ),
     "convert_from_hf": Verb("conversion.conversion_config.ConvertFromHFConfig", "Hugging Face folder to checkpoint"),
     "convert_to_hf": Verb("conversion.conversion_config.ConvertToHFConfig", "checkpoint to Hugging Face folder"),

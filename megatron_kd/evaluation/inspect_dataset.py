@@ -22,7 +22,6 @@ from megatron_kd.scoring.score_file import DIFFERENCE_KIND, ScoreFile
 from megatron_kd.scoring.score_file import KIND as SCORE_FILE
 from megatron_kd.teachers.cache.cache_reader import KIND as LOGIT_CACHE
 from megatron_kd.teachers.cache.cache_reader import LogitCache
-from megatron_kd.teachers.cache.codec import Codec
 
 SAMPLE_CHARACTERS = 300
 MOST_READ_CHUNKS = 500
@@ -141,7 +140,7 @@ def _describe_cache(config: InspectDatasetConfig, manifest: dict[str, Any]) -> l
         f"  chunks       {cache.num_chunks:,} in {len(manifest['shards'])} shards, {manifest['tokens']:,} tokens, of "
         f"{made_from['path']} {made_from['fingerprint']}",
         f"  chunk ids    refer to {cache.root_fingerprint}",
-        f"  codec        {describe_codec(cache.codec)}; {cache.codec.vocab_size:,} ids of {cache.codec.id_bits} bits",
+        f"  codec        {cache.codec.describe()}; {cache.codec.vocab_size:,} ids of {cache.codec.id_bits} bits",
         f"  size         {manifest['ids_per_token']} ids and {manifest['bytes_per_token']} bytes per token",
         f"  teacher      {manifest['teacher']['path']}, fingerprint {cache.teacher_fingerprint}",
         "  seen with    " + ", ".join(f"{key}={value}" for key, value in cache.view.to_mapping().items()),
@@ -167,15 +166,6 @@ DESCRIBERS: dict[str, Callable[[InspectDatasetConfig, dict[str, Any]], list[str]
     DIFFERENCE_KIND: _describe_scores,
     LOGIT_CACHE: _describe_cache,
 }
-
-
-def describe_codec(codec: Codec) -> str:
-    """Return what a codec keeps of each token, in a phrase."""
-    if codec.name == "sampled":
-        drawn = f"sampled, {codec.max_ids} draws per token (seed {codec.seed})"
-        return f"{drawn} from the teacher to the power of {codec.proposal_exponent}" if codec.is_weighted else drawn
-    held = f" that hold {codec.top_p}, at most" if codec.name == "top_p" else ""
-    return f"{codec.name}, the largest{held} {codec.max_ids} per token"
 
 
 def tail_masses(cache: LogitCache) -> np.ndarray:

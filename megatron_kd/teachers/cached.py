@@ -17,11 +17,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_kd.data.batch import Batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.errors import ConfigError, DataError
+from megatron_kd.errors import DataError
 from megatron_kd.losses import PADDING_ID, SparseKnowledge, SparseTargetKind
 from megatron_kd.parallel.groups import is_last_stage, own_positions
 from megatron_kd.teachers.cache.cache_reader import LogitCache, View, token_hash
-from megatron_kd.teachers.cache.codec import Codec, DecodedChunk
+from megatron_kd.teachers.cache.codec import DecodedChunk
 from megatron_kd.teachers.interface import Announced
 from megatron_kd.teachers.placements import StudentRun
 from megatron_kd.teachers.teacher_config import TeacherConfig
@@ -82,7 +82,7 @@ class CachedTeacher:
         """
         cache = LogitCache.open(path)
         cache.view.check(view, str(path))
-        kind = choose_kind(cache.codec, sparse_target, str(path))
+        kind = cache.codec.target_kind(sparse_target, str(path))
         return cls(cache, dataset, kind, is_needed, context_group)
 
     def begin_step(self, batches: Sequence[Batch], *, scheduled: bool = True) -> None:
@@ -150,23 +150,3 @@ class CachedTeacher:
         if not np.isin(np.flatnonzero(batch.loss_mask[row].numpy()), decoded.rows).all():
             raise DataError(f"{self._cache.path}: lacks positions of chunk {chunk} that count in this run's loss")
         return decoded
-
-
-def choose_kind(codec: Codec, sparse_target: str, where: str) -> SparseTargetKind:
-    """The loss that is made of a codec's records.
-
-    Raises:
-        ConfigError: the codec does not give the one that is asked for.
-    """
-    if codec.name == "sampled":
-        possible: tuple[SparseTargetKind, ...] = ("weighted",) if codec.is_weighted else ("sampled",)
-    else:
-        possible = ("ghost", "renormalised")
-    if sparse_target == "auto":
-        return possible[0]
-    if sparse_target not in possible:
-        raise ConfigError(
-            f"'distillation.sparse_target' {sparse_target} cannot be made of {where} (codec {codec.name}): "
-            f"choose {' or '.join(possible)}"
-        )
-    return sparse_target  # type: ignore[return-value]

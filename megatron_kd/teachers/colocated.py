@@ -27,9 +27,8 @@ from megatron_kd.parallel.groups import create_process_groups, is_last_stage
 from megatron_kd.parallel.schedule import forward_only
 from megatron_kd.teachers.interface import Announced, Decision
 from megatron_kd.teachers.placements import StudentRun, load_teacher, plan_teacher
-from megatron_kd.teachers.routing import Item, Routing
+from megatron_kd.teachers.routing import Carrier, GroupCarrier, Item, Routing, Transfer, reshard_head, whole_sequence
 from megatron_kd.teachers.teacher_config import TeacherConfig
-from megatron_kd.teachers.transfers import Carrier, GroupCarrier, Transfer, reshard_head, whole_sequence
 
 PASSES_PER_STAGE = 2  # micro-batches per wave and pipeline stage of the teacher: its bubble is then a third
 

@@ -12,7 +12,7 @@ from tests.end_to_end.commands import run
 from tests.end_to_end.random_kills import KilledCommand
 
 DRIVER = Path(__file__).with_name("dying_cacher.py")
-SETTINGS = ["codec=sampled", "draws=16", "micro_batch_size=2", "chunks_per_shard=20", "commit_seconds=0"]
+SETTINGS = ["codec=sampled", "num_draws=16", "micro_batch_size=2", "chunks_per_shard=20", "commit_seconds=0"]
 WRITES = 3 * 48  # of a run: records, index and commit of every micro-batch
 
 
@@ -22,7 +22,7 @@ def settings(dataset, teacher, output):
 
 def finish(arguments, ranks):
     shared_ranks(ranks).run(
-        call_verb, "megatron_kd.teachers.cache.cache_teacher_logits", "CacheTeacherLogitsConfig", arguments
+        call_verb, "megatron_kd.teachers.cache_teacher_logits", "CacheTeacherLogitsConfig", arguments
     )
 
 

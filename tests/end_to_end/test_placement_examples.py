@@ -16,7 +16,7 @@ def test_the_three_placements_give_one_loss_curve(dataset, teacher, tmp_path):
 
     def cache(output):
         ended = run("cache_teacher_logits", "--config", str(EXAMPLES / "cache.yaml"), f"data.path={dataset.path}",
-                    f"teacher.path={teacher}", f"output={output}", f"max_ids={VOCABULARY}")  # fmt: skip
+                    f"teacher.path={teacher}", f"output={output}", f"top_k={VOCABULARY}")  # fmt: skip
         assert ended.status == 0, ended.stderr
 
     cache(tmp_path / "cache")

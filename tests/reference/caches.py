@@ -10,6 +10,7 @@ from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.teachers.cache.cache_reader import LogitCache, View
 from megatron_kd.teachers.cache.cache_writer import ChunkRows, ShardPlan, ShardWriter
 from megatron_kd.teachers.cache.codec import Codec, Entries
+from megatron_kd.teachers.cache.codecs import SampledCodec
 from megatron_kd.teachers.cache.unfinished_cache import UnfinishedCache
 
 
@@ -29,17 +30,14 @@ def random_entries(codec: Codec, rows: int, chance: np.random.Generator, mean_id
     falling = np.exp(-places * np.repeat(chance.uniform(0.01, 2.0, rows), counts))
     held = chance.uniform(0.3, 1.0, rows)
     probabilities = falling * np.repeat(held / np.add.reduceat(falling, starts) if rows else held, counts)
-    sampled = codec.name == "sampled"
-    draws = np.ones(total, dtype=np.uint16)
-    draws[starts] += (codec.max_ids - counts).astype(np.uint16) if sampled else 0
-    return Entries(
-        counts=counts.astype(np.int64),
-        ids=ids.astype(np.uint32),
-        tail=(1 - held).astype(np.float32),
-        probabilities=None if sampled else probabilities.astype(np.float32),
-        draws=draws if sampled else None,
-        importance=chance.lognormal(0, 1, total).astype(np.float32) if codec.is_weighted else None,
-    )
+    columns = {"probabilities": probabilities.astype(np.float32)}
+    if isinstance(codec, SampledCodec):
+        draws = np.ones(total, dtype=np.uint16)
+        draws[starts] += (codec.max_ids - counts).astype(np.uint16)
+        columns = {"draws": draws}
+        if codec.is_weighted:
+            columns["importance"] = chance.lognormal(0, 1, total).astype(np.float32)
+    return Entries(counts.astype(np.int64), ids.astype(np.uint32), (1 - held).astype(np.float32), columns)
 
 
 def write_cache(

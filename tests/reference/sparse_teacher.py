@@ -12,8 +12,7 @@ from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.parallel.runtime import Runtime
 from megatron_kd.teachers.cache.codec import Codec
-from megatron_kd.teachers.cache.kept_ids import Selection
-from megatron_kd.teachers.cached import choose_kind
+from megatron_kd.teachers.cache.sparsifier import Sparsifier
 
 
 class SparseTeacherInMemory:
@@ -21,7 +20,7 @@ class SparseTeacherInMemory:
 
     def __init__(self, model: HiddenStateGPTModel, dataset: ChunkDataset, codec: Codec, sparse_target: str) -> None:
         self._model, self._dataset, self._codec = model, dataset, codec
-        self._kind = choose_kind(codec, sparse_target, "memory")
+        self._kind = codec.target_kind(sparse_target, "memory")
 
     def begin_step(self, batches: Sequence[Batch], *, scheduled: bool = True) -> None:
         """Nothing is prepared."""
@@ -36,8 +35,8 @@ class SparseTeacherInMemory:
         length, rows = hidden.shape[:2]
         root_ids = np.tile(self._dataset.root_ids(batch.chunk_indices.numpy()), length)
         positions = np.repeat(np.arange(length), rows)
-        selection = Selection(self._codec, self._model.output_head(), None)
-        entries = selection(hidden.flatten(0, 1), root_ids, positions)
+        sparsifier = Sparsifier(self._codec, self._model.output_head(), None)
+        entries = sparsifier(hidden.flatten(0, 1), root_ids, positions)
         record = self._codec.encode(np.ones(length * rows, dtype=bool), entries)
         decoded = self._codec.decode(record, length * rows, len(entries.ids))
         ids = np.full((length * rows, self._codec.max_ids), PADDING_ID, dtype=np.int64)

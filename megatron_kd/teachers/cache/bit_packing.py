@@ -1,12 +1,13 @@
-"""Arrays of integers of any width up to 31 bits, packed to the bit and unpacked without a loop.
+"""Numbers in few bits: integers of any width packed without gaps, and positive floats on a logarithmic scale.
 
-A field of ``width`` bits is cut into planes by the binary digits of its width, the widest first: 18 bits are a plane of
-16 and one of 2, 6 bits one of 4 and one of 2. The first plane holds the lowest bits. A plane of 16 or 8 bits is an
-array of little-endian integers; in one of 4, 2 or 1 bits the first value is in the lowest bits of its byte. Every plane
-ends on a whole byte.
+An array of ``width``-bit integers is cut into planes by the binary digits of the width, the widest first: 18 bits are a
+plane of 16 and one of 2, 6 bits one of 4 and one of 2. The first plane holds the lowest bits. A plane of 16 or 8 bits
+is an array of little-endian integers; in one of 4, 2 or 1 bits the first value is in the lowest bits of its byte. Every
+plane ends on a whole byte.
 """
 
 import functools
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,17 +16,17 @@ _PLANES = (16, 8, 4, 2, 1)
 
 
 def width_for(largest: int) -> int:
-    """Bits that hold every integer from 0 to ``largest``."""
+    """Return how many bits hold every integer from 0 to ``largest``."""
     return max(1, int(largest).bit_length())
 
 
 def packed_bytes(count: int, width: int) -> int:
-    """Bytes of ``count`` fields of ``width`` bits."""
+    """Return the bytes that ``count`` integers of ``width`` bits take."""
     return sum(-(-count * plane // 8) for plane in _planes(width))
 
 
 def pack(values: np.ndarray, width: int) -> np.ndarray:
-    """uint8 ``[packed_bytes(len(values), width)]`` of unsigned integers ``[n]`` below ``2 ** width``."""
+    """Pack unsigned integers [n] below ``2 ** width`` into uint8 [packed_bytes(n, width)]."""
     values = np.ascontiguousarray(values, dtype=np.uint32)
     parts, shift = [], 0
     for plane in _planes(width):
@@ -39,13 +40,13 @@ def pack(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def unpack(data: np.ndarray, count: int, width: int) -> np.ndarray:
-    """What was packed: ``[count]`` of uint8, uint16 or uint32, the narrowest that holds ``width`` bits.
+    """Invert :func:`pack`: [count] of uint8, uint16 or uint32, the narrowest that holds ``width`` bits.
 
     Args:
         data: uint8, at least ``packed_bytes(count, width)`` of them; more are ignored.
     """
     dtype = np.uint8 if width <= 8 else np.uint16 if width <= 16 else np.uint32
-    result, shift, start = None, 0, 0
+    planes, shift, start = [], 0, 0
     for plane in _planes(width):
         size = -(-count * plane // 8)
         raw = data[start : start + size]
@@ -53,17 +54,14 @@ def unpack(data: np.ndarray, count: int, width: int) -> np.ndarray:
             part = np.frombuffer(raw, dtype=f"<u{plane // 8}")
         else:
             part = _spread(plane)[raw].view(np.uint8)[:count]
-        if result is None:
-            result = part.astype(dtype, copy=False)
-        else:
-            result = result | np.left_shift(part, dtype(shift), dtype=dtype)
+        planes.append(np.left_shift(part, dtype(shift), dtype=dtype) if shift else part.astype(dtype, copy=False))
         start, shift = start + size, shift + plane
-    return result
+    return functools.reduce(np.bitwise_or, planes)
 
 
 def _planes(width: int) -> tuple[int, ...]:
     if not 1 <= width <= MAX_WIDTH:
-        raise ValueError(f"fields of {width} bits; 1 to {MAX_WIDTH} are possible")
+        raise ValueError(f"integers of {width} bits cannot be packed, only 1 to {MAX_WIDTH}")
     return tuple(plane for plane in _PLANES if width & plane)
 
 
@@ -82,9 +80,51 @@ def _pack_plane(part: np.ndarray, plane: int) -> np.ndarray:
 
 @functools.cache
 def _spread(plane: int) -> np.ndarray:
-    """For each byte the values that it holds, one a byte, as one integer: a look-up unpacks several at a time."""
+    """Return for each byte its values, one per byte, as one integer: a look-up then unpacks several at a time."""
     per_byte = 8 // plane
     table = np.zeros((256, per_byte), np.uint8)
     for place in range(per_byte):
         table[:, place] = (np.arange(256) >> (plane * place)) & ((1 << plane) - 1)
     return table.view(f"<u{per_byte}").reshape(256)
+
+
+@dataclass(frozen=True)
+class LogQuantizer:
+    """Integers of ``bits`` bits for 0 and for the numbers from ``exp(lowest)`` to ``exp(highest)``.
+
+    Code 0 is zero, code c is ``exp(lowest + (c - 1) * step)``; numbers outside are clipped. The relative error is at
+    most ``step / 2``.
+    """
+
+    bits: int
+    lowest: float
+    highest: float = 0.0
+
+    @property
+    def step(self) -> float:
+        """Difference between the logarithms of neighbouring codes."""
+        return (self.highest - self.lowest) / ((1 << self.bits) - 2)
+
+    def encode(self, values: np.ndarray) -> np.ndarray:
+        """Return the uint16 codes of float32 ``values`` >= 0, of the same shape."""
+        values = np.asarray(values, dtype=np.float32)
+        with np.errstate(divide="ignore"):
+            scaled = np.log(values)
+        scaled -= np.float32(self.lowest)
+        scaled *= np.float32(1.0 / self.step)
+        scaled += np.float32(1.5)
+        np.clip(scaled, 1, (1 << self.bits) - 1, out=scaled)
+        codes = scaled.astype(np.uint16)
+        codes[values == 0] = 0
+        return codes
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Return the float32 values of ``codes``, of the same shape."""
+        return self._table.take(codes)
+
+    @functools.cached_property
+    def _table(self) -> np.ndarray:
+        codes = np.arange(1 << self.bits, dtype=np.float64)
+        table = np.exp(self.lowest + (codes - 1) * self.step).astype(np.float32)
+        table[0] = 0.0
+        return table

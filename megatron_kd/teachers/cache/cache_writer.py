@@ -25,7 +25,6 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_kd.artefacts.checksums import BLOCK_BYTES, Checksums, ChecksumStream
@@ -37,7 +36,8 @@ from megatron_kd.parallel.groups import is_last_stage
 from megatron_kd.parallel.schedule import forward_only
 from megatron_kd.teachers.cache.cache_reader import INDEX_DTYPE, token_hash
 from megatron_kd.teachers.cache.codec import Codec, Entries
-from megatron_kd.teachers.cache.kept_ids import Selection
+from megatron_kd.teachers.cache.sparsifier import Sparsifier
+from megatron_kd.teachers.routing import whole_sequence
 
 
 def shard_name(number: int) -> str:
@@ -255,10 +255,10 @@ class ShardFiller:
         self._rows, self._commit_seconds, self._device = micro_batch_size, commit_seconds, device
         groups = loaded.groups
         self.replica_size = groups.mp.size()
-        self._selection = None
+        self._sparsifier = None
         if is_last_stage(groups):
-            self._selection = Selection(codec, loaded.model_chunks[-1].output_head(), groups.tp, temperature)
-        self._writes = self._selection is not None and groups.tp.rank() == 0
+            self._sparsifier = Sparsifier(codec, loaded.model_chunks[-1].output_head(), groups.tp, temperature)
+        self._writes = self._sparsifier is not None and groups.tp.rank() == 0
         self._thread = ThreadPoolExecutor(1, "cache writer")
         self._waiting: deque[Future] = deque()
 
@@ -306,9 +306,9 @@ class ShardFiller:
         return batch.to(self._device), rows, counted.to(self._device)
 
     def _collect(self, rows: ChunkRows, counted: Tensor, hidden: Tensor, writer: ShardWriter | None) -> None:
-        if self._loaded.model_chunks[-1].config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, group=self._loaded.groups.tp)
-        entries = self._selection(hidden.transpose(0, 1)[counted], *rows.tokens())
+        assert self._sparsifier is not None
+        hidden = whole_sequence(hidden, self._loaded.model_chunks[-1], self._loaded.groups)
+        entries = self._sparsifier(hidden.transpose(0, 1)[counted], *rows.tokens())
         if writer is not None:
             while len(self._waiting) >= MOST_WAITING:
                 self._waiting.popleft().result()

@@ -1,119 +1,77 @@
-"""What a teacher says about the positions of one chunk, as bytes and back.
+"""What is kept of a teacher's distributions over one chunk, and the record that holds it.
 
-A record holds n positions, m of which carry knowledge (those that count in the loss), with E ids in all:
+A record is about n positions, m of which are present (they count in the loss), with E ids in all:
 
     present    n bits
-    counts     m fields, ids of each position             (not for top_k: the same everywhere)
+    counts     m integers, the ids of each position       (not where all positions have as many)
     tail mass  m uint16, logarithmic
-    ids        E fields of id_bits
-    top_k, top_p: probabilities in falling order: the first 8 of a position as uint16, logarithmic; the others in 11
-                  bits, logarithmic and relative to the 8th
-    sampled:      how often each id was drawn, E fields; importance weights, E uint16, logarithmic (weighted draws only)
+    ids        E integers of id_bits
+    columns    what else the codec keeps about every id
 
-Sections follow one another and begin on a whole byte. Fields: ``bit_fields.py``; logarithmic codes: ``log_code.py``. A
-decoded position's probabilities and tail mass are scaled, together, so that they make 1, as the teacher's do.
-
-Positive numbers as integers on a logarithmic scale: a constant relative error, and an exact zero.
+Sections follow one another and begin on a whole byte; ``bit_packing.py`` defines integers and logarithmic codes.
 """
 
-import functools
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
 
 import numpy as np
 
-from megatron_kd.errors import DataError
-from megatron_kd.teachers.cache.bit_packing import pack, packed_bytes, unpack, width_for
+from megatron_kd.errors import ConfigError, DataError
+from megatron_kd.losses import SparseTargetKind
+from megatron_kd.teachers.cache.bit_packing import LogQuantizer, pack, packed_bytes, unpack, width_for
+from megatron_kd.teachers.cache.vocabulary_search import BlockedSoftmax
+from megatron_kd.teachers.teacher_config import CODECS
 
-
-@dataclass(frozen=True)
-class LogCode:
-    """Codes of ``bits`` bits for 0 and for the numbers from ``exp(lowest)`` to ``exp(highest)``.
-
-    Code 0 is zero, code c is ``exp(lowest + (c - 1) * step)``; what lies outside is moved to the nearer end. The
-    relative error is at most ``step / 2``.
-    """
-
-    bits: int
-    lowest: float
-    highest: float = 0.0
-
-    @property
-    def step(self) -> float:
-        """Between the logarithms of neighbouring codes."""
-        return (self.highest - self.lowest) / ((1 << self.bits) - 2)
-
-    def encode(self, values: np.ndarray) -> np.ndarray:
-        """uint16 codes of float32 ``values`` >= 0, same shape."""
-        values = np.asarray(values, dtype=np.float32)
-        with np.errstate(divide="ignore"):
-            scaled = np.log(values)
-        scaled -= np.float32(self.lowest)
-        scaled *= np.float32(1.0 / self.step)
-        scaled += np.float32(1.5)
-        np.clip(scaled, 1, (1 << self.bits) - 1, out=scaled)
-        codes = scaled.astype(np.uint16)
-        codes[values == 0] = 0
-        return codes
-
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """float32 values of ``codes``, same shape."""
-        return self._table.take(codes)
-
-    @functools.cached_property
-    def _table(self) -> np.ndarray:
-        codes = np.arange(1 << self.bits, dtype=np.float64)
-        table = np.exp(self.lowest + (codes - 1) * self.step).astype(np.float32)
-        table[0] = 0.0
-        return table
-
-
-CodecName = Literal["top_k", "top_p", "sampled"]
-HEAD_IDS = 8
 LARGEST_VOCABULARY = 1 << 20
-_SMALLEST = -32 * math.log(2.0)
-HEAD_CODE = LogCode(16, _SMALLEST)
-REST_CODE = LogCode(11, -16.0)
-TAIL_CODE = LogCode(16, _SMALLEST)
-IMPORTANCE_CODE = LogCode(16, _SMALLEST, -_SMALLEST)
+SMALLEST_LOG = -32 * math.log(2.0)
+"""Logarithm of the smallest probability that is not 0 in a record."""
+TAIL_CODE = LogQuantizer(16, SMALLEST_LOG)
 
 
 @dataclass(frozen=True)
 class Entries:
-    """The ids that are kept of T positions, position after position; E in all.
+    """The ids that are kept of T tokens, token after token; E in all.
 
     Attributes:
-        counts: int64 [T], ids of each position, at least one.
-        ids: uint32 [E], distinct within a position.
-        probabilities: float32 [E], falling within a position (``top_k``, ``top_p``).
-        draws: uint16 [E], how often each id was drawn (``sampled``).
-        importance: float32 [E], teacher's over proposal's probability (``sampled`` from another proposal).
+        counts: int64 [T], ids of each token, at least one.
+        ids: uint32 [E], distinct within a token.
         tail: float32 [T], the teacher's probability outside of the ids.
+        columns: [E] each, what the codec keeps about every id, by name.
     """
 
     counts: np.ndarray
     ids: np.ndarray
     tail: np.ndarray
-    probabilities: np.ndarray | None = None
-    draws: np.ndarray | None = None
-    importance: np.ndarray | None = None
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def part(self, start: int, stop: int, entries: slice) -> "Entries":
-        """Positions ``[start, stop)``, whose ids are those in ``entries``."""
-        parts = {
-            name: None if value is None else value[entries]
-            for name, value in vars(self).items()
-            if name not in ("counts", "tail")
-        }
-        return Entries(counts=self.counts[start:stop], tail=self.tail[start:stop], **parts)
+        """Return the tokens ``[start, stop)``, whose ids are those in ``entries``."""
+        columns = {name: values[entries] for name, values in self.columns.items()}
+        return Entries(self.counts[start:stop], self.ids[entries], self.tail[start:stop], columns)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Entries"]) -> "Entries":
+        """Join entries of one codec, one after another."""
+        if len(parts) == 1:
+            return parts[0]
+        columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns}
+        counts, ids, tail = (np.concatenate([getattr(p, name) for p in parts]) for name in ("counts", "ids", "tail"))
+        return cls(counts, ids, tail, columns)
 
 
 @dataclass(frozen=True)
 class DecodedChunk:
-    """One record: ``rows`` int64 [m], the positions with knowledge; the rest in their order.
+    """A record's content.
 
-    ``counts`` int64 [m], ``ids`` uint16 or uint32 [E], ``weights`` float32 [E], ``tail`` float32 [m].
+    Attributes:
+        rows: int64 [m], the positions that are present.
+        counts: int64 [m], ids of each.
+        ids: uint16 or uint32 [E].
+        weights: float32 [E], what the loss takes for each id.
+        tail: float32 [m], the teacher's probability outside of the ids.
     """
 
     rows: np.ndarray
@@ -123,7 +81,7 @@ class DecodedChunk:
     tail: np.ndarray
 
     def pad_into(self, ids: np.ndarray, weights: np.ndarray, tail: np.ndarray) -> None:
-        """Fill the rows of ``ids`` int64 [>= n, K], ``weights`` float32 [>= n, K] and ``tail`` float32 [>= n]."""
+        """Fill the present rows of ``ids`` int64 [>= n, K], ``weights`` float32 [>= n, K], ``tail`` float32 [>= n]."""
         if not len(self.rows):
             return
         whole = len(self.rows) == self.rows[-1] + 1
@@ -140,34 +98,105 @@ class DecodedChunk:
 
 
 @dataclass(frozen=True)
-class Codec:
-    """How the knowledge about a position is chosen and written.
+class Codec(ABC):
+    """A rule that keeps a few ids of a distribution, and their encoding in a record.
 
     Attributes:
-        name: ``top_k``: the largest ``max_ids``; ``top_p``: the fewest of the largest that hold ``top_p``, at most
-            ``max_ids``; ``sampled``: ``max_ids`` draws with replacement, kept as counts.
-        max_ids: see above; the most ids that a position can have.
+        name: its row in ``teacher_config.CODECS``.
+        max_ids: the most ids that a position can have.
         vocab_size: ids of the teacher.
-        top_p: probability to be held, for ``top_p``.
-        proposal_exponent: ids are drawn from teacher ** this, normalised; other than 1 gives weighted draws.
-        seed: of the draws.
     """
 
-    name: CodecName
+    name: ClassVar[str]
     max_ids: int
     vocab_size: int
-    top_p: float | None = None
-    proposal_exponent: float = 1.0
-    seed: int = 0
+
+    @property
+    @abstractmethod
+    def target_kinds(self) -> tuple[SparseTargetKind, ...]:
+        """The sparse targets that can be made of its records, the default one first."""
+
+    @property
+    def proposal_exponent(self) -> float:
+        """Exponent of the teacher's probabilities from which ids are drawn, for codecs that draw."""
+        return 1.0
+
+    @property
+    def fixed_count(self) -> int | None:
+        """Ids of every position, where all have as many."""
+        return None
+
+    @abstractmethod
+    def select(self, softmax: BlockedSoftmax, chunk_ids: np.ndarray, positions: np.ndarray) -> Entries:
+        """Return what is kept of n tokens, the same on every rank of the vocabulary; may overwrite ``softmax``.
+
+        Args:
+            chunk_ids, positions: int64 [n], root chunk id and place in the chunk of each token.
+        """
+
+    @abstractmethod
+    def weights(self, entries: Entries) -> np.ndarray:
+        """Return what the loss takes for each id, float32 [E], not quantised."""
+
+    @abstractmethod
+    def encode_columns(self, entries: Entries) -> list[np.ndarray]:
+        """Return the record's last sections, uint8 each."""
+
+    @abstractmethod
+    def decode_columns(self, reader: "RecordReader", counts: np.ndarray, tail: np.ndarray) -> np.ndarray:
+        """Read the record's last sections and return the weights, float32 [E]; may adjust ``tail`` [m] in place."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Describe what is kept, in one phrase."""
+
+    @classmethod
+    def build(cls, name: str, keys: object, vocab_size: int) -> "Codec":
+        """Build the codec ``name`` from those of its keys that a configuration has; the others keep their defaults.
+
+        Args:
+            keys: a configuration object.
+            vocab_size: ids of the teacher.
+        """
+        row = CODECS[name]
+        values = {field: getattr(keys, key) for field, key in row.keys.items() if hasattr(keys, key)}
+        return row.load()(vocab_size=vocab_size, **values)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "Codec":
-        """From what :meth:`to_mapping` gave."""
-        return cls(**values)
+        """Invert :meth:`to_mapping`.
+
+        Raises:
+            DataError: no such codec.
+        """
+        if values["name"] not in CODECS:
+            raise DataError(f"codec '{values['name']}' is not known to this version, only {', '.join(CODECS)}")
+        codec = CODECS[values["name"]].load()
+        return codec(**{field.name: values[field.name] for field in fields(codec)})
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain values, for a manifest."""
-        return asdict(self)
+        """Return plain values for a manifest; fields of other codecs have their neutral values."""
+        own = {"name": self.name, **asdict(self)}
+        return {"name": "", "max_ids": 0, "vocab_size": 0, "top_p": None, "proposal_exponent": 1.0, "seed": 0} | own
+
+    def target_kind(self, sparse_target: str, where: str) -> SparseTargetKind:
+        """Return the sparse target that ``distillation.sparse_target`` asks for.
+
+        Args:
+            where: what holds the records, for the message.
+
+        Raises:
+            ConfigError: it cannot be made of this codec's records.
+        """
+        if sparse_target == "auto":
+            return self.target_kinds[0]
+        for kind in self.target_kinds:
+            if kind == sparse_target:
+                return kind
+        raise ConfigError(
+            f"'distillation.sparse_target' {sparse_target} cannot be made of {where} (codec {self.name}): "
+            f"choose {' or '.join(self.target_kinds)}"
+        )
 
     @property
     def id_bits(self) -> int:
@@ -175,136 +204,87 @@ class Codec:
         return width_for(self.vocab_size - 1)
 
     @property
-    def is_weighted(self) -> bool:
-        """Whether draws have importance weights."""
-        return self.name == "sampled" and self.proposal_exponent != 1.0
-
-    @property
-    def fixed_count(self) -> int | None:
-        """Ids of every position, where all have as many."""
-        return min(self.max_ids, self.vocab_size) if self.name == "top_k" else None
+    def count_bits(self) -> int:
+        """Width of a number of ids."""
+        return width_for(self.max_ids)
 
     def encode(self, present: np.ndarray, entries: Entries) -> np.ndarray:
-        """The record, uint8, of one chunk: ``present`` bool [n], ``entries`` of the positions where it is true."""
+        """Return the record, uint8, of one chunk.
+
+        Args:
+            present: bool [n].
+            entries: of the positions where ``present`` is true.
+        """
         sections = [np.packbits(present, bitorder="little")]
         if self.fixed_count is None:
-            sections.append(pack(entries.counts, self._count_bits))
-        sections.append(TAIL_CODE.encode(entries.tail).astype("<u2").view(np.uint8))
-        sections.append(pack(entries.ids, self.id_bits))
-        if self.name == "sampled":
-            sections.append(pack(entries.draws, self._count_bits))
-            if self.is_weighted:
-                sections.append(IMPORTANCE_CODE.encode(entries.importance).astype("<u2").view(np.uint8))
-        else:
-            sections += self._encode_probabilities(entries)
-        return np.concatenate(sections)
+            sections.append(pack(entries.counts, self.count_bits))
+        sections += [words(TAIL_CODE.encode(entries.tail)), pack(entries.ids, self.id_bits)]
+        return np.concatenate([*sections, *self.encode_columns(entries)])
 
     def decode(self, record: np.ndarray, positions: int, num_entries: int) -> DecodedChunk:
-        """The inverse of :meth:`encode`; ``num_entries`` is E.
+        """Invert :meth:`encode`.
+
+        Args:
+            positions: n.
+            num_entries: E.
 
         Raises:
-            DataError: the record's length does not fit what it holds.
+            DataError: the record's length does not fit its content.
         """
-        reader = _Sections(record)
+        reader = RecordReader(record)
         present = np.unpackbits(reader.take(-(-positions // 8)), count=positions, bitorder="little")
         rows = np.flatnonzero(present)
-        counts = self._decode_counts(reader, len(rows))
+        if self.fixed_count is None:
+            counts = reader.integers(len(rows), self.count_bits).astype(np.int64)
+        else:
+            counts = np.full(len(rows), self.fixed_count, dtype=np.int64)
         if int(counts.sum()) != num_entries:
             raise DataError(f"a record holds {int(counts.sum())} ids where its index states {num_entries}")
         tail = TAIL_CODE.decode(reader.words(len(rows)))
-        ids = unpack(reader.take(packed_bytes(num_entries, self.id_bits)), num_entries, self.id_bits)
-        if self.name == "sampled":
-            weights = self._decode_draws(reader, num_entries)
-        else:
-            weights = self._decode_probabilities(reader, counts, num_entries)
-            _scale(weights, tail, counts, self.fixed_count)
+        ids = reader.integers(num_entries, self.id_bits)
+        weights = self.decode_columns(reader, counts, tail)
         if reader.left:
             raise DataError(f"a record has {reader.left} bytes more than its {num_entries} ids need")
         return DecodedChunk(rows, counts, ids, weights, tail)
 
-    @property
-    def _count_bits(self) -> int:
-        return width_for(self.max_ids)
 
-    def _decode_counts(self, reader: "_Sections", rows: int) -> np.ndarray:
-        if self.fixed_count is not None:
-            return np.full(rows, self.fixed_count, dtype=np.int64)
-        return unpack(reader.take(packed_bytes(rows, self._count_bits)), rows, self._count_bits).astype(np.int64)
+class RecordReader:
+    """Takes a record apart from its front.
 
-    def _encode_probabilities(self, entries: Entries) -> list[np.ndarray]:
-        values, in_head = entries.probabilities, ranks(entries.counts) < HEAD_IDS
-        head = HEAD_CODE.encode(values[in_head])
-        anchors = np.repeat(_anchors(HEAD_CODE.decode(head), entries.counts), np.maximum(entries.counts - HEAD_IDS, 0))
-        relative = np.divide(values[~in_head], anchors, out=np.zeros_like(anchors), where=anchors > 0)
-        return [head.astype("<u2").view(np.uint8), pack(REST_CODE.encode(relative), REST_CODE.bits)]
-
-    def _decode_probabilities(self, reader: "_Sections", counts: np.ndarray, num_entries: int) -> np.ndarray:
-        in_rest = np.maximum(counts - HEAD_IDS, 0)
-        num_rest = int(in_rest.sum())
-        head = HEAD_CODE.decode(reader.words(num_entries - num_rest))
-        rest = REST_CODE.decode(unpack(reader.take(packed_bytes(num_rest, REST_CODE.bits)), num_rest, REST_CODE.bits))
-        if not num_rest:
-            return head
-        anchors = _anchors(head, counts)
-        if self.fixed_count is not None:
-            width = self.fixed_count - HEAD_IDS
-            weights = np.empty((len(counts), self.fixed_count), dtype=np.float32)
-            weights[:, :HEAD_IDS] = head.reshape(-1, HEAD_IDS)
-            np.multiply(rest.reshape(-1, width), anchors[:, None], out=weights[:, HEAD_IDS:])
-            return weights.reshape(-1)
-        weights, in_head = np.empty(num_entries, dtype=np.float32), ranks(counts) < HEAD_IDS
-        weights[in_head] = head
-        weights[~in_head] = rest * np.repeat(anchors, in_rest)
-        return weights
-
-    def _decode_draws(self, reader: "_Sections", num_entries: int) -> np.ndarray:
-        draws = unpack(reader.take(packed_bytes(num_entries, self._count_bits)), num_entries, self._count_bits)
-        weights = np.multiply(draws, np.float32(1.0 / self.max_ids), dtype=np.float32)
-        if self.is_weighted:
-            weights *= IMPORTANCE_CODE.decode(reader.words(num_entries))
-        return weights
-
-
-def ranks(counts: np.ndarray) -> np.ndarray:
-    """The place of every id within its position, int64 [E]."""
-    starts = np.cumsum(counts) - counts
-    return np.arange(int(counts.sum())) - np.repeat(starts, counts)
-
-
-def _anchors(head: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """float32 [m], the smallest probability in the head of each position."""
-    return head[np.cumsum(np.minimum(counts, HEAD_IDS)) - 1]
-
-
-def _scale(weights: np.ndarray, tail: np.ndarray, counts: np.ndarray, fixed: int | None) -> None:
-    """Make the weights [E] and the tail [m] of each position add up to 1, in place."""
-    if not len(counts):
-        return
-    if fixed is not None:
-        rows = weights.reshape(-1, fixed)
-        factors = 1.0 / (np.einsum("mk->m", rows) + tail)
-        rows *= factors[:, None]
-    else:
-        factors = 1.0 / (np.add.reduceat(weights, np.cumsum(counts) - counts) + tail)
-        weights *= np.repeat(factors, counts)
-    tail *= factors
-
-
-class _Sections:
-    """Takes a record apart from its front."""
+    Raises:
+        DataError: a section ends behind the record, on any call.
+    """
 
     def __init__(self, record: np.ndarray) -> None:
         self._record, self._at = record, 0
 
     @property
     def left(self) -> int:
+        """Bytes that are not taken yet."""
         return len(self._record) - self._at
 
     def take(self, size: int) -> np.ndarray:
+        """Return the next ``size`` bytes."""
         if size > self.left:
             raise DataError(f"a record of {len(self._record)} bytes ends before its {self._at + size} bytes")
         self._at += size
         return self._record[self._at - size : self._at]
 
     def words(self, count: int) -> np.ndarray:
+        """Return the next ``count`` uint16."""
         return np.frombuffer(self.take(2 * count), dtype="<u2")
+
+    def integers(self, count: int, width: int) -> np.ndarray:
+        """Return the next ``count`` packed integers of ``width`` bits."""
+        return unpack(self.take(packed_bytes(count, width)), count, width)
+
+
+def words(values: np.ndarray) -> np.ndarray:
+    """Return uint16 values as bytes, little-endian."""
+    return values.astype("<u2").view(np.uint8)
+
+
+def ranks(counts: np.ndarray) -> np.ndarray:
+    """Return the place of every id within its position, int64 [E]."""
+    starts = np.cumsum(counts) - counts
+    return np.arange(int(counts.sum())) - np.repeat(starts, counts)

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from megatron_kd.losses import OutputHead
 from megatron_kd.teachers.placements import StudentRun, TeacherPlan
-from megatron_kd.teachers.routing import Routing
-from megatron_kd.teachers.transfers import Transfer, reshard_head
+from megatron_kd.teachers.routing import Routing, Transfer, reshard_head
 
 _KEPT_ORDERS = 1000  # in the store: more than any teacher rank can lag behind
 _LONGEST_NAP = 0.05
@@ -130,7 +129,7 @@ class Bridge:
         return self._group.recv([buffer], source, 0)
 
     def exchange(self, transfers: Sequence[Transfer]) -> None:
-        """Implement :class:`~megatron_kd.teachers.transfers.Carrier`."""
+        """Implement :class:`~megatron_kd.teachers.routing.Carrier`."""
         works, kept = [], []
         for transfer in transfers:
             if transfer.source == self.rank:

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from megatron_kd.losses import PADDING_ID, DenseKnowledge, OutputHead, SparseKnowledge, SparseTargetKind
 from megatron_kd.teachers.cache.codec import Codec, Entries, ranks
-from megatron_kd.teachers.cache.kept_ids import Selection
-from megatron_kd.teachers.cached import choose_kind
+from megatron_kd.teachers.cache.sparsifier import Sparsifier
 from megatron_kd.teachers.placements import StudentRun, TeacherPlan
 from megatron_kd.teachers.teacher_config import TeacherConfig
 
@@ -74,8 +73,8 @@ def receiver_of(config: TeacherConfig, run: StudentRun, plan: TeacherPlan, head:
     """
     if config.payload_ids is None:
         return HiddenStatesReceiver(plan.info.architecture.hidden_size, run.dtype, head)
-    codec = _codec_of(config, plan)
-    return SparseReceiver(codec, choose_kind(codec, run.sparse_target, f"teacher.payload {config.payload}"))
+    codec = Codec.build(config.payload, config, plan.info.architecture.vocab_size)
+    return SparseReceiver(codec, codec.target_kind(run.sparse_target, f"teacher.payload {config.payload}"))
 
 
 def sender_of(
@@ -89,11 +88,8 @@ def sender_of(
     """
     if config.payload_ids is None:
         return HiddenStatesSender()
-    return SparseSender(Selection(_codec_of(config, plan), head, groups.tp, run.temperature))
-
-
-def _codec_of(config: TeacherConfig, plan: TeacherPlan) -> Codec:
-    return Codec(config.payload, config.payload_ids, plan.info.architecture.vocab_size)
+    codec = Codec.build(config.payload, config, plan.info.architecture.vocab_size)
+    return SparseSender(Sparsifier(codec, head, groups.tp, run.temperature))
 
 
 class HiddenStatesReceiver:
@@ -146,14 +142,14 @@ class SparseReceiver:
 class SparseSender:
     """A codec's ids and weights on the teacher's side."""
 
-    def __init__(self, selection: Selection):
-        self._selection, self._format = selection, _SparseFormat(selection.codec)
+    def __init__(self, sparsifier: Sparsifier):
+        self._sparsifier, self._format = sparsifier, _SparseFormat(sparsifier.codec)
 
     def encode(self, hidden: Tensor, chunk_ids: Tensor) -> Tensor:
         """Implement :class:`Sender`."""
         seq_length, rows = hidden.shape[:2]
         owners, places = np.tile(chunk_ids.numpy(), seq_length), np.repeat(np.arange(seq_length), rows)
-        entries = self._selection(hidden.flatten(0, 1), owners, places)
+        entries = self._sparsifier(hidden.flatten(0, 1), owners, places)
         packed = torch.from_numpy(self._format.pack(entries))
         return packed.view(seq_length, rows, -1).to(hidden.device)
 
@@ -174,7 +170,6 @@ class _SparseFormat:
         ids[:] = PADDING_ID
         owners, columns = np.repeat(np.arange(tokens), entries.counts), ranks(entries.counts)
         ids[owners, columns] = entries.ids.astype(np.int32)
-        values = entries.probabilities if entries.draws is None else entries.draws / np.float32(self._codec.max_ids)
-        weights[owners, columns] = values.astype(np.float32).view(np.int32)
+        weights[owners, columns] = self._codec.weights(entries).view(np.int32)
         packed[:, -1] = entries.tail.astype(np.float32).view(np.int32)
         return packed

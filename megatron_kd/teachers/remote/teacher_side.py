@@ -22,9 +22,8 @@ from megatron_kd.teachers.interface import ScheduledBatches
 from megatron_kd.teachers.placements import StudentRun, TeacherPlan, load_teacher
 from megatron_kd.teachers.remote.channel import Channel, Order
 from megatron_kd.teachers.remote.payloads import Header, Sender, sender_of
-from megatron_kd.teachers.routing import Item
+from megatron_kd.teachers.routing import Item, whole_sequence
 from megatron_kd.teachers.teacher_config import TeacherConfig
-from megatron_kd.teachers.transfers import whole_sequence
 
 
 def build_teacher_ranks(

@@ -10,7 +10,7 @@ from megatron_kd.artefacts.artefact_folder import building
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.teachers.cache.cache_reader import LogitCache
-from megatron_kd.teachers.cache.codec import Codec
+from megatron_kd.teachers.cache.codecs import SampledCodec, TopKCodec, TopPCodec
 from tests.distributed.ranks import shared_ranks
 from tests.distributed.training.runs import (
     LAYOUTS,
@@ -24,13 +24,13 @@ from tests.distributed.training.runs import (
 
 TOLERANCE = 1e-4
 CODECS = {
-    "top_k": (Codec("top_k", 12, VOCABULARY), ["codec=top_k", "max_ids=12"], "auto"),
-    "renormalised": (Codec("top_k", 12, VOCABULARY), ["codec=top_k", "max_ids=12"], "renormalised"),
-    "top_p": (Codec("top_p", 24, VOCABULARY, top_p=0.5), ["codec=top_p", "max_ids=24", "top_p=0.5"], "auto"),
-    "sampled": (Codec("sampled", 16, VOCABULARY), ["codec=sampled", "draws=16"], "auto"),
+    "top_k": (TopKCodec(12, VOCABULARY), ["codec=top_k", "top_k=12"], "auto"),
+    "renormalised": (TopKCodec(12, VOCABULARY), ["codec=top_k", "top_k=12"], "renormalised"),
+    "top_p": (TopPCodec(24, VOCABULARY, top_p=0.5), ["codec=top_p", "top_k=24", "top_p=0.5"], "auto"),
+    "sampled": (SampledCodec(16, VOCABULARY), ["codec=sampled", "num_draws=16"], "auto"),
     "weighted": (
-        Codec("sampled", 16, VOCABULARY, proposal_exponent=0.8),
-        ["codec=sampled", "draws=16", "proposal_exponent=0.8"],
+        SampledCodec(16, VOCABULARY, proposal_exponent=0.8),
+        ["codec=sampled", "num_draws=16", "proposal_exponent=0.8"],
         "auto",
     ),
 }
@@ -67,7 +67,7 @@ def write_cache(dataset, teacher, name, layout, output, *more):
         "micro_batch_size=3", "chunks_per_shard=13", *keys, *more,
     ]  # fmt: skip
     shared_ranks(world).run(
-        call_verb, "megatron_kd.teachers.cache.cache_teacher_logits", "CacheTeacherLogitsConfig", settings, timeout=300
+        call_verb, "megatron_kd.teachers.cache_teacher_logits", "CacheTeacherLogitsConfig", settings, timeout=300
     )
     return LogitCache.open(output)
 

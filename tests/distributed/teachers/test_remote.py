@@ -152,9 +152,9 @@ def test_sparse_payloads_are_what_a_cache_holds(payload, layout, dataset, teache
     """Losses and gradients of a remote payload, under another layout, equal those with a cache of the same settings."""
     common = [f"data.path={dataset.path}", "distillation.temperature=1.5"]
     keys = [f"data.path={dataset.path}", f"teacher.path={teacher}", f"output={tmp_path / 'cache'}",
-            f"codec={payload}", "max_ids=20", "draws=30", "temperature=1.5"]  # fmt: skip
+            f"codec={payload}", "top_k=20", "num_draws=30", "temperature=1.5"]  # fmt: skip
     shared_ranks(1).run(
-        call_verb, "megatron_kd.teachers.cache.cache_teacher_logits", "CacheTeacherLogitsConfig", keys, timeout=300
+        call_verb, "megatron_kd.teachers.cache_teacher_logits", "CacheTeacherLogitsConfig", keys, timeout=300
     )
     cached = [*common, "teacher.placement=cached", f"teacher.cache_path={tmp_path / 'cache'}"]
     remote = [*common, "teacher.placement=remote", f"teacher.path={teacher}", "teacher.num_ranks=2",

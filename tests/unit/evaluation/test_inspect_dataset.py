@@ -14,7 +14,6 @@ from megatron_kd.data.tokenize_corpus import TokenizeCorpusConfig
 from megatron_kd.data.tokenize_corpus import run as tokenize
 from megatron_kd.evaluation.inspect_dataset import (
     InspectDatasetConfig,
-    describe_codec,
     describe_tail_mass,
     run,
     tail_masses,
@@ -22,7 +21,7 @@ from megatron_kd.evaluation.inspect_dataset import (
 from megatron_kd.scoring.score_file import write_score_file
 from megatron_kd.selection.sample_by_difference import SampleByDifferenceConfig
 from megatron_kd.selection.sample_by_difference import run as sample
-from megatron_kd.teachers.cache.codec import Codec
+from megatron_kd.teachers.cache.codecs import TopKCodec
 from tests.distributed.training.runs import VOCABULARY, make_dataset
 from tests.reference.caches import write_cache
 
@@ -110,14 +109,14 @@ def test_other_folders_are_refused(artefacts: Path, capsys: pytest.CaptureFixtur
 
 def test_a_cache(tmp_path, capsys):
     dataset = make_dataset(tmp_path / "data", chunks=20)
-    cache = write_cache(dataset, tmp_path / "cache", Codec("top_k", 4, VOCABULARY), chunks_per_shard=6)
+    cache = write_cache(dataset, tmp_path / "cache", TopKCodec(4, VOCABULARY), chunks_per_shard=6)
     run(InspectDatasetConfig(str(cache.path), verify=True))
     printed = capsys.readouterr().out
     for part in (
         f"logit cache, fingerprint {cache.fingerprint}",
         "20 in 4 shards",
         dataset.fingerprint,
-        "top_k, the largest 4 per token; 300 ids of 9 bits",
+        "top_k, the 4 most probable ids per token; 300 ids of 9 bits",
         "4.0 ids and ",
         cache.teacher_fingerprint,
         "temperature=1.0, compute_dtype=fp32, mask_rule=input_is_not_pad, reset_attention_mask=False",
@@ -132,15 +131,3 @@ def test_the_histogram_counts_every_token():
     assert "mean 0.3300 over 5 tokens" in lines[0] and "50% 0.3," in lines[0]
     shares = [float(line.split("%")[0].split()[-1]) for line in lines[1:]]
     assert shares == [40.0, 0, 0, 0, 0, 0, 40.0, 20.0]
-
-
-@pytest.mark.parametrize(
-    ("codec", "text"),
-    [
-        (Codec("top_p", 9, 100, top_p=0.9), "top_p, the largest that hold 0.9, at most 9 per token"),
-        (Codec("sampled", 50, 100), "sampled, 50 draws per token (seed 0)"),
-        (Codec("sampled", 50, 100, proposal_exponent=0.9), "to the power of 0.9"),
-    ],
-)
-def test_a_codec_as_text(codec, text):
-    assert text in describe_codec(codec)

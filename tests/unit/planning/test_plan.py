@@ -24,6 +24,7 @@ from megatron_kd.planning.plan_config import PlanRunConfig
 from megatron_kd.planning.plan_run import amount, plan_text, run
 from megatron_kd.teachers.cache.codec import Codec, Entries
 from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
+from megatron_kd.teachers.teacher_config import TeacherConfig
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 MINIPLM = REPOSITORY / "examples/miniplm_pile_qwen/student_500m.yaml"
@@ -263,8 +264,9 @@ def test_a_record_has_the_planned_size(name, size):
         if name == "top_k"
         else {"draws": numpy.ones(total, numpy.uint16)}
     )
-    entries = Entries(counts=counts, ids=ids, tail=numpy.full(positions, 0.1, numpy.float32), **values)
-    record = Codec(name, size, vocabulary).encode(numpy.ones(positions, bool), entries)
+    entries = Entries(counts=counts, ids=ids, tail=numpy.full(positions, 0.1, numpy.float32), columns=values)
+    codec = Codec.build(name, TeacherConfig(top_k=size, num_draws=size), vocabulary)
+    record = codec.encode(numpy.ones(positions, bool), entries)
     planned = (
         top_k_token_bytes(size, vocabulary)
         if name == "top_k"

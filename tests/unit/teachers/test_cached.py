@@ -16,8 +16,8 @@ from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.errors import ConfigError, DataError
 from megatron_kd.teachers.cache.cache_reader import LogitCache, View
-from megatron_kd.teachers.cache.codec import Codec
-from megatron_kd.teachers.cached import CachedTeacher, choose_kind
+from megatron_kd.teachers.cache.codecs import SampledCodec, TopKCodec, TopPCodec
+from megatron_kd.teachers.cached import CachedTeacher
 from megatron_kd.teachers.teacher_config import TeacherConfig
 from megatron_kd.training.distillation_config import DistillationConfig
 from megatron_kd.training.train_config import TrainConfig
@@ -26,10 +26,10 @@ from tests.reference.caches import write_cache
 
 VIEW = View(1.0, "fp32")
 CODECS = {
-    "ghost": Codec("top_k", 12, VOCABULARY),
-    "renormalised": Codec("top_p", 12, VOCABULARY, top_p=0.9),
-    "sampled": Codec("sampled", 20, VOCABULARY),
-    "weighted": Codec("sampled", 20, VOCABULARY, proposal_exponent=0.9),
+    "ghost": TopKCodec(12, VOCABULARY),
+    "renormalised": TopPCodec(12, VOCABULARY, top_p=0.9),
+    "sampled": SampledCodec(20, VOCABULARY),
+    "weighted": SampledCodec(20, VOCABULARY, proposal_exponent=0.9),
 }
 
 
@@ -240,9 +240,9 @@ def test_shards_of_another_number_of_chunks_are_refused(dataset, tmp_path):
 def test_the_loss_is_one_that_the_codec_gives(codec, asked, found):
     if found is None:
         with pytest.raises(ConfigError, match=f"'distillation.sparse_target' {asked} cannot be made of here"):
-            choose_kind(CODECS[codec], asked, "here")
+            CODECS[codec].target_kind(asked, "here")
     else:
-        assert choose_kind(CODECS[codec], asked, "here") == found
+        assert CODECS[codec].target_kind(asked, "here") == found
 
 
 def config_faults(**parts):
@@ -261,5 +261,3 @@ def test_configurations_that_cannot_be():
         teacher=cached, distillation=DistillationConfig("vanilla_kd", divergence="reverse_kl")
     )
     assert "reverse_kl needs the teacher's whole distribution" in divergence
-    with pytest.raises(ConfigError, match="'teacher.cache_path' .* is required"):
-        from_mapping(TeacherConfig, {"placement": "cached"}, "test")

@@ -6,14 +6,11 @@ import numpy
 import pytest
 import torch
 
-from megatron_kd.config import from_mapping
 from megatron_kd.data.batch import make_batch
-from megatron_kd.errors import ConfigError
 from megatron_kd.models.gpt import full_logits
 from megatron_kd.parallel.runtime import distributed_runtime
-from megatron_kd.teachers.colocated import ColocatedTeacher
+from megatron_kd.teachers.colocated import ColocatedTeacher, Stash
 from megatron_kd.teachers.routing import Routing
-from megatron_kd.teachers.teacher_config import TeacherConfig
 from megatron_kd.training.checkpoint import Progress, save_checkpoint
 from megatron_kd.training.methods.method_builders import build_loss
 from megatron_kd.training.train_step import TrainStep
@@ -113,16 +110,26 @@ def test_no_teacher_tensor_in_the_students_checkpoint(dataset, tmp_path):
     assert state["decoder.final_layernorm.weight"].shape == (parts.architecture.hidden_size,)
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"placement": "colocated"}, "'teacher.path' .* is required"),
-        ({"placement": "remote", "path": "x"}, "'teacher.num_ranks' .* is required"),
-        ({"placement": "colocated", "path": "x", "payload": "top_k"}, "is for a remote teacher"),
-        ({"placement": "remote", "path": "x", "num_ranks": 2, "prefetch_depth": 0}, "prefetch_depth' must be"),
-        ({"placement": "moon"}, "must be one of none, colocated, remote, cached"),
-    ],
-)
-def test_values_that_cannot_be(keys, message):
-    with pytest.raises(ConfigError, match=message):
-        from_mapping(TeacherConfig, keys, "test")
+def test_beyond_the_budget_tensors_wait_in_host_memory_and_come_back():
+    stash = Stash(device_bytes=2 * 40)
+    values = [torch.full((10,), float(i)) for i in range(5)]
+    for i, value in enumerate(values):
+        stash.put(i, value)
+    assert (stash.peak_device_bytes, stash.peak_host_bytes) == (80, 120)
+    for i in (3, 0, 4):
+        torch.testing.assert_close(stash.take(i), values[i])
+    assert (stash.device_bytes, stash.host_bytes) == (40, 40)
+    stash.put(5, values[0])
+    assert stash.device_bytes == 80 and 5 in stash and 0 not in stash
+    with pytest.raises(KeyError):
+        stash.take(0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_host_copies_are_pinned_and_come_back_to_the_device():
+    stash = Stash(device_bytes=0)
+    value = torch.randn(1000, device="cuda")
+    stash.put("a", value.clone())
+    assert stash._kept["a"][0].is_pinned()
+    torch.testing.assert_close(stash.take("a"), value)

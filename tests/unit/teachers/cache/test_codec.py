@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_kd.errors import DataError
-from megatron_kd.teachers.cache.codec import HEAD_CODE, REST_CODE, TAIL_CODE, Codec, Entries, ranks
+from megatron_kd.teachers.cache.codec import TAIL_CODE, Entries, ranks
+from megatron_kd.teachers.cache.codecs import HEAD_CODE, REST_CODE, SampledCodec, TopKCodec, TopPCodec
 
 
 def make_entries(codec, rows, seed):
@@ -24,20 +25,16 @@ def make_entries(codec, rows, seed):
         tails.append(max(0.0, 1 - p[:count].sum()))
         extra = chance.multinomial(codec.max_ids - count, np.ones(count) / count)
         draws.append(extra + 1)
-    flat = {
-        "ids": np.concatenate(ids) if rows else np.zeros(0),
-        "probabilities": np.concatenate(probabilities) if rows else np.zeros(0),
-        "draws": np.concatenate(draws) if rows else np.zeros(0),
-    }
-    sampled = codec.name == "sampled"
-    return Entries(
-        counts=counts.astype(np.int64),
-        ids=flat["ids"].astype(np.uint32),
-        tail=np.array(tails, dtype=np.float32),
-        probabilities=None if sampled else flat["probabilities"].astype(np.float32),
-        draws=flat["draws"].astype(np.uint16) if sampled else None,
-        importance=np.exp(chance.normal(0, 3, len(flat["ids"]))).astype(np.float32) if codec.is_weighted else None,
-    )
+
+    def joined(arrays, dtype):
+        return np.concatenate(arrays or [np.zeros(0)]).astype(dtype)
+
+    columns = {"probabilities": joined(probabilities, np.float32)}
+    if isinstance(codec, SampledCodec):
+        columns = {"draws": joined(draws, np.uint16)}
+        if codec.is_weighted:
+            columns["importance"] = np.exp(chance.normal(0, 3, int(counts.sum()))).astype(np.float32)
+    return Entries(counts.astype(np.int64), joined(ids, np.uint32), np.array(tails, dtype=np.float32), columns)
 
 
 @st.composite
@@ -45,9 +42,15 @@ def codecs(draw):
     name = draw(st.sampled_from(["top_k", "top_p", "sampled", "weighted"]))
     vocab_size = draw(st.sampled_from([70, 256, 300, 50_257, 151_936, 1 << 20]))
     max_ids = draw(st.sampled_from([1, 2, 7, 8, 9, 50, 64]))
-    if name == "weighted":
-        return Codec("sampled", max_ids, vocab_size, proposal_exponent=0.9)
-    return Codec(name, max_ids, vocab_size, top_p=0.9 if name == "top_p" else None)
+    return codec_of(name, max_ids, vocab_size)
+
+
+def codec_of(name, max_ids, vocab_size):
+    if name == "top_k":
+        return TopKCodec(max_ids, vocab_size)
+    if name == "top_p":
+        return TopPCodec(max_ids, vocab_size, top_p=0.9)
+    return SampledCodec(max_ids, vocab_size, proposal_exponent=0.9 if name == "weighted" else 1.0)
 
 
 @settings(deadline=None, max_examples=200)
@@ -64,16 +67,16 @@ def test_round_trip(codec, positions, seed):
     np.testing.assert_allclose(decoded.tail[above], entries.tail[above], rtol=0.02)
     assert np.abs(decoded.tail - entries.tail).max(initial=0) < TAIL_CODE.step + REST_CODE.step / 8
     if codec.name == "sampled":
-        expected = entries.draws / codec.max_ids * (entries.importance if codec.is_weighted else 1.0)
+        expected = entries.columns["draws"] / codec.max_ids * entries.columns.get("importance", 1.0)
         np.testing.assert_allclose(decoded.weights, expected, rtol=4e-4 if codec.is_weighted else 1e-6)
         return
     owner = np.repeat(np.arange(len(entries.counts)), entries.counts)
     sums = np.bincount(owner, decoded.weights, minlength=len(entries.counts)) + decoded.tail
     np.testing.assert_allclose(sums, 1.0, atol=2e-6)
-    exact = 1e-9 < entries.probabilities
+    exact = 1e-9 < entries.columns["probabilities"]
     head = exact & (ranks(entries.counts) < 8)
-    np.testing.assert_allclose(decoded.weights[head], entries.probabilities[head], rtol=0.01)
-    assert np.abs(decoded.weights - entries.probabilities).max(initial=0) < REST_CODE.step / 8
+    np.testing.assert_allclose(decoded.weights[head], entries.columns["probabilities"][head], rtol=0.01)
+    assert np.abs(decoded.weights - entries.columns["probabilities"]).max(initial=0) < REST_CODE.step / 8
     assert len(entries.ids) == 0 or HEAD_CODE.step < 4e-4
 
 
@@ -99,17 +102,17 @@ def test_padding_puts_every_id_in_its_row(codec, positions, seed):
 
 def test_sizes_at_qwens_vocabulary():
     positions = np.ones(1024, dtype=bool)
-    top = Codec("top_k", 64, 151_936)
+    top = TopKCodec(64, 151_936)
     size = len(top.encode(positions, make_entries(top, 1024, 0))) / 1024
     assert size == 128 / 1024 + 2 + 64 * 2.25 + 16 + 77 <= 239.5
-    sampled = Codec("sampled", 50, 151_936)
+    sampled = SampledCodec(50, 151_936)
     entries = make_entries(sampled, 1024, 0)
     assert len(sampled.encode(positions, entries)) <= 3 * len(entries.ids) + 5 * 1024
 
 
-@pytest.mark.parametrize("name", ["top_k", "top_p", "sampled"])
+@pytest.mark.parametrize("name", ["top_k", "top_p", "sampled", "weighted"])
 def test_a_record_of_another_length_is_refused(name):
-    codec = Codec(name, 10, 1000, top_p=0.9)
+    codec = codec_of(name, 10, 1000)
     entries = make_entries(codec, 16, 3)
     record = codec.encode(np.ones(16, dtype=bool), entries)
     for wrong in (record[:-1], np.append(record, np.uint8(0))):

@@ -7,7 +7,7 @@ import pytest
 from megatron_kd.artefacts.work_store import WorkStore
 from megatron_kd.errors import DataError
 from megatron_kd.teachers.cache.cache_writer import Commit, ShardWriter
-from megatron_kd.teachers.cache.codec import Codec
+from megatron_kd.teachers.cache.codecs import TopKCodec
 from megatron_kd.teachers.cache.unfinished_cache import UnfinishedCache
 from tests.distributed.training.runs import VOCABULARY, make_dataset
 from tests.reference.caches import write_cache
@@ -34,7 +34,7 @@ def test_missing_shards_are_not_finished(tmp_path, store):
 
 @pytest.mark.parametrize("complete", [False, True])
 def test_a_commit_holds_only_while_its_bytes_do(tmp_path, complete, store, capsys):
-    cache = write_cache(make_dataset(tmp_path / "data", chunks=10), tmp_path / "whole", Codec("top_k", 4, VOCABULARY))
+    cache = write_cache(make_dataset(tmp_path / "data", chunks=10), tmp_path / "whole", TopKCodec(4, VOCABULARY))
     checksums = cache._checksums
     checksums.files = {key: value for key, value in checksums.files.items() if key.startswith("knowledge-00000")}
     for name in checksums.files:

@@ -10,9 +10,8 @@ import logging
 import secrets
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -23,88 +22,20 @@ from megatron_kd.checkpoints.weights import LoadedModel, load_for_inference
 from megatron_kd.config import to_mapping
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import CheckpointError
-from megatron_kd.models.architecture import LayerSpecName, Precision, ScoredModelConfig
+from megatron_kd.models.architecture import ScoredModelConfig
 from megatron_kd.models.parameters import weights_fingerprint
 from megatron_kd.parallel.coordination import WorkQueue, on_main_rank
-from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.parallel.runtime import Runtime, distributed_runtime
 from megatron_kd.teachers.cache.cache_reader import KIND, LogitCache, View
 from megatron_kd.teachers.cache.cache_writer import Commit, ShardFiller, ShardPlan
-from megatron_kd.teachers.cache.codec import LARGEST_VOCABULARY, Codec, CodecName
+from megatron_kd.teachers.cache.codec import LARGEST_VOCABULARY, Codec
 from megatron_kd.teachers.cache.unfinished_cache import UnfinishedCache
+from megatron_kd.teachers.teacher_config import CacheTeacherLogitsConfig
 
 logger = logging.getLogger(__name__)
 
 LONGEST_WAIT_MINUTES = 24 * 60.0
 """Replicas that have run out of shards wait for those that have not."""
-
-
-@dataclass(frozen=True)
-class CachedDataConfig:
-    """The ``data.*`` keys of caching."""
-
-    path: str
-
-
-@dataclass(frozen=True)
-class CachedModelConfig:
-    """The ``teacher.*`` keys of caching."""
-
-    path: str
-    """A checkpoint, a run folder or a Hugging Face folder."""
-    layer_spec: LayerSpecName = "auto"
-    precision: Precision | None = None
-    """None means as trained."""
-
-
-@dataclass(frozen=True)
-class CacheTeacherLogitsConfig:
-    """Everything that ``cache_teacher_logits`` reads."""
-
-    data: CachedDataConfig
-    teacher: CachedModelConfig
-    output: str
-    codec: CodecName = "sampled"
-    max_ids: int = 64
-    """``top_k``: ids of every position; ``top_p``: the most that one has."""
-    top_p: float = 0.95
-    """``top_p``: the probability that the ids of a position hold."""
-    draws: int = 50
-    """``sampled``: draws a position."""
-    proposal_exponent: float = 1.0
-    """``sampled``: ids are drawn from teacher ** this; other than 1 gives weighted draws."""
-    seed: int = 0
-    """``sampled``: of the draws."""
-    temperature: float = 1.0
-    """Of the teacher's distribution; ``distillation.temperature`` of the runs that read the cache."""
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    micro_batch_size: int = 8
-    chunks_per_shard: int | None = None
-    """None for at most 8,192, fewer for small datasets."""
-    commit_seconds: float = 20.0
-    """The least time between two moments that a killed run can go on from."""
-
-    def validate(self) -> Iterator[str]:
-        """Faults in the values, one message each."""
-        for name, largest in (("max_ids", 32_767), ("draws", 32_767), ("micro_batch_size", 1 << 20)):
-            if not 1 <= getattr(self, name) <= largest:
-                yield f"'{name}' must be between 1 and {largest}, not {getattr(self, name)}"
-        if self.chunks_per_shard is not None and self.chunks_per_shard < 1:
-            yield f"'chunks_per_shard' must be at least 1, not {self.chunks_per_shard}"
-        if not 0 < self.top_p <= 1:
-            yield f"'top_p' must be above 0 and at most 1, not {self.top_p}"
-        for name in ("temperature", "proposal_exponent"):
-            if not getattr(self, name) > 0:
-                yield f"'{name}' must be above 0, not {getattr(self, name)}"
-        if self.proposal_exponent != 1.0 and self.codec != "sampled":
-            yield f"'proposal_exponent' is for 'codec' sampled, not {self.codec}"
-        yield from self.parallel.context_parallel_faults("chunks are cached whole")
-
-    def build_codec(self, vocab_size: int) -> Codec:
-        """The codec for a teacher with ``vocab_size`` ids."""
-        if self.codec == "sampled":
-            return Codec("sampled", self.draws, vocab_size, None, self.proposal_exponent, self.seed)
-        return Codec(self.codec, self.max_ids, vocab_size, self.top_p if self.codec == "top_p" else None)
 
 
 def run(config: CacheTeacherLogitsConfig) -> Path:
@@ -133,7 +64,7 @@ def _settings(
     return {
         "dataset": dataset.fingerprint,
         "teacher": fingerprint,
-        "codec": config.build_codec(_checked_vocabulary(loaded)).to_mapping(),
+        "codec": Codec.build(config.codec, config, _checked_vocabulary(loaded)).to_mapping(),
         "view": View(config.temperature, precision).to_mapping(),
         "micro_batch_size": config.micro_batch_size,
         "chunks_per_shard": ShardPlan.of(dataset.num_chunks, config.chunks_per_shard).chunks_per_shard,

@@ -23,8 +23,8 @@ from megatron_kd.planning.plan import (
 from megatron_kd.planning.plan_config import PlanRunConfig
 from megatron_kd.planning.plan_run import amount, plan_text, run
 from megatron_kd.teachers.cache.codec import Codec, Entries
-from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 from megatron_kd.teachers.teacher_config import TeacherConfig
+from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 MINIPLM = REPOSITORY / "examples/miniplm_pile_qwen/student_500m.yaml"

@@ -194,13 +194,7 @@ def load_for_inference(
     check_same_tokenizer(info, dataset)
     architecture = info.architecture
     layout = ParallelLayout.for_world(parallel, runtime.world_size)
-    layout.check_model(
-        num_layers=architecture.num_layers,
-        num_attention_heads=architecture.num_attention_heads,
-        num_query_groups=architecture.num_query_groups,
-        ffn_hidden_size=architecture.ffn_hidden_size,
-        seq_length=dataset.seq_length,
-    )
+    layout.check_model(architecture, dataset.seq_length)
     groups = create_process_groups(layout)
     seed_everything(0, groups)  # under sequence parallelism the embedding uses Megatron-Core's generators
     model_chunks = build_model(

@@ -6,7 +6,7 @@ Ranks are numbered as Megatron-Core does by default: tensor parallel fastest, th
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Iterator
+from typing import Iterator, Protocol
 
 from megatron_kd.errors import LayoutError
 
@@ -59,6 +59,22 @@ class ParallelConfig:
 def sequence_multiple(tensor: int, context: int, sequence_parallel: bool) -> int:
     """Return the number that every sequence's length must be a multiple of, so that its parts are equally long."""
     return math.lcm(tensor * context if sequence_parallel else 1, 2 * context if context > 1 else 1)
+
+
+class ModelSizes(Protocol):
+    """The sizes of a model that a layout divides."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def num_attention_heads(self) -> int: ...
+
+    @property
+    def num_query_groups(self) -> int: ...
+
+    @property
+    def ffn_hidden_size(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -131,15 +147,13 @@ class ParallelLayout:
             groups.setdefault(tuple(getattr(place, name) for name in fixed), []).append(rank)
         return sorted(groups.values())
 
-    def check_model(
-        self, *, num_layers: int, num_attention_heads: int, num_query_groups: int, ffn_hidden_size: int, seq_length: int
-    ) -> None:
+    def check_model(self, model: ModelSizes, seq_length: int) -> None:
         """Raise :class:`LayoutError`, naming every part of a model that this layout does not divide."""
-        model_chunks = self.pipeline * (self.virtual_pipeline or 1)
+        num_layers, model_chunks = model.num_layers, self.pipeline * (self.virtual_pipeline or 1)
         needs = [
-            (num_attention_heads, self.tensor, "attention heads", "tensor_model_parallel_size"),
-            (num_query_groups, self.tensor, "query groups (key-value heads)", "tensor_model_parallel_size"),
-            (ffn_hidden_size, self.tensor, "feed-forward width", "tensor_model_parallel_size"),
+            (model.num_attention_heads, self.tensor, "attention heads", "tensor_model_parallel_size"),
+            (model.num_query_groups, self.tensor, "query groups (key-value heads)", "tensor_model_parallel_size"),
+            (model.ffn_hidden_size, self.tensor, "feed-forward width", "tensor_model_parallel_size"),
         ]
         ends = [count for count in (self.first_stage_layers, self.last_stage_layers) if count is not None]
         if not ends:

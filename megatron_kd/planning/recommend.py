@@ -207,13 +207,7 @@ def _layout(tensor: int, split: LayerSplit, num_gpus: int) -> ParallelLayout:
 
 
 def _check(layout: ParallelLayout, model: ModelArchitecture, seq_length: int) -> None:
-    layout.check_model(
-        num_layers=model.num_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-        ffn_hidden_size=model.ffn_hidden_size,
-        seq_length=seq_length,
-    )
+    layout.check_model(model, seq_length)
 
 
 def _teacher(setting: Setting) -> ModelArchitecture | None:

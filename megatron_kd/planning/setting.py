@@ -171,12 +171,6 @@ def _place(
 
 def _check(layout: ParallelLayout, model: ModelArchitecture, role: str, seq_length: int) -> None:
     try:
-        layout.check_model(
-            num_layers=model.num_layers,
-            num_attention_heads=model.num_attention_heads,
-            num_query_groups=model.num_query_groups,
-            ffn_hidden_size=model.ffn_hidden_size,
-            seq_length=seq_length,
-        )
+        layout.check_model(model, seq_length)
     except LayoutError as error:
         raise LayoutError(f"the {role} under {layout.describe()}: {error}") from None

@@ -160,15 +160,8 @@ def plan_teacher(config: TeacherConfig, run: StudentRun) -> TeacherPlan:
 
 
 def _check_model(info: CheckpointInfo, layout: ParallelLayout, seq_length: int) -> None:
-    shape = info.architecture
     try:
-        layout.check_model(
-            num_layers=shape.num_layers,
-            num_attention_heads=shape.num_attention_heads,
-            num_query_groups=shape.num_query_groups,
-            ffn_hidden_size=shape.ffn_hidden_size,
-            seq_length=seq_length,
-        )
+        layout.check_model(info.architecture, seq_length)
     except LayoutError as error:
         raise LayoutError(f"the teacher {info.path} under {layout.describe()}: {error}") from None
 

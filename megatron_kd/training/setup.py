@@ -85,13 +85,7 @@ def plan_layout(
             f"{data.vocab_size}: choose a model with a larger vocabulary"
         )
     layout = ParallelLayout.for_world(config.parallel, runtime.world_size)
-    layout.check_model(
-        num_layers=architecture.num_layers,
-        num_attention_heads=architecture.num_attention_heads,
-        num_query_groups=architecture.num_query_groups,
-        ffn_hidden_size=architecture.ffn_hidden_size,
-        seq_length=config.data.seq_length or data.seq_length,
-    )
+    layout.check_model(architecture, config.data.seq_length or data.seq_length)
     layout.micro_batches(config.training.global_batch_size, config.training.micro_batch_size)
     return layout
 

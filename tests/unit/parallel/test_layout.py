@@ -1,6 +1,7 @@
 """Rank arithmetic and divisibility, checked against hand-written tables and by exhaustion."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,6 +37,10 @@ def test_groups_of_eight_ranks_are_megatrons():
     assert eight.rank_groups("tensor", "pipeline") == [[0, 1, 4, 5], [2, 3, 6, 7]]
     assert eight.rank_groups("tensor", "context", "data", "pipeline") == [list(range(8))]
     assert eight.rank_groups() == [[rank] for rank in range(8)]
+
+
+def check_model(layout, *, seq_length, **sizes):
+    layout.check_model(SimpleNamespace(**sizes), seq_length)
 
 
 @pytest.mark.parametrize(("tensor", "pipeline", "context", "data"), itertools.product((1, 2, 3), repeat=4))
@@ -77,14 +82,14 @@ def test_a_model_that_does_not_divide_is_refused(parallel, change, message):
     world = parallel.get("tensor", 1) * parallel.get("pipeline", 1) * parallel.get("context", 1)
     whole = layout(world, **parallel)
     with pytest.raises(LayoutError, match=message):
-        whole.check_model(**{**SIZES, **change})
+        check_model(whole, **{**SIZES, **change})
     if change:
-        whole.check_model(**SIZES)
+        check_model(whole, **SIZES)
 
 
 def test_all_faults_of_a_model_are_named_at_once():
     with pytest.raises(LayoutError) as caught:
-        layout(6, tensor=3, pipeline=2).check_model(**{**SIZES, "num_layers": 5})
+        check_model(layout(6, tensor=3, pipeline=2), **{**SIZES, "num_layers": 5})
     assert str(caught.value).count("do not divide") == 3  # heads, query groups, layers; 96 divides by 3
 
 
@@ -128,9 +133,9 @@ def test_uneven_pipelines(first, last, layers):
     shape = {"num_attention_heads": 4, "num_query_groups": 4, "ffn_hidden_size": 8, "seq_length": 8}
     if (24 - (first or 0) - (last or 0)) % (2 if first and last else 3):
         with pytest.raises(LayoutError, match="layers between the given ends"):
-            layout.check_model(num_layers=24, **shape)
+            check_model(layout, num_layers=24, **shape)
         return
-    layout.check_model(num_layers=24, **shape)
+    check_model(layout, num_layers=24, **shape)
     assert layout.stage_layers(24) == layers and sum(layers) == 24
 
 
@@ -138,7 +143,7 @@ def test_ends_that_leave_nothing_are_refused():
     shape = {"num_attention_heads": 4, "num_query_groups": 4, "ffn_hidden_size": 8, "seq_length": 8}
     layout = ParallelLayout(1, 2, 1, 1, first_stage_layers=4, last_stage_layers=3)
     with pytest.raises(LayoutError, match="ends take 7 of 8 layers, 1 are left for 0 stages"):
-        layout.check_model(num_layers=8, **shape)
+        check_model(layout, num_layers=8, **shape)
 
 
 @pytest.mark.parametrize(

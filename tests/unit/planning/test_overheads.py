@@ -6,7 +6,7 @@ import pytest
 
 from megatron_kd.costs.memory import PlacedTeacher, rank_parameters, teacher_layout
 from megatron_kd.errors import LayoutError
-from megatron_kd.models.architecture import architecture_by_name
+from megatron_kd.models.architecture import ModelArchitecture, architecture_by_name
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_kd.planning.overheads import (
     balanced_split,
@@ -69,9 +69,7 @@ def every_split_of_a_layout(layers, stages, virtual=1):
             stages,
         )
         try:
-            layout.check_model(
-                num_layers=layers, num_attention_heads=1, num_query_groups=1, ffn_hidden_size=1, seq_length=1
-            )
+            layout.check_model(ModelArchitecture(layers, 1, 1, 1, 1), 1)
         except LayoutError:
             continue
         yield tuple(layout.stage_layers(layers))

@@ -5,7 +5,7 @@
 
 Every row is one whole training call: student and teacher logits from hidden states, forward KL, gradients of the
 student's hidden states and output weight; ours computes the LM loss as well. The floor is the four matrix products
-alone (two of logits, two of gradients), whole or in chunks, whichever is faster, with buffers made beforehand; ours
+alone (two of logits, two of gradients), whole or in tiles, whichever is faster, with buffers made beforehand; ours
 keeps its own in a ``Workspace``, as training does. Runs of all rows alternate; times are medians. Memory is the peak of
 torch's allocations during one more call that makes its buffers anew, without inputs, the two gradients and
 ``main_grad``, but with the dummy that Megatron-Core's hooks are given; workspace inside of libraries is not seen. Peers
@@ -41,11 +41,10 @@ from benchmarks.loss_calls import (  # noqa: E402
     torchtune,
 )
 from benchmarks.provenance import provenance  # noqa: E402
-from megatron_kd.losses import DEFAULT_TILE_BYTES, Workspace  # noqa: E402
+from megatron_kd.losses import DEFAULT_TILE_BYTES, DIVERGENCES, Workspace  # noqa: E402
 from tests.reference.peak_memory import measure  # noqa: E402
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
-FLOOR_CHUNKS = (256,)
+FLOOR_TILES = (256,)
 RESULTS = Path(__file__).resolve().parent / "results"
 NOT_MEASURED = "not measured"
 MIB = 1 << 20
@@ -101,11 +100,11 @@ def time_table(shape: Shape, repeats: int, device: str, all_divergences: bool) -
     """Rows of time and memory at one shape."""
     inputs = Inputs(shape, device)
     calls: dict[str, Call | None] = {
-        f"four bare products, {chunk} tokens a chunk": bare_products(inputs, chunk)
-        for chunk in (*(c for c in FLOOR_CHUNKS if c < shape.tokens), shape.tokens)
+        f"four bare products, {tile} tokens per tile": bare_products(inputs, tile)
+        for tile in (*(tokens for tokens in FLOOR_TILES if tokens < shape.tokens), shape.tokens)
     }
     floors = list(calls)
-    for divergence in DIVERGENCES if all_divergences else DIVERGENCES[:1]:
+    for divergence in DIVERGENCES if all_divergences else ("forward_kl",):
         calls[f"ours, LM + {divergence}"] = fused(inputs, divergence, Workspace())
         if device == "cuda":
             calls[f"ours, Triton, LM + {divergence}"] = fused(inputs, divergence, backend="triton")

@@ -78,16 +78,16 @@ class Inputs:
 Call = Callable[[], None]
 
 
-def bare_products(inputs: Inputs, chunk: int) -> Call:
-    """The four matrix products in chunks of tokens, with buffers made beforehand."""
+def bare_products(inputs: Inputs, tile: int) -> Call:
+    """The four matrix products in tiles of tokens, with buffers made beforehand."""
     shape = inputs.shape
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
-    buffers = [hidden.new_empty((chunk, shape.vocabulary)) for _ in range(2)]
+    buffers = [hidden.new_empty((tile, shape.vocabulary)) for _ in range(2)]
     grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
 
     def call() -> None:
-        for start in range(0, shape.tokens, chunk):
-            rows = slice(start, min(start + chunk, shape.tokens))
+        for start in range(0, shape.tokens, tile):
+            rows = slice(start, min(start + tile, shape.tokens))
             student, teacher = (buffer[: rows.stop - rows.start] for buffer in buffers)
             torch.mm(hidden[rows], weight.t(), out=student)
             torch.mm(inputs.teacher_hidden[rows], inputs.teacher_weight.t(), out=teacher)

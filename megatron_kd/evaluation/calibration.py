@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_kd.data.batch import Batch, make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.losses import OutputHead
+from megatron_kd.losses.types import OutputHead
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import is_last_stage, own_positions, sum_over_group
 from megatron_kd.parallel.schedule import forward_only

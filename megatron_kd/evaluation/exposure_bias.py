@@ -26,7 +26,9 @@ from megatron_kd.evaluation.evaluate_config import ExposureConfig
 from megatron_kd.generation.decoder import Decoder
 from megatron_kd.generation.generate import ModelPolicy, generate
 from megatron_kd.generation.sampling import SamplingConfig
-from megatron_kd.losses import DenseKnowledge, DistillationObjective, ForwardKL, linear_distillation_loss
+from megatron_kd.losses.divergences import ForwardKL
+from megatron_kd.losses.fused_linear import linear_distillation_loss
+from megatron_kd.losses.types import DenseKnowledge, DistillationObjective
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import is_last_stage, sum_over_group
 from megatron_kd.parallel.schedule import forward_only

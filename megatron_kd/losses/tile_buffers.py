@@ -1,34 +1,23 @@
-"""How a byte budget is used: how many tokens make a tile, in which dtype it is kept, how large temporaries may be.
+"""Memory of a tile: how many tokens a byte budget holds and in which dtypes, buffers, and the products that fill them.
 
 The byte budget of a call is everything that grows with C or R beside inputs, gradients and rows of n numbers. A quarter
 of it, at most 32 MiB, is for temporaries (of the divergence, and of the weight gradient of 16-bit weights); the rest is
-for tiles, whose bytes for each of the C * R logits :func:`bytes_per_logit` counts:
+for the C tokens of a tile, whose bytes for each of the C * R logits :func:`bytes_per_logit` counts:
 
     fp32                            4 (student) + 4 (teacher)
-    16-bit, one rank on CPU         2 + 2, widened block by block
+    16-bit, one rank on CPU         2 + 2, widened in blocks of rows
     16-bit, several ranks or CUDA   4 + 4, and 2 for the product or the gradient in 16 bits
     16-bit, Triton, plain heads     2 + 2, read and written by the kernels (scale, bias and softcap need 4 + 4 + 2)
     heads of different dtypes       4 + 4 (8 + 8 if one is fp64), and those of the wider product or gradient in its own
 
-One token a tile is the least, whatever the budget. No collectives.
-
-Large temporary buffers. On Linux CPUs they are asked to be backed by huge pages.
-
-A fresh buffer's first touch otherwise faults once per 4 KiB. Smaller blocks are left alone: the C library keeps those
-of up to 32 MiB for the next call, and advice on memory that is in use costs more than it brings. A :class:`Workspace`
-keeps a call's buffers for the next one, which saves the faults as well.
-
-A head applied to a tile of hidden states, in buffers that are reused from tile to tile.
-
-The matrix product runs in the head's dtype; all that follows is fp32 (fp64 for fp64 heads). For a 16-bit head on CPU
-the product is 16-bit too, as in the model itself, and is widened; on CUDA it is written in fp32. No collectives.
+A tile has one token at least, whatever the budget. No collectives.
 """
 
 import ctypes
 import functools
 import mmap
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,23 +29,41 @@ from megatron_kd.losses.types import OutputHead
 
 MOST_TEMPORARIES = 8  # blocks that are alive at a time in the divergence with the most of them, a mixture
 LARGEST_BLOCK = 1 << 20  # numbers; beyond, a block leaves the processor's cache
+SMALLEST_ADVISED = (32 << 20) + 1  # bytes; the C library keeps smaller freed blocks itself
+MATMUL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CPU_COLUMN_BLOCK, CPU_ROWS_OF_WHOLE_PRODUCTS = 1536, 1536
+LOGIT_FLOOR = -1.0e5  # a logit whose bias is -inf: its probability is exactly 0, and 0 * LOGIT_FLOOR is 0
+
+
+def work_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of logits and statistics for a head of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_narrow(dtype: torch.dtype) -> bool:
+    """Return whether logits are widened from this dtype."""
+    return dtype in (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class TileDtypes:
-    """``stored``: of the tile's logits; ``evaluated``: of the rows that a divergence sees, a block at a time if it is
-    wider."""
+    """Dtypes of a tile's logits.
+
+    Attributes:
+        stored: in the tile's buffers.
+        evaluated: of the rows that a divergence sees; where it is wider, logits are widened in blocks of rows.
+    """
 
     stored: torch.dtype
     evaluated: torch.dtype
 
     @staticmethod
     def of(weights: Sequence[torch.dtype], *, kernels_read_narrow: bool, widens_by_block: bool) -> "TileDtypes":
-        """For the heads' ``weights``.
+        """Choose the dtypes for heads whose weights have the dtypes ``weights``.
 
         Args:
             kernels_read_narrow: kernels take 16-bit logits as they are.
-            widens_by_block: 16-bit logits may be widened block by block (one rank on a CPU).
+            widens_by_block: 16-bit logits may be widened in blocks of rows (one rank on a CPU).
         """
         if len(set(weights)) == 1 and is_narrow(weights[0]):
             if kernels_read_narrow:
@@ -68,14 +75,15 @@ class TileDtypes:
 
     @property
     def by_block(self) -> bool:
-        """Whether a tile's logits are widened block by block."""
+        """Whether a tile's logits are widened in blocks of rows."""
         return self.stored != self.evaluated
 
 
 def bytes_per_logit(weights: Sequence[torch.dtype], stored: torch.dtype) -> int:
-    """Bytes of tile buffers for each (token, row of this rank), all models together, ``weights`` being their dtypes.
+    """Return the bytes of buffers for each (token, row of this rank), all models together.
 
-    One product or gradient in a weight's own dtype is alive beside the tile where that is another.
+    ``weights`` are the heads' dtypes. One product or gradient in a weight's own dtype is alive beside the tile where
+    that differs from ``stored``.
     """
     own = max((weight.itemsize for weight in weights if weight != stored), default=0)
     return stored.itemsize * len(weights) + own
@@ -83,7 +91,13 @@ def bytes_per_logit(weights: Sequence[torch.dtype], stored: torch.dtype) -> int:
 
 @dataclass(frozen=True)
 class TilePlan:
-    """``tokens`` a tile, temporaries of ``block_elements`` numbers, ``temporary_bytes`` in all."""
+    """Sizes of one call's tiles.
+
+    Attributes:
+        tokens: C, tokens per tile.
+        block_elements: numbers per temporary.
+        temporary_bytes: bytes of all temporaries together.
+    """
 
     tokens: int
     block_elements: int
@@ -91,25 +105,36 @@ class TilePlan:
 
     @staticmethod
     def of(budget: int, tokens: int, rows: int, number_bytes: int, logit_bytes: int) -> "TilePlan":
-        """``rows`` are the padded ones of the student's weight, so that all ranks plan alike.
+        """Divide a byte budget.
 
-        ``number_bytes`` of a number in temporaries, ``logit_bytes`` of :func:`bytes_per_logit`.
+        Args:
+            budget: bytes.
+            tokens: tokens of the call, spread evenly over the tiles.
+            rows: padded rows of the student's weight, so that all ranks plan alike.
+            number_bytes: bytes of a number in temporaries.
+            logit_bytes: see :func:`bytes_per_logit`.
         """
         temporary = min(budget // 4, MOST_TEMPORARIES * LARGEST_BLOCK * number_bytes)
         longest = max(1, (budget - temporary) // max(1, logit_bytes * rows))
         tiles = max(1, -(-tokens // longest))
         return TilePlan(
-            tokens=max(1, -(-tokens // tiles)),  # spread evenly
+            tokens=max(1, -(-tokens // tiles)),
             block_elements=max(1, temporary // (MOST_TEMPORARIES * number_bytes)),
             temporary_bytes=temporary,
         )
 
-
-SMALLEST_ADVISED = (32 << 20) + 1
+    def tiles(self, tokens: int) -> Iterator[slice]:
+        """Yield the slices of ``tokens`` tokens, one per tile."""
+        for start in range(0, tokens, self.tokens):
+            yield slice(start, min(start + self.tokens, tokens))
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, zero: bool = False) -> Tensor:
-    """An empty (or zero) tensor."""
+    """Return an empty (or zero) tensor; on Linux CPUs a large one is asked to be backed by huge pages.
+
+    The first touch of a fresh buffer otherwise faults once per 4 KiB. Smaller ones are left alone: advice on memory in
+    use costs more than it brings.
+    """
     buffer = torch.empty(shape, dtype=dtype, device=device)
     if device.type == "cpu":
         _advise_huge_pages(buffer)
@@ -123,7 +148,7 @@ class Workspace:
         self._kept: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised tensor, valid until the same name is taken again."""
+        """Return an uninitialised tensor, valid until the same name is taken again."""
         if device.type != "cpu":
             return allocate(shape, dtype, device)
         size = torch.Size(shape).numel() * dtype.itemsize
@@ -134,38 +159,27 @@ class Workspace:
 
 
 def _advise_huge_pages(buffer: Tensor) -> None:
-    """Advice only: where the system does not take it nothing changes."""
-    if buffer.nbytes < SMALLEST_ADVISED or _madvise() is None:
+    madvise = _madvise()
+    if buffer.nbytes < SMALLEST_ADVISED or madvise is None:
         return
     start = -(-buffer.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (buffer.data_ptr() + buffer.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    _madvise()(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
+    madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
 
 
 @functools.cache
-def _madvise() -> Any | None:
+def _madvise() -> Callable[..., Any] | None:
     if sys.platform != "linux" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     return getattr(ctypes.CDLL(None), "madvise", None)
 
 
-MATMUL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-CPU_COLUMN_BLOCK, CPU_ROWS_OF_WHOLE_PRODUCTS = 1536, 1536
-LOGIT_FLOOR = -1.0e5  # what a bias of -inf makes of a logit: its probability is exactly 0, and 0 * LOGIT_FLOOR is 0
-
-
-def work_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits and statistics for a head of ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def is_narrow(dtype: torch.dtype) -> bool:
-    """Whether logits are widened from this dtype."""
-    return dtype in (torch.bfloat16, torch.float16)
-
-
 class HeadLogits:
-    """The columns ``first_row .. first_row + rows - 1`` of a head, for tile after tile."""
+    """Logits of the columns ``first_row .. first_row + rows - 1`` of a head, written into given buffers.
+
+    The matrix product runs in the head's dtype; everything after it is fp32 (fp64 for fp64 heads). For a 16-bit head on
+    CPU the product is 16-bit too, as in the model itself, and is widened; on CUDA it is written in fp32.
+    """
 
     def __init__(self, head: OutputHead, first_row: int, rows: int) -> None:
         if head.weight.dtype not in MATMUL_DTYPES:
@@ -176,7 +190,7 @@ class HeadLogits:
         self.softcap = head.final_softcap
 
     def product(self, hidden: Tensor, out: Tensor) -> None:
-        """``out`` [n, R] = hidden [n, h] @ weight.T, in out's dtype."""
+        """Write hidden [n, h] @ weight.T to ``out`` [n, R], in out's dtype."""
         own = self.weight.dtype
         if out.dtype == own:
             for columns in self._column_blocks(out):
@@ -186,18 +200,39 @@ class HeadLogits:
         else:
             out.copy_(torch.mm(hidden, self.weight.t()))
 
-    def _column_blocks(self, out: Tensor) -> list[slice]:
-        """Few rows: the parts of the weight that a CPU's product copies stay in its cache from one use to the next."""
-        columns = self.weight.shape[0]
-        if out.device.type != "cpu" or len(out) >= CPU_ROWS_OF_WHOLE_PRODUCTS:
-            return [slice(0, columns)]
-        return [slice(start, min(columns, start + CPU_COLUMN_BLOCK)) for start in range(0, columns, CPU_COLUMN_BLOCK)]
-
     def finish(self, logits: Tensor) -> None:
-        """Scale, bias and softcap of ``logits`` [n, R], in place."""
+        """Apply bias, scale and softcap to ``logits`` [n, R], in place."""
         if self.bias is not None:
             logits.add_(self.bias).clamp_min_(LOGIT_FLOOR)
         if self.scale != 1.0:
             logits.mul_(self.scale)
         if self.softcap is not None:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def _column_blocks(self, out: Tensor) -> list[slice]:
+        columns = self.weight.shape[0]
+        if out.device.type != "cpu" or len(out) >= CPU_ROWS_OF_WHOLE_PRODUCTS:
+            return [slice(0, columns)]
+        # few rows: the parts of the weight that a CPU's product copies stay in its cache from one use to the next
+        return [slice(start, min(columns, start + CPU_COLUMN_BLOCK)) for start in range(0, columns, CPU_COLUMN_BLOCK)]
+
+
+@dataclass(frozen=True)
+class TileLogits:
+    """Logits of one model: its hidden states [n, h], the head's columns, and the buffer [C, R] of a tile."""
+
+    hidden: Tensor
+    head: HeadLogits
+    buffer: Tensor
+
+    def multiply(self, rows: slice) -> Tensor:
+        """Fill the buffer with the matrix products of the tokens ``rows`` and return that part of it."""
+        products = self.buffer[: rows.stop - rows.start]
+        self.head.product(self.hidden[rows], products)
+        return products
+
+    def finish(self, block: slice, dtype: torch.dtype) -> Tensor:
+        """Return the logits of the buffer's rows ``block`` in ``dtype``: the buffer itself where it has that dtype."""
+        logits = self.buffer[block].to(dtype)
+        self.head.finish(logits)
+        return logits

@@ -1,7 +1,7 @@
-"""A tile through the Triton kernels: LM alone, and every divergence to a dense teacher except mixtures beyond KLs.
+"""Evaluator of a tile in Triton: LM alone, and every divergence to a dense teacher except mixtures beyond KLs.
 
-The same results, collectives and in-place gradient as :mod:`~megatron_kd.losses.separate_softmaxes`, which serves the
-rest (sparse targets, other mixtures): the passes over a tile are two (three for JSD, skew KLs and TVD), without
+Results, collectives and the in-place gradient are those of :mod:`~megatron_kd.losses.separate_softmaxes`, which serves
+the rest (sparse targets, other mixtures); the passes over a tile are two (three for JSD, skew KLs and TVD), without
 temporaries.
 """
 
@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import logging
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,21 +21,37 @@ from megatron_kd.losses.divergences import (
     SkewForwardKL,
     SkewReverseKL,
     TotalVariation,
-    kl_weights,
 )
 from megatron_kd.losses.tile_buffers import HeadLogits, is_narrow
 from megatron_kd.losses.tile_terms import LabelLogits, Problem, TensorParallel, Tile, TokenLosses
-from megatron_kd.losses.types import DenseKnowledge, SparseKnowledge
 
 BLOCK = 4096
 WARPS = 8
 # Becomes True with a recorded run of tests/unit/losses/test_on_cuda.py; until then `auto` stays on PyTorch.
 VERIFIED_ON_CUDA = False
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
+
+
+class _Kernel(NamedTuple):
+    """The ``KIND`` of :mod:`~megatron_kd.losses.triton_kernels` and its two parameters."""
+
+    kind: int
+    first: float
+    second: float
+
+
+_FORWARD_REVERSE_KL = 0
+_KINDS: dict[type[Divergence], tuple[int, str | None]] = {
+    JensenShannon: (1, "beta"),
+    SkewForwardKL: (2, "alpha"),
+    SkewReverseKL: (3, "alpha"),
+    TotalVariation: (4, None),
+}
+"""``KIND`` and the attribute that is its first parameter; sums of KLs have ``_FORWARD_REVERSE_KL``."""
 
 
 def use_triton(backend: str, device: torch.device) -> bool:
-    """Whether the Triton kernels serve this call.
+    """Return whether Triton's kernels serve calls with this backend and a head on this device.
 
     Raises:
         ConfigError: ``triton`` was asked for where it cannot run.
@@ -55,25 +72,21 @@ def use_triton(backend: str, device: torch.device) -> bool:
     return True
 
 
-def has_kernels(problem: Problem, knowledge: DenseKnowledge | SparseKnowledge | None) -> bool:
-    """Whether the kernels can express the call."""
-    if isinstance(knowledge, SparseKnowledge):
-        return False
-    return knowledge is None or _kind(problem.objective.divergence) is not None
+def has_kernel(divergence: Divergence) -> bool:
+    """Return whether the kernels can express a divergence."""
+    return divergence.kl_weights is not None or type(divergence) in _KINDS
 
 
 def reads_narrow(head: HeadLogits) -> bool:
-    """Whether the kernels take this head's logits as 16-bit products, with nothing to be done to them in between."""
+    """Return whether the kernels take this head's logits as 16-bit products, with nothing to be done to them before."""
     return is_narrow(head.weight.dtype) and head.bias is None and head.scale == 1.0 and head.softcap is None
 
 
 def evaluate(
     tile: Tile, problem: Problem, tensor_parallel: TensorParallel, with_gradient: bool, block_elements: int
 ) -> TokenLosses:
-    """Token losses; ``tile.student`` becomes the gradient of the weighted loss with respect to the raw logits."""
+    """Evaluate a tile, see :data:`~megatron_kd.losses.tile_terms.Evaluate`."""
     del block_elements  # no temporaries
-    from megatron_kd.losses import triton_kernels as kernels
-
     label = LabelLogits.of(tile, problem)
     local = _statistics(tile, problem)
     dense = tile.teacher is not None
@@ -82,32 +95,25 @@ def evaluate(
     sums = tensor_parallel.sum_(torch.stack(rows))
     log_z = sums[: len(maxima)].log()
     logs = maxima + log_z
-    losses = TokenLosses(label.loss(sums[-1], log_z[0]))
-    slope_sum, parameters = logs[0], (0, 0.0, 0.0)
-    if dense:
-        parameters = _kind(problem.objective.divergence)
-        losses.entropy = log_z[2] - sums[3] / sums[2]
-        if problem.objective.divergence.raw_sums:
+    kd = entropy = None
+    slope_sum, kernel = logs[0], _Kernel(_FORWARD_REVERSE_KL, 0.0, 0.0)
+    if tile.teacher is not None:
+        kernel = _kernel(problem.objective.divergence)
+        entropy = log_z[2] - sums[3] / sums[2]
+        if kernel.kind == _FORWARD_REVERSE_KL:
             forward_kl = sums[4] / sums[2] - log_z[2] + log_z[1]
             reverse_kl = sums[5] / sums[1] - log_z[1] + log_z[2]
-            losses.kd = parameters[1] * forward_kl + parameters[2] * reverse_kl
-            slope_sum = parameters[2] * reverse_kl - parameters[1]
+            kd = kernel.first * forward_kl + kernel.second * reverse_kl
+            slope_sum = kernel.second * reverse_kl - kernel.first
         else:
-            second = torch.zeros_like(logs[:2])
-            if problem.common_columns:
-                kernels.divergence_kernel[(len(second[0]),)](
-                    tile.student, tile.teacher, logs[1], logs[2], second, second.shape[1], tile.student.stride(0),
-                    tile.teacher.stride(0), problem.common_columns, 1 / problem.objective.temperature,
-                    parameters[1], parameters[2], KIND=parameters[0], BLOCK=BLOCK, num_warps=WARPS,
-                )  # fmt: skip
-            losses.kd, slope_sum = tensor_parallel.sum_(second)
+            kd, slope_sum = tensor_parallel.sum_(_divergence(tile.student, tile.teacher, problem, logs, kernel))
     if with_gradient and tile.student.shape[1]:
-        _gradient(tile, problem, label, logs, slope_sum.contiguous(), parameters)
-    return losses
+        _gradient(tile, problem, label, logs, slope_sum.contiguous(), kernel)
+    return TokenLosses(label.loss(sums[-1], log_z[0]), kd, entropy)
 
 
 def _statistics(tile: Tile, problem: Problem) -> Tensor:
-    """[9, n] of this rank, in the order of ``triton_kernels.STATISTICS``."""
+    """Return this rank's [9, n], in the order of ``triton_kernels.STATISTICS``."""
     from megatron_kd.losses import triton_kernels as kernels
 
     student, teacher = tile.student, tile.teacher
@@ -125,7 +131,7 @@ def _statistics(tile: Tile, problem: Problem) -> Tensor:
 
 
 def _rescaled(local: Tensor, maxima: Tensor, dense: bool) -> list[Tensor]:
-    """Local sums relative to the maxima over the ranks: Z of LM, student and teacher, then the three dots."""
+    """Return this rank's sums relative to the maxima over the ranks: Z of LM, student, teacher, then the three dots."""
     shift = local[0 : 2 * len(maxima) : 2] - maxima
     z = local[1 : 2 * len(maxima) : 2]
     factor = shift.exp()
@@ -138,8 +144,22 @@ def _rescaled(local: Tensor, maxima: Tensor, dense: bool) -> list[Tensor]:
     return rows
 
 
+def _divergence(student: Tensor, teacher: Tensor, problem: Problem, logs: Tensor, kernel: _Kernel) -> Tensor:
+    """Return this rank's [2, n]: values, sums of slopes."""
+    from megatron_kd.losses import triton_kernels as kernels
+
+    sums = torch.zeros_like(logs[:2])
+    if problem.common_columns:
+        kernels.divergence_kernel[(sums.shape[1],)](
+            student, teacher, logs[1], logs[2], sums, sums.shape[1], student.stride(0), teacher.stride(0),
+            problem.common_columns, 1 / problem.objective.temperature, kernel.first, kernel.second,
+            KIND=kernel.kind, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+    return sums
+
+
 def _gradient(
-    tile: Tile, problem: Problem, label: LabelLogits, logs: Tensor, slope_sum: Tensor, parameters: tuple
+    tile: Tile, problem: Problem, label: LabelLogits, logs: Tensor, slope_sum: Tensor, kernel: _Kernel
 ) -> None:
     from megatron_kd.losses import triton_kernels as kernels
 
@@ -150,27 +170,21 @@ def _gradient(
         scaled * objective.lm_weight, scaled * (objective.kd_factor / objective.temperature),
         torch.where(label.owned, label.column, -1), student.stride(0), 0 if teacher is None else teacher.stride(0),
         student.shape[1], problem.common_columns, 1 / objective.temperature,
-        0.0 if problem.final_softcap is None else 1 / problem.final_softcap, parameters[1], parameters[2],
-        HAS_TEACHER=teacher is not None, KIND=parameters[0], BLOCK=BLOCK, num_warps=WARPS,
+        0.0 if problem.final_softcap is None else 1 / problem.final_softcap, kernel.first, kernel.second,
+        HAS_TEACHER=teacher is not None, KIND=kernel.kind, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
 
 
-def _kind(divergence: Divergence) -> tuple[int, float, float] | None:
-    """(kernel's KIND, its two parameters), or None for a mixture that the kernels do not have."""
-    if divergence.raw_sums:
-        return (0, *kl_weights(divergence))
-    if isinstance(divergence, JensenShannon):
-        return 1, divergence.beta, 0.0
-    if isinstance(divergence, SkewForwardKL):
-        return 2, divergence.alpha, 0.0
-    if isinstance(divergence, SkewReverseKL):
-        return 3, divergence.alpha, 0.0
-    return (4, 0.0, 0.0) if isinstance(divergence, TotalVariation) else None
+def _kernel(divergence: Divergence) -> _Kernel:
+    if divergence.kl_weights is not None:
+        return _Kernel(_FORWARD_REVERSE_KL, *divergence.kl_weights)
+    kind, parameter = _KINDS[type(divergence)]
+    return _Kernel(kind, 0.0 if parameter is None else getattr(divergence, parameter), 0.0)
 
 
 @functools.cache
 def _say_available() -> None:
-    _log.info(
+    logger.info(
         "losses: PyTorch backend; Triton is installed, but its kernels have no recorded run on this kind of GPU: "
         "backend=triton uses them"
     )

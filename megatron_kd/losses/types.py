@@ -1,11 +1,11 @@
-"""What goes into a distillation loss and what comes out of it: heads, teacher knowledge, the objective, the result.
+"""Inputs and results of a distillation loss: output heads, teacher knowledge, the objective, loss sums.
 
 Shape legend of the whole package: n tokens, h student hidden size, h_t teacher hidden size, R rows of the output
 weight on this tensor-parallel rank (vocabulary ids ``vocab_start .. vocab_start + R - 1``), K entries of a sparse
 target. No collectives.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
@@ -29,8 +29,11 @@ class OutputHead:
         valid_vocab_size: global ids below this are real; all others have probability exactly zero.
         vocab_start: global id of row 0.
         bias: [R] or None.
-        scale: what the logits are multiplied by.
+        scale: factor of the logits.
         final_softcap: ``cap`` of ``cap * tanh(logits / cap)``, or None.
+
+    Raises:
+        ConfigError: shapes or values that no output layer can have.
     """
 
     weight: Tensor
@@ -56,7 +59,7 @@ class OutputHead:
             raise ConfigError("an output head's scale must not be 0")
 
     def rows_below(self, vocab_size: int) -> int:
-        """How many of this rank's rows belong to global ids below ``vocab_size``."""
+        """Return how many of this rank's rows belong to global ids below ``vocab_size``."""
         return max(0, min(self.weight.shape[0], vocab_size - self.vocab_start))
 
 
@@ -66,7 +69,7 @@ class DenseKnowledge:
 
     Attributes:
         hidden: [n, h_t] (or any leading shape that flattens to it), full length on every tensor-parallel rank.
-        head: the rows must cover the student's interval of ids on this rank, up to the common vocabulary.
+        head: its rows must cover the student's interval of ids on this rank, up to the common vocabulary.
     """
 
     hidden: Tensor
@@ -75,16 +78,19 @@ class DenseKnowledge:
 
 @dataclass(frozen=True)
 class SparseKnowledge:
-    """Teacher weights on K ids a token, with what lies outside of them.
+    """Teacher weights on K ids per token, and the probability outside of them.
 
     Attributes:
         ids: [n, K] int64 global ids, distinct within a token; ``PADDING_ID`` (-1) marks an unused entry.
         weights: [n, K] fp32, not negative: probabilities (ghost, renormalised), counts / draws (sampled) or
             importance weights of draws (weighted).
         tail_mass: [n] fp32, the teacher's probability outside of ``ids``.
-        kind: which loss is made of them, see :mod:`megatron_kd.losses.sparse_targets`.
+        kind: the loss that is formed of them, see :mod:`megatron_kd.losses.sparse_targets`.
         vocab_size: the teacher's ids are 0 to vocab_size - 1; the KD term is over those that the student has too. None
             means the student's own.
+
+    Raises:
+        ConfigError: an unknown kind, or shapes that do not fit together.
     """
 
     ids: Tensor
@@ -102,6 +108,10 @@ class SparseKnowledge:
                 f"{tuple(self.weights.shape)} and {tuple(self.tail_mass.shape)}"
             )
 
+    def of_tokens(self, tokens: slice) -> "SparseKnowledge":
+        """Return the part for ``tokens``, as views."""
+        return replace(self, ids=self.ids[tokens], weights=self.weights[tokens], tail_mass=self.tail_mass[tokens])
+
 
 @dataclass(frozen=True)
 class DistillationObjective:
@@ -112,6 +122,9 @@ class DistillationObjective:
     temperature grows, otherwise 1: the loss then is the divergence itself. For sparse knowledge D is given by its
     kind, ``divergence`` is not used, and the temperature divides the student's logits only: the weights are taken
     as they were made.
+
+    Raises:
+        ConfigError: a temperature that is not positive.
     """
 
     lm_weight: float = 1.0
@@ -126,7 +139,7 @@ class DistillationObjective:
 
     @property
     def kd_factor(self) -> float:
-        """What multiplies D in the loss."""
+        """The factor of D in the loss."""
         return self.kd_weight * (self.temperature**2 if self.temperature_squared else 1.0)
 
 

@@ -23,7 +23,7 @@ from megatron_kd.losses.tile_buffers import allocate, is_narrow, work_dtype
 
 @functools.cache
 def fused_kernel() -> ModuleType | None:
-    """Apex's fused accumulation kernel, or None where it is not installed."""
+    """Return Apex's fused accumulation kernel, or None where it is not installed."""
     try:
         import fused_weight_gradient_mlp_cuda
     except ImportError:
@@ -31,37 +31,42 @@ def fused_kernel() -> ModuleType | None:
     return fused_weight_gradient_mlp_cuda
 
 
+def main_grad(weight: Tensor) -> Tensor | None:
+    """Return the gradient buffer that Megatron-Core's DDP gave a parameter, or None."""
+    return getattr(weight, "main_grad", None)
+
+
 class WeightGradient:
     """Accumulates ``gradient.T @ hidden`` over tiles for the first ``rows`` rows of ``weight``.
 
-    Where a product cannot be added in one call it is formed in blocks of at most ``block_bytes``.
+    A product that cannot be added in one call is formed in blocks of at most ``block_bytes``.
     """
 
     def __init__(self, weight: Tensor, rows: int, block_bytes: int) -> None:
         self.weight = weight
         self.rows = rows
         self.block_bytes = block_bytes
-        self.into_main_grad = getattr(weight, "main_grad", None) is not None
-        if self.into_main_grad:
-            self._sum = weight.main_grad
-        else:
-            self._sum = allocate(weight.shape, work_dtype(weight.dtype), weight.device, zero=True)
+        buffer = main_grad(weight)
+        self.into_main_grad = buffer is not None
+        if buffer is None:
+            buffer = allocate(weight.shape, work_dtype(weight.dtype), weight.device, zero=True)
+        self._sum = buffer
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
         """Add a tile: ``gradient`` [n, rows] with respect to the matrix product's result, ``hidden`` [n, h]."""
         total = self._sum[: self.rows]
+        kernel = fused_kernel() if gradient.is_cuda else None
         if total.dtype == gradient.dtype:
             total.addmm_(gradient.t(), hidden)
-        elif gradient.is_cuda and total.dtype == torch.float32 and fused_kernel() is not None:
-            fused_kernel().wgrad_gemm_accum_fp32(hidden, gradient.contiguous(), total)
+        elif kernel is not None and total.dtype == torch.float32:
+            kernel.wgrad_gemm_accum_fp32(hidden, gradient.contiguous(), total)
         else:
             self._add_in_blocks(total, gradient, hidden)
 
     def deliver(self, factor: Tensor) -> Tensor | None:
-        """What ``backward`` returns for the weight: the gradient times ``factor``, a dummy, or nothing."""
+        """Return the weight's gradient for autograd: the sum times ``factor``, a dummy, or nothing. Call it once."""
         if not self.into_main_grad:
-            total, self._sum = self._sum, None  # given away: autograd keeps it without a copy
-            return total.mul_(factor).to(self.weight.dtype)
+            return self._sum.mul_(factor).to(self.weight.dtype)
         if not hasattr(self.weight, "grad_added_to_main_grad") or getattr(self.weight, "zero_out_wgrad", False):
             return None
         self.weight.grad_added_to_main_grad = True
@@ -82,7 +87,7 @@ def run_forward_pre_hooks(module: torch.nn.Module) -> None:
     """Wait for parameters that are gathered by hooks on ``module``'s forward (DDP's ``overlap_param_gather``).
 
     The loss reads an output layer's weight without calling the layer, so its hook does not run by itself: call this
-    once a micro-batch, before the loss. Does nothing where there are no hooks.
+    once per micro-batch, before the loss. Does nothing where there are no hooks.
     """
     for hook in tuple(module._forward_pre_hooks.values()):
         hook(module, ())

@@ -17,7 +17,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_kd.errors import ConfigError
-from megatron_kd.losses import OutputHead, run_forward_pre_hooks
+from megatron_kd.losses.types import OutputHead
+from megatron_kd.losses.weight_gradient import run_forward_pre_hooks
 from megatron_kd.models.architecture import LayerSpecName, ModelArchitecture, Precision
 from megatron_kd.models.layer_specs import choose_layer_spec, decoder_layer_spec
 from megatron_kd.models.local_modules import apply_rotary

@@ -18,7 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_kd.data.batch import Batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import DataError
-from megatron_kd.losses import PADDING_ID, SparseKnowledge, SparseTargetKind
+from megatron_kd.losses.types import PADDING_ID, SparseKnowledge, SparseTargetKind
 from megatron_kd.parallel.groups import is_last_stage, own_positions
 from megatron_kd.teachers.cache.cache_reader import LogitCache, View, token_hash
 from megatron_kd.teachers.cache.codec import DecodedChunk

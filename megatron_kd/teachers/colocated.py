@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_kd.data.batch import Batch
 from megatron_kd.errors import LayoutError
 from megatron_kd.generation.decoder import Decoder
-from megatron_kd.losses import DenseKnowledge, OutputHead
+from megatron_kd.losses.types import DenseKnowledge, OutputHead
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import create_process_groups, is_last_stage
 from megatron_kd.parallel.schedule import forward_only

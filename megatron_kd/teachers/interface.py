@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_kd.data.batch import Batch
 from megatron_kd.errors import DataError
-from megatron_kd.losses import DenseKnowledge, SparseKnowledge
+from megatron_kd.losses.types import DenseKnowledge, SparseKnowledge
 
 
 class Action(str, enum.Enum):

@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_kd.errors import ConfigError
-from megatron_kd.losses import OutputHead
+from megatron_kd.losses.types import OutputHead
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import positions_of_rank
 from megatron_kd.parallel.layout import ParallelLayout

@@ -5,6 +5,7 @@ from typing import ClassVar, Iterator, Literal, Mapping
 
 from megatron_kd.errors import ConfigError
 from megatron_kd.generation.sampling import SamplingConfig
+from megatron_kd.losses.divergence_table import parse_divergence
 from megatron_kd.training.methods.method_config import DistiLLMConfig, GKDConfig, MiniLLMConfig
 
 LossReduction = Literal["token", "sequence"]
@@ -98,12 +99,8 @@ class DistillationConfig:
         if not 0 <= self.skew_alpha < 1:
             yield f"'distillation.skew_alpha' must be in [0, 1), not {self.skew_alpha}"
         if self.divergence is not None:
-            from megatron_kd.losses import (
-                divergence_from_config,  # imports torch, which a misspelt key need not wait for
-            )
-
             try:
-                divergence_from_config(self.divergence)
+                parse_divergence(self.divergence)
             except ConfigError as error:
                 yield f"'distillation.divergence': {error}"
         if self.pretraining_weight < 0:

@@ -14,15 +14,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_kd.data.batch import Batch
-from megatron_kd.losses import (
-    DenseKnowledge,
-    DistillationObjective,
-    LossOutput,
-    SparseKnowledge,
-    Workspace,
-    divergence_from_config,
-    linear_distillation_loss,
-)
+from megatron_kd.losses.divergences import divergence_from_config
+from megatron_kd.losses.fused_linear import linear_distillation_loss
+from megatron_kd.losses.tile_buffers import Workspace
+from megatron_kd.losses.types import DenseKnowledge, DistillationObjective, LossOutput, SparseKnowledge
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import own_positions
 from megatron_kd.teachers.interface import Teacher

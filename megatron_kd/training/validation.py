@@ -10,7 +10,8 @@ from torch import Tensor
 
 from megatron_kd.data.batch import Batch, make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.losses import DistillationObjective, linear_distillation_loss
+from megatron_kd.losses.fused_linear import linear_distillation_loss
+from megatron_kd.losses.types import DistillationObjective
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import is_last_stage, sum_over_group
 from megatron_kd.parallel.schedule import forward_only

@@ -1,5 +1,6 @@
-"""Random inputs for the losses: a case is made from its seed alone, so every process of a distributed test builds the
-same tensors. ``loss_runs.py`` runs them."""
+"""Random inputs for the losses, made from the seed alone: every process of a distributed test builds the same tensors.
+
+``loss_runs.py`` runs them."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -16,7 +17,7 @@ from megatron_kd.losses import (
 )
 from tests.reference import naive_losses
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
+DIVERGENCES = tuple(naive_losses.DIVERGENCES)
 MIXTURES = ("0.7*forward_kl+0.3*reverse_kl", "0.5*jsd+0.25*reverse_kl+0.25*tvd")
 TARGETS = ("lm", *DIVERGENCES, *MIXTURES, *SPARSE_TARGET_KINDS)
 IGNORED_LABEL = -100
@@ -29,7 +30,7 @@ KERNEL_SHAPES = {
     "ids that only the student has": {"teacher_rows": 64, "teacher_vocab": 61},
     "ids that only the teacher has": {"rows": 64, "vocab": 61},
 }
-"""What the kernels' tests go through, interpreted and on a GPU."""
+"""Shapes that the kernels are tested with, interpreted and on a GPU."""
 MODES = {"some": 0.7, "all": 1.0, "none": 0.0}
 
 
@@ -129,7 +130,7 @@ def build(case: LossCase) -> LossInputs:
 
 
 def whole_knowledge(case: LossCase, inputs: LossInputs) -> DenseKnowledge | SparseKnowledge | None:
-    """What the teacher says, unsharded."""
+    """The teacher's knowledge, unsharded."""
     if case.knowledge_kind != "dense":
         return inputs.sparse
     head = OutputHead(
@@ -139,7 +140,7 @@ def whole_knowledge(case: LossCase, inputs: LossInputs) -> DenseKnowledge | Spar
 
 
 def on_device(inputs: LossInputs, device: str) -> LossInputs:
-    """The same inputs elsewhere."""
+    """Copy the inputs to a device."""
     moved = {f.name: getattr(inputs, f.name) for f in fields(LossInputs)}
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in moved.items()}
     if inputs.sparse is not None:
@@ -166,5 +167,5 @@ def _sparse(case: LossCase, inputs: LossInputs, generator: torch.Generator) -> S
         absent = weights == 0
     ids = torch.where(absent, -1, ids)
     tail = (1 - torch.where(absent, 0.0, weights).sum(-1)).clamp_min(0.0)
-    weights = torch.where(absent, 0.125, weights)  # what an absent entry holds must not matter
+    weights = torch.where(absent, 0.125, weights)  # the weight of an absent entry must not matter
     return SparseKnowledge(ids, weights.float(), tail.float(), case.target, case.teacher_vocab)

@@ -1,10 +1,11 @@
 """Every loss of the project written out in float64 over whole [tokens, vocabulary] tensors, on one rank.
 
-Nothing here is chunked, sharded, fused or shared with the package: values come from the definitions, gradients from
+Nothing here is tiled, sharded, fused or shared with the package: values come from the definitions, gradients from
 autograd. Used by tests and benchmarks.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -66,25 +67,29 @@ def mix(log_a: Tensor, weight_a: float, log_b: Tensor) -> Tensor:
     return mixed.masked_fill(mixed < floor / 2, -torch.inf)
 
 
+def jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """beta KL(p || m) + (1 - beta) KL(q || m)."""
+    m = mix(log_p, beta, log_q)
+    return beta * kl(log_p, m) + (1 - beta) * kl(log_q, m)
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
+    "forward_kl": lambda log_p, log_q, beta, alpha: kl(log_p, log_q),
+    "reverse_kl": lambda log_p, log_q, beta, alpha: kl(log_q, log_p),
+    "jsd": lambda log_p, log_q, beta, alpha: jsd(log_p, log_q, beta),
+    "skew_forward_kl": lambda log_p, log_q, beta, alpha: kl(log_p, mix(log_p, alpha, log_q)),
+    "skew_reverse_kl": lambda log_p, log_q, beta, alpha: kl(log_q, mix(log_q, alpha, log_p)),
+    "tvd": lambda log_p, log_q, beta, alpha: 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1),
+}
+"""Per token, from the definitions: one row for each line of the package's table."""
+
+
 def divergence(name: str, log_p: Tensor, log_q: Tensor, beta: float = 0.5, alpha: float = 0.1) -> Tensor:
-    """Per token, from the definitions."""
-    if name == "forward_kl":
-        return kl(log_p, log_q)
-    if name == "reverse_kl":
-        return kl(log_q, log_p)
-    if name == "jsd":
-        m = mix(log_p, beta, log_q)
-        return beta * kl(log_p, m) + (1 - beta) * kl(log_q, m)
-    if name == "skew_forward_kl":
-        return kl(log_p, mix(log_p, alpha, log_q))
-    if name == "skew_reverse_kl":
-        return kl(log_q, mix(log_q, alpha, log_p))
-    if name == "tvd":
-        return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
-    if "+" in name or "*" in name:
-        terms = [term.split("*") for term in name.split("+")]
-        return sum(float(w) * divergence(part, log_p, log_q, beta, alpha) for w, part in terms)
-    raise ValueError(name)
+    """Per token, of one name or a mixture."""
+    if name in DIVERGENCES:
+        return DIVERGENCES[name](log_p, log_q, beta, alpha)
+    terms = [term.split("*") for term in name.split("+")]
+    return sum(float(weight) * DIVERGENCES[part](log_p, log_q, beta, alpha) for weight, part in terms)
 
 
 def sparse_loss(kind: str, ids: Tensor, weights: Tensor, tail: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -111,7 +116,7 @@ def sparse_loss(kind: str, ids: Tensor, weights: Tensor, tail: Tensor, log_q: Te
 
 
 def lm_loss(z: Tensor, vocab_size: int, labels: Tensor) -> Tensor:
-    """-log q(label) per token; labels outside of the vocabulary are looked up at 0 (mask them)."""
+    """-log q(label) per token; labels outside of the vocabulary read the logit of id 0 (mask them)."""
     safe = torch.where((labels >= 0) & (labels < vocab_size), labels, 0)
     return -masked_log_softmax(z, vocab_size).gather(1, safe.unsqueeze(1)).squeeze(1)
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from megatron_kd.errors import ConfigError, DataError
-from megatron_kd.losses import SparseTargetKind
+from megatron_kd.losses.types import SparseTargetKind
 from megatron_kd.teachers.cache.bit_packing import LogQuantizer, pack, packed_bytes, unpack, width_for
 from megatron_kd.teachers.cache.vocabulary_search import BlockedSoftmax
 from megatron_kd.teachers.teacher_config import CODECS

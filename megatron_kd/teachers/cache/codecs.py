@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_kd.losses import SparseTargetKind
+from megatron_kd.losses.types import SparseTargetKind
 from megatron_kd.teachers.cache.bit_packing import LogQuantizer, pack
 from megatron_kd.teachers.cache.codec import SMALLEST_LOG, Codec, Entries, RecordReader, ranks, words
 from megatron_kd.teachers.cache.vocabulary_search import BlockedSoftmax, uniform_numbers

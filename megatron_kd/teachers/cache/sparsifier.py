@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_kd.errors import DataError
-from megatron_kd.losses import OutputHead
 from megatron_kd.losses.tile_buffers import HeadLogits, Workspace
 from megatron_kd.losses.tile_terms import row_blocks
+from megatron_kd.losses.types import OutputHead
 from megatron_kd.teachers.cache.codec import Codec, Entries
 from megatron_kd.teachers.cache.vocabulary_search import BLOCK, NO_LOGIT, BlockedSoftmax, blocks_of
 

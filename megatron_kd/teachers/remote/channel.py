@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_kd.losses import OutputHead
+from megatron_kd.losses.types import OutputHead
 from megatron_kd.teachers.placements import StudentRun, TeacherPlan
 from megatron_kd.teachers.routing import Routing, Transfer, reshard_head
 

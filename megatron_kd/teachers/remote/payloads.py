@@ -17,7 +17,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_kd.losses import PADDING_ID, DenseKnowledge, OutputHead, SparseKnowledge, SparseTargetKind
+from megatron_kd.losses.types import PADDING_ID, DenseKnowledge, OutputHead, SparseKnowledge, SparseTargetKind
 from megatron_kd.teachers.cache.codec import Codec, Entries, ranks
 from megatron_kd.teachers.cache.sparsifier import Sparsifier
 from megatron_kd.teachers.placements import StudentRun, TeacherPlan

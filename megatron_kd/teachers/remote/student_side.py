@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_kd.data.batch import Batch
 from megatron_kd.errors import DataError
-from megatron_kd.losses import DenseKnowledge, SparseKnowledge
+from megatron_kd.losses.types import DenseKnowledge, SparseKnowledge
 from megatron_kd.parallel.groups import is_last_stage
 from megatron_kd.teachers.interface import Action, Announced, Decision
 from megatron_kd.teachers.placements import StudentRun, plan_teacher

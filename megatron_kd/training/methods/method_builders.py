@@ -10,7 +10,7 @@ from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import LayoutError
 from megatron_kd.generation.decoder import Decoder
 from megatron_kd.generation.generate import MixedPolicy, ModelPolicy
-from megatron_kd.losses import LM_ONLY
+from megatron_kd.losses.types import LM_ONLY
 from megatron_kd.teachers.colocated import ColocatedTeacher
 from megatron_kd.teachers.interface import Teacher
 from megatron_kd.training.distillation_config import METHODS_WITH_TEXT

@@ -21,13 +21,9 @@ from torch import Tensor
 
 from megatron_kd.data.batch import Batch, moved
 from megatron_kd.errors import ConfigError
-from megatron_kd.losses import (
-    DenseKnowledge,
-    DistillationObjective,
-    LossOutput,
-    ReverseKL,
-    linear_distillation_loss,
-)
+from megatron_kd.losses.divergences import ReverseKL
+from megatron_kd.losses.fused_linear import linear_distillation_loss
+from megatron_kd.losses.types import DenseKnowledge, DistillationObjective, LossOutput
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import is_last_stage, sum_over_group
 from megatron_kd.teachers.interface import Teacher

@@ -9,7 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_kd.data.batch import Batch
-from megatron_kd.losses import DistillationObjective
+from megatron_kd.losses.types import DistillationObjective
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import sum_over_group
 from megatron_kd.training.distillation_config import LossReduction

@@ -4,10 +4,10 @@
         student logits [C, R], teacher logits [C, R]  ->  statistics  ->  2 or 3 small all-reduces
         -> gradient of the logits, in place  ->  gradients of hidden [C, h] and weight [R, h]
 
-An evaluator (Triton's kernels, a shared softmax, or separate ones) turns a tile's logits into token losses and their
-gradient. Gradients are formed in the forward pass, so nothing is computed twice; the backward pass delivers them.
-Collectives over ``tp_group``: per tile one MAX all-reduce and one SUM (two for JSD, skew KLs and TVD); in the backward
-pass one all-reduce of the hidden states' gradient, or under sequence parallelism one reduce-scatter beside the forward
+An evaluator (``torch_path`` or ``triton_path``) turns a tile's logits into token losses and their gradient. Gradients
+are formed in the forward pass, so nothing is computed twice; the backward pass delivers them. Collectives over
+``tp_group``: per tile one MAX all-reduce and one SUM (two for JSD, skew KLs and TVD); in the backward pass one
+all-reduce of the hidden states' gradient, or under sequence parallelism one reduce-scatter beside the forward
 all-gather. C is the byte budget divided by the bytes of a token's logits on this rank, so memory is flat in tokens and
 vocabulary.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_kd.errors import ConfigError, LayoutError
-from megatron_kd.losses import separate_softmaxes, shared_softmax, triton_path
+from megatron_kd.losses import torch_path, triton_path
 from megatron_kd.losses.tile_buffers import (
     HeadLogits,
     TileDtypes,
@@ -291,11 +291,8 @@ class _LossCall:
     def _evaluator(self, weights: list[torch.dtype]) -> Evaluate:
         divergence = None if self.dense is None else self.problem.objective.divergence
         has_kernels = self.sparse is None and (divergence is None or triton_path.has_kernel(divergence))
-        if self.triton and has_kernels and torch.float64 not in weights:
-            return triton_path.evaluate
-        if shared_softmax.applies(self.problem, self.dense is not None):
-            return shared_softmax.evaluate
-        return separate_softmaxes.evaluate
+        use_triton = self.triton and has_kernels and torch.float64 not in weights
+        return triton_path.evaluate if use_triton else torch_path.evaluate
 
     def _new_gradients(self, student: TileLogits, plan: TilePlan, hidden_needs_gradient: bool) -> _Gradients:
         weight, bias = self.head.weight, self.head.bias

@@ -1,4 +1,4 @@
-"""The terms in which the three evaluators of a tile speak: the tile, its labels' logits, row statistics, reductions.
+"""The terms in which both evaluators of a tile speak: the tile, its labels' logits, row statistics, reductions.
 
 A tile holds n tokens and this rank's R vocabulary ids. Statistics are rows [n] fp32; exponentials are taken relative
 to this rank's maximum first and rescaled when the maximum over the ranks is known, so that a tile is read once

@@ -1,6 +1,6 @@
 """Evaluator of a tile in Triton: LM alone, and every divergence to a dense teacher except mixtures beyond KLs.
 
-Results, collectives and the in-place gradient are those of :mod:`~megatron_kd.losses.separate_softmaxes`, which serves
+Results, collectives and the in-place gradient are those of :mod:`~megatron_kd.losses.torch_path`, which serves
 the rest (sparse targets, other mixtures); the passes over a tile are two (three for JSD, skew KLs and TVD), without
 temporaries.
 """

@@ -1,6 +1,7 @@
-"""Imports of the package point one way, between packages and between files."""
+"""Imports of the package point one way, between packages and between files, and lead from the shell to the loss."""
 
 import ast
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -20,7 +21,7 @@ LAYERS = (
     ("cli",),
     ("quickstart",),
 )
-"""From the bottom to the top. A part imports from layers below its own, never from its own or from above."""
+"""The layers, bottom first. A part imports from layers below its own, never from its own or from above."""
 LARGEST_FILE = 400
 MOST_MODULES = 185
 
@@ -109,3 +110,19 @@ def test_a_name_of_a_file_says_which_file():
 def test_every_module_says_what_it_is(name):
     if MODULES[name].read_text("utf-8").strip():
         assert ast.get_docstring(ast.parse(MODULES[name].read_text("utf-8"))), name
+
+
+def test_the_readme_names_the_path_from_the_shell_to_the_loss():
+    """Each file imports the next; the schedule, which calls the objective, is imported by the step."""
+    text = (PACKAGE.parent / "README.md").read_text("utf-8")
+    claim = re.search(r"\*\*From the shell to the loss\*\*.*?\n\n", text, re.DOTALL).group()
+    tool, cli, *files = re.findall(r"`([\w/]+\.py)`", claim.partition("More in")[0])
+    assert (tool, cli) == ("tools/train.py", "cli.py")
+    assert "megatron_kd.cli" in imported_by(PACKAGE.parent / tool)
+    path = ["megatron_kd." + name.removesuffix(".py").replace("/", ".") for name in files]
+    schedule = path.pop(path.index("megatron_kd.parallel.schedule"))
+    assert path[0] == "megatron_kd.training.train" and len(path) == 5
+    for importer, imported in zip(path, path[1:]):
+        assert imported in IMPORTS[importer], f"{importer} does not import {imported}"
+    assert schedule in IMPORTS["megatron_kd.training.train_step"]
+    assert "def linear_distillation_loss" in MODULES[path[-1]].read_text("utf-8")

@@ -6,11 +6,11 @@
 Every row is one whole training call: student and teacher logits from hidden states, forward KL, gradients of the
 student's hidden states and output weight; ours computes the LM loss as well. The floor is the four matrix products
 alone (two of logits, two of gradients), whole or in tiles, whichever is faster, with buffers made beforehand; ours
-keeps its own in a ``Workspace``, as training does. Runs of all rows alternate; times are medians. Memory is the peak of
-torch's allocations during one more call that makes its buffers anew, without inputs, the two gradients and
-``main_grad``, but with the dummy that Megatron-Core's hooks are given; workspace inside of libraries is not seen. Peers
-are used as installed from PyPI; the rows of absent ones, and CUDA rows on a machine without a GPU, say 'not measured'.
-Install them beside the project with ``pip install --no-deps nvidia-modelopt torchtune`` and, for CUDA,
+keeps its own in a ``Workspace``, as training does. Rows are run in turn, repeatedly; times are medians. Memory is the
+peak of torch's allocations during one more call that makes its buffers anew, without inputs, the two gradients and
+``main_grad``, but with the dummy that Megatron-Core's hooks are given; memory that libraries allocate themselves is not
+seen. Peers are used as installed from PyPI; the rows of absent ones, and CUDA rows on a machine without a GPU, say 'not
+measured'. Install them beside the project with ``pip install --no-deps nvidia-modelopt torchtune`` and, for CUDA,
 ``liger-kernel``. Under 'holds': whether our rows are within the limits that the project sets itself (the full shapes
 only).
 """
@@ -59,7 +59,7 @@ CUDA_SHAPE = Shape(8192, 4096, 4096, 128_256, torch.bfloat16)
 
 
 def median_times(calls: dict[str, Call | None], inputs: Inputs, repeats: int) -> dict[str, list[float] | None]:
-    """Seconds of every run of every call, alternating."""
+    """Run every call in turn, repeatedly, and return the seconds of each run."""
     times: dict[str, list[float] | None] = {name: None if call is None else [] for name, call in calls.items()}
     present = [call for call in calls.values() if call is not None]
     progress = tqdm(total=(repeats + 1) * len(present), desc="runs", disable=not sys.stderr.isatty())
@@ -81,7 +81,7 @@ def median_times(calls: dict[str, Call | None], inputs: Inputs, repeats: int) ->
 
 
 def memory_beyond_gradients(call: Call, inputs: Inputs) -> float:
-    """MiB at the peak of one call without the gradient of the hidden states and, where it is made, of the weight."""
+    """Return the MiB at the peak of one call, without the gradients that it leaves."""
     inputs.clear()
     if inputs.hidden.device.type == "cuda":
         torch.cuda.synchronize()
@@ -97,7 +97,7 @@ def memory_beyond_gradients(call: Call, inputs: Inputs) -> float:
 
 
 def time_table(shape: Shape, repeats: int, device: str, all_divergences: bool) -> list[dict[str, Any]]:
-    """Rows of time and memory at one shape."""
+    """Measure time and memory of all losses at one shape: one row for each."""
     inputs = Inputs(shape, device)
     calls: dict[str, Call | None] = {
         f"four bare products, {tile} tokens per tile": bare_products(inputs, tile)
@@ -135,7 +135,7 @@ def time_table(shape: Shape, repeats: int, device: str, all_divergences: bool) -
 
 
 def memory_table(shapes: list[Shape], device: str) -> list[dict[str, Any]]:
-    """Our memory at several token counts and vocabularies, beside the budget."""
+    """Measure our memory at several token counts and vocabularies, beside the budget."""
     rows = []
     for shape in shapes:
         inputs = Inputs(shape, device)
@@ -150,7 +150,7 @@ def memory_table(shapes: list[Shape], device: str) -> list[dict[str, Any]]:
 
 
 def print_table(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
-    """Aligned columns."""
+    """Print rows in aligned columns."""
     print(f"\n{title}")
     cells = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]

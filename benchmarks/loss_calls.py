@@ -1,4 +1,4 @@
-"""What ``bench_losses.py`` puts side by side: bare products, this project's loss, other public losses, as calls."""
+"""Calls that ``bench_losses.py`` compares: bare matrix products, this project's loss, other public losses."""
 
 import importlib.util
 import warnings
@@ -58,18 +58,18 @@ class Inputs:
         self.clear()
 
     def clear(self) -> None:
-        """As before the first call, but for what ``main_grad`` holds."""
+        """Return to the state before the first call, except for the contents of ``main_grad``."""
         self.hidden.grad = self.weight.grad = None
         self.weight.grad_added_to_main_grad = False
 
     @property
     def gradient_bytes(self) -> int:
-        """Of the gradients that a call has left; the dummy that stands for what went into ``main_grad`` is none."""
+        """Bytes of the gradients that a call has left, without the dummy that stands for ``main_grad``."""
         grads = [self.hidden.grad, None if self.weight.grad_added_to_main_grad else self.weight.grad]
         return sum(grad.nbytes for grad in grads if grad is not None)
 
     def logits(self) -> tuple[Tensor, Tensor]:
-        """The student's and the teacher's, whole."""
+        """Return the student's and the teacher's logits, whole."""
         with torch.no_grad():
             teacher = self.teacher_hidden @ self.teacher_weight.t()
         return self.hidden @ self.weight.t(), teacher
@@ -79,7 +79,7 @@ Call = Callable[[], None]
 
 
 def bare_products(inputs: Inputs, tile: int) -> Call:
-    """The four matrix products in tiles of tokens, with buffers made beforehand."""
+    """Four matrix products in tiles of tokens, with buffers made beforehand."""
     shape = inputs.shape
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
     buffers = [hidden.new_empty((tile, shape.vocabulary)) for _ in range(2)]

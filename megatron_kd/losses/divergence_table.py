@@ -19,21 +19,17 @@ class DivergenceEntry:
         definition: D of the teacher's distribution p and the student's q.
         source: where the field takes it from.
         parameters: keys of ``distillation.*`` that the class is given, in the order of its arguments.
-        needs_whole_distribution: whether a sparse target (a few ids of p) cannot stand for p.
     """
 
     made_by: str
     definition: str
     source: str
     parameters: tuple[str, ...] = ()
-    needs_whole_distribution: bool = True
 
 
 _HERE = "megatron_kd.losses.divergences"
 DIVERGENCES: dict[str, DivergenceEntry] = {
-    "forward_kl": DivergenceEntry(
-        f"{_HERE}:ForwardKL", "KL(p || q)", "Hinton et al., arXiv 1503.02531", needs_whole_distribution=False
-    ),
+    "forward_kl": DivergenceEntry(f"{_HERE}:ForwardKL", "KL(p || q)", "Hinton et al., arXiv 1503.02531"),
     "reverse_kl": DivergenceEntry(f"{_HERE}:ReverseKL", "KL(q || p)", "MiniLLM, arXiv 2306.08543"),
     "jsd": DivergenceEntry(
         f"{_HERE}:JensenShannon",

@@ -1,7 +1,7 @@
 """Evaluator of a tile in Triton: LM alone, and every divergence to a dense teacher except mixtures beyond KLs.
 
 Results, collectives and the in-place gradient are those of :mod:`~megatron_kd.losses.torch_path`, which serves
-the rest (sparse targets, other mixtures); the passes over a tile are two (three for JSD, skew KLs and TVD), without
+the rest (sparse targets, other mixtures). A tile is read twice (three times for JSD, skew KLs and TVD), without
 temporaries.
 """
 

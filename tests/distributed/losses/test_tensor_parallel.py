@@ -1,6 +1,6 @@
 """The fused loss on 1, 2 and 4 tensor-parallel ranks against the one-rank float64 reference, with collectives counted.
 
-The same cases on every size, so agreement with the reference makes gradients independent of TP.
+Every size runs the same cases, so agreement with the reference makes gradients independent of TP.
 """
 
 from collections import Counter
@@ -74,7 +74,7 @@ def count_collectives(case: LossCase, sequence_parallel: bool, gradients: bool =
 
 
 def joined(parts: list[dict], sequence_parallel: bool) -> dict:
-    """One result of the ranks' results, after checking that what must be equal on all of them is."""
+    """Join the ranks' results, after checking that the sums are equal on all of them."""
     whole = dict(parts[0])
     for key in ("loss_sum", "lm_sum", "kd_sum", "token_count", "teacher_entropy_sum", "tail_mass_sum"):
         assert all(part[key] is None or torch.equal(part[key], parts[0][key]) for part in parts), key

@@ -14,6 +14,7 @@ from megatron_kd.losses import (
     OutputHead,
     SparseKnowledge,
     linear_distillation_loss,
+    tile_buffers,
 )
 from tests.reference.loss_cases import TARGETS, LossCase, build, whole_knowledge
 from tests.reference.loss_runs import assert_agrees, reference, run_fused
@@ -27,7 +28,7 @@ SHAPES = {
     "tokens not divisible by the tile": {},
     "one token": {"tokens": 1, "unmasked": "all"},
     "one tile": {"tile_tokens": 100},
-    "one token a tile": {"tile_tokens": 1},
+    "one token per tile": {"tile_tokens": 1},
     "no padding, odd vocabulary": {"rows": 83, "teacher_rows": 83},
     "teacher padded further": {"rows": 96, "teacher_rows": 128},
     "ids that only the student has": {"teacher_rows": 64, "teacher_vocab": 61},
@@ -269,6 +270,25 @@ def test_a_loss_frees_what_it_holds_without_the_garbage_collector(with_backward)
         assert [reference() for reference in kept] == [None, None]
     finally:
         gc.enable()
+
+
+def test_the_buffers_of_tiles_are_freed_before_the_backward_pass(monkeypatch):
+    allocated, allocate = [], tile_buffers.allocate
+
+    def recording(*arguments):
+        buffer = allocate(*arguments)
+        allocated.append(weakref.ref(buffer))
+        return buffer
+
+    monkeypatch.setattr(tile_buffers, "allocate", recording)
+    case = LossCase("jsd")
+    inputs = build(case)
+    output = linear_distillation_loss(
+        inputs.hidden.requires_grad_(), OutputHead(inputs.weight, case.vocab), inputs.labels, inputs.weights,
+        case.objective, whole_knowledge(case, inputs),
+    )  # fmt: skip
+    assert output.loss_sum.requires_grad and len(allocated) == 2
+    assert [buffer() for buffer in allocated] == [None, None]
 
 
 def test_upstream_gradient_scales_and_a_retained_graph_gives_the_same_again():

@@ -1,6 +1,6 @@
 """The fused loss on a GPU, both backends, against the float64 reference on the CPU: skipped where there is no GPU.
 
-A recorded run of this file on a kind of GPU is what ``triton_path.VERIFIED_ON_CUDA`` asks for.
+``triton_path.VERIFIED_ON_CUDA`` becomes True with a recorded run of this file.
 """
 
 import importlib.util

@@ -25,7 +25,7 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
         ((FP32, FP64), False, True, FP64, FP64, 8 + 8 + 4),
     ],
 )
-def test_dtypes_of_a_tile_and_its_bytes_for_a_logit(weights, kernels, by_block, stored, evaluated, size):
+def test_dtypes_of_a_tile_and_its_bytes_per_logit(weights, kernels, by_block, stored, evaluated, size):
     dtypes = TileDtypes.of(weights, kernels_read_narrow=kernels, widens_by_block=by_block)
     assert dtypes == TileDtypes(stored, evaluated)
     assert bytes_per_logit(weights, stored) == size
@@ -38,12 +38,12 @@ def test_a_budget_is_spread_evenly_over_the_tiles():
     assert plan.block_elements * 8 * 4 == plan.temporary_bytes
 
 
-def test_one_token_is_the_least_and_temporaries_have_a_limit():
+def test_a_tile_has_one_token_at_least_and_temporaries_have_a_limit():
     assert TilePlan.of(budget=1, tokens=5, rows=1 << 14, number_bytes=4, logit_bytes=8) == TilePlan(1, 1, 0)
     assert TilePlan.of(budget=1 << 40, tokens=5, rows=1, number_bytes=4, logit_bytes=8).temporary_bytes == 32 << 20
 
 
-def test_the_same_memory_is_handed_out_again_whatever_the_type():
+def test_a_workspace_reuses_its_memory_for_every_dtype():
     workspace = Workspace()
     first = workspace.take("student", (8, 16), torch.float32, CPU)
     address = first.data_ptr()
@@ -53,7 +53,7 @@ def test_the_same_memory_is_handed_out_again_whatever_the_type():
     assert workspace.take("teacher", (4, 8), torch.float32, CPU).data_ptr() != address
 
 
-def test_it_grows():
+def test_a_workspace_grows():
     workspace = Workspace()
     workspace.take("student", (2, 2), torch.float32, CPU)
     larger = workspace.take("student", (64, 64), torch.float32, CPU)

@@ -1,4 +1,4 @@
-"""Where the weight's gradient goes: main_grad, a dummy, or autograd; in every dtype, tiled or not."""
+"""Where the weight's gradient goes: main_grad, a dummy, or autograd; in every dtype, in blocks or at once."""
 
 from types import SimpleNamespace
 

@@ -21,10 +21,10 @@ from megatron_kd.parallel.groups import create_process_groups
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.parallel.schedule import forward_only
-from megatron_kd.teachers.cache.cache_writer import ShardFiller
 from megatron_kd.teachers.cache.codec import Codec
+from megatron_kd.teachers.cache_teacher_logits import ShardFiller
 from megatron_kd.teachers.cached import CachedTeacher
-from megatron_kd.teachers.teacher_config import TeacherConfig
+from megatron_kd.teachers.teacher_config import CacheTeacherLogitsConfig, TeacherConfig
 from megatron_kd.training.methods.method_builders import build_loss
 from megatron_kd.training.optimizer import build_optimizer
 from megatron_kd.training.setup import build_student
@@ -64,7 +64,9 @@ def caching_sides(folder: Path, codec: Codec, chunks: int) -> Iterator[tuple[Cal
             )  # fmt: skip
 
         numbers = itertools.count()
-        with ShardFiller(store, dataset, loaded, codec, 1.0, ROWS, 60.0, runtime.device) as filler:
+        keys = {"data": {"path": "-"}, "teacher": {"path": "-"}, "output": "-", "micro_batch_size": ROWS}
+        config = from_mapping(CacheTeacherLogitsConfig, {**keys, "commit_seconds": 60.0}, "benchmark")
+        with ShardFiller(store, dataset, loaded, codec, config, runtime.device) as filler:
 
             def caching() -> None:
                 for _ in filler.shard(next(numbers), 0, chunks, None):

@@ -1,14 +1,13 @@
-"""A teacher that is nowhere: its knowledge is read from a cache, by the identity of each chunk of a batch.
+"""A teacher that does not run: its distribution is read from a cache, by the identity of each chunk of a batch.
 
-Any batch size, order, epoch, data, tensor and pipeline parallelism, and any selection from the cached dataset read the
-same knowledge. Records of a step are decoded in a thread while the student computes.
+So every batch size, order, epoch, layout and selection from the cached dataset gets the same knowledge. The records of
+a step are decoded in a thread while the student computes.
 """
 
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,27 +21,30 @@ from megatron_kd.losses.types import PADDING_ID, SparseKnowledge, SparseTargetKi
 from megatron_kd.parallel.groups import is_last_stage, own_positions
 from megatron_kd.teachers.cache.cache_reader import LogitCache, View, token_hash
 from megatron_kd.teachers.cache.codec import DecodedChunk
-from megatron_kd.teachers.interface import Announced
+from megatron_kd.teachers.interface import Announced, Teacher
 from megatron_kd.teachers.placements import StudentRun
 from megatron_kd.teachers.teacher_config import TeacherConfig
 
 
 def build(config: TeacherConfig, run: StudentRun, groups: ProcessGroupCollection) -> "CachedTeacher":
-    """Open the teacher's cache; see :func:`~megatron_kd.teachers.placements.build_teacher`."""
+    """Open the teacher's cache; see :func:`megatron_kd.teachers.placements.build_teacher`."""
     view = View(temperature=run.temperature, compute_dtype=run.precision)
     is_needed = is_last_stage(groups)
     return CachedTeacher.open(str(config.cache_path), run.data, view, run.sparse_target, is_needed, groups.cp)
 
 
-class CachedTeacher:
+class CachedTeacher(Teacher):
     """Sparse knowledge about the chunks of one dataset.
 
     Args:
         cache: covers the dataset.
-        dataset: what ``Batch.chunk_indices`` refer to.
-        kind: the loss that is made of the knowledge.
+        dataset: the one that ``Batch.chunk_indices`` refer to.
+        kind: the sparse target that is made of the records.
         is_needed: whether this rank computes the loss (the student's last pipeline stage).
-        context_group: the student's context-parallel group: knowledge is given of this rank's positions.
+        context_group: the student's context-parallel group; knowledge is given about this rank's positions.
+
+    Raises:
+        DataError: the cache does not cover the dataset.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class CachedTeacher:
             sparse_target: ``distillation.sparse_target``.
 
         Raises:
-            DataError: the cache is damaged, of another dataset, or was made with another view; names both.
+            DataError: the cache is damaged, or was made from another dataset or with another view.
             ConfigError: its codec does not give this sparse target.
         """
         cache = LogitCache.open(path)
@@ -86,14 +88,13 @@ class CachedTeacher:
         return cls(cache, dataset, kind, is_needed, context_group)
 
     def begin_step(self, batches: Sequence[Batch], *, scheduled: bool = True) -> None:
-        """Start to decode the knowledge of a step."""
+        """Start to decode the records of a step."""
         if self._is_needed:
             self._announced = Announced(batches)
             self._ahead = deque(self._thread.submit(self._read, batch) for batch in batches)
 
     def knowledge(self, batch: Batch) -> SparseKnowledge | None:
-        """[tokens, K] ids and weights of this rank's positions in sequence-major order, on the ranks that need them;
-        None elsewhere.
+        """Return ids and weights [tokens, K] of this rank's positions in sequence-major order; None where not needed.
 
         Raises:
             DataError: a chunk's ids are not those that were cached, or its record is damaged.
@@ -111,10 +112,8 @@ class CachedTeacher:
             vocab_size=self._cache.codec.vocab_size,
         )
 
-    def follow(self, decision: Any) -> None:
-        """Nothing to do: what comes next is read when it comes."""
-
     def _read(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return ids, weights [tokens, K] and tail mass [tokens] of a micro-batch."""
         batch = batch.to("cpu")
         rows, length = batch.tokens.shape
         chunks = [self._chunk(batch, row) for row in range(rows)]
@@ -125,11 +124,14 @@ class CachedTeacher:
         for row, chunk in enumerate(chunks):
             if chunk is not None:
                 chunk.pad_into(ids[:, row], weights[:, row], tail[:, row])
-        own = [own_positions(torch.from_numpy(array), self._context_group) for array in (ids, weights, tail)]
-        return tuple(values.flatten(0, 1) for values in own)  # type: ignore[return-value]
+        return self._own_tokens(ids), self._own_tokens(weights), self._own_tokens(tail)
+
+    def _own_tokens(self, values: np.ndarray) -> torch.Tensor:
+        """Return this rank's positions of values [s, b, ...] in sequence-major order."""
+        return own_positions(torch.from_numpy(values), self._context_group).flatten(0, 1)
 
     def _chunk(self, batch: Batch, row: int) -> DecodedChunk | None:
-        """What is cached about one row, its ids compared; None for a row without a chunk."""
+        """Decode the record of one row and compare its ids; None for a row without a chunk."""
         chunk = int(batch.chunk_indices[row])
         if chunk < 0:
             return None
@@ -142,11 +144,14 @@ class CachedTeacher:
         found = token_hash(batch.tokens[row], batch.labels[row], positions) if inside else None
         if found != expected or bool(batch.loss_mask[row, positions:].any()):
             raise DataError(
-                f"chunk {chunk} of {self._dataset.path} has other ids than what {self._cache.path} holds for it "
+                f"chunk {chunk} of {self._dataset.path} has other ids than when {self._cache.path} was made "
                 f"(hash {'of a longer chunk' if found is None else f'{found:016x}'} where {expected:016x} was cached): "
                 "the dataset was changed, cache the teacher again"
             )
         decoded = self._cache.read(record)
         if not np.isin(np.flatnonzero(batch.loss_mask[row].numpy()), decoded.rows).all():
-            raise DataError(f"{self._cache.path}: lacks positions of chunk {chunk} that count in this run's loss")
+            raise DataError(
+                f"{self._cache.path}: lacks positions of chunk {chunk} that count in this run's loss: cache the "
+                "teacher on this dataset"
+            )
         return decoded

@@ -25,7 +25,7 @@ from megatron_kd.losses.types import DenseKnowledge, OutputHead
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import create_process_groups, is_last_stage
 from megatron_kd.parallel.schedule import forward_only
-from megatron_kd.teachers.interface import Announced, Decision
+from megatron_kd.teachers.interface import Announced, Decision, Teacher
 from megatron_kd.teachers.placements import StudentRun, load_teacher, plan_teacher
 from megatron_kd.teachers.routing import Carrier, GroupCarrier, Item, Routing, Transfer, reshard_head, whole_sequence
 from megatron_kd.teachers.teacher_config import TeacherConfig
@@ -63,7 +63,7 @@ def build(config: TeacherConfig, run: StudentRun, groups: ProcessGroupCollection
     )
 
 
-class ColocatedTeacher:
+class ColocatedTeacher(Teacher):
     """Dense knowledge from a frozen model on the student's ranks.
 
     Args:
@@ -99,7 +99,7 @@ class ColocatedTeacher:
         """Micro-batches that went through this rank's layers."""
         self._position = 0
         self._inputs: dict[Item, tuple[Tensor, Tensor]] = {}
-        self._announced: Announced = Announced(())
+        self._announced = Announced(())
         self._next_round = 0
 
     def begin_step(self, batches: Sequence[Batch], *, scheduled: bool = True) -> None:
@@ -112,21 +112,19 @@ class ColocatedTeacher:
             self._run_wave()
 
     def decoder(self, groups: ProcessGroupCollection, rows: int, length: int, vocab_size: int) -> Decoder:
-        """Return a decoder for text that the teacher generates on the student's ranks ``groups``.
-
-        Raises:
-            LayoutError: the teacher's layout is not the student's, so its logits are on other ranks.
-        """
+        """See :class:`~megatron_kd.teachers.interface.Teacher`."""
         if self._groups is not groups:
             raise LayoutError(
-                "text of the teacher needs the student's layout: leave teacher.tensor_model_parallel_size and "
+                "generating with the teacher needs the student's layout: leave teacher.tensor_model_parallel_size and "
                 "teacher.pipeline_model_parallel_size unset"
             )
         return Decoder(self._model_chunks, groups, rows, length, vocab_size)
 
     def knowledge(self, batch: Batch) -> DenseKnowledge | None:
-        """Return hidden states [tokens, h_teacher] of this rank's positions in sequence-major order, and the teacher's
-        head; None before the last stage."""
+        """Return hidden states [tokens, h_teacher] of this rank's positions in sequence-major order, with the head.
+
+        None before the student's last stage.
+        """
         if self._head is None:
             return None
         number = self._announced.take(batch)

@@ -16,10 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_kd.data.batch import Batch
-from megatron_kd.errors import DataError
+from megatron_kd.errors import DataError, LayoutError
+from megatron_kd.generation.decoder import Decoder
 from megatron_kd.losses.types import DenseKnowledge, SparseKnowledge
 
 
@@ -47,13 +49,28 @@ class Decision:
 
 
 class Teacher(Protocol):
-    """A teacher, as the training loop sees it."""
+    """A teacher, as the training loop sees it. Placements derive from it and so inherit what they do not support."""
 
     def follow(self, decision: Decision) -> None:
         """Learn what the training loop does next: once before the first batch, then after each.
 
-        Collective over the student's ranks. After STOP nothing is asked any more.
+        Collective over the student's ranks. After STOP nothing is asked any more. Not needed by a teacher that does
+        not run ahead.
         """
+
+    def decoder(self, groups: ProcessGroupCollection, rows: int, length: int, vocab_size: int) -> Decoder:
+        """Return a decoder with which the teacher generates text on the student's ranks.
+
+        Args:
+            groups: the student's.
+            rows, length, vocab_size: see :class:`~megatron_kd.generation.decoder.Decoder`.
+
+        Raises:
+            LayoutError: the teacher is not on the student's ranks, or its layout is not the student's.
+        """
+        raise LayoutError(
+            "generating with the teacher needs teacher.placement=colocated: its ranks must hold the student too"
+        )
 
     def begin_step(self, batches: Sequence[Batch], *, scheduled: bool = True) -> None:
         """Announce this rank's micro-batches, in the order in which they will be asked for.

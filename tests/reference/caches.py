@@ -8,10 +8,10 @@ from megatron_kd.artefacts.work_store import WorkStore
 from megatron_kd.data.batch import make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.teachers.cache.cache_reader import LogitCache, View
-from megatron_kd.teachers.cache.cache_writer import ChunkRows, ShardPlan, ShardWriter
+from megatron_kd.teachers.cache.cache_writer import ShardWriter, UnfinishedCache
 from megatron_kd.teachers.cache.codec import Codec, Entries
 from megatron_kd.teachers.cache.codecs import SampledCodec
-from megatron_kd.teachers.cache.unfinished_cache import UnfinishedCache
+from megatron_kd.teachers.cache_teacher_logits import ChunkRows, ShardPlan
 
 
 def random_entries(codec: Codec, rows: int, chance: np.random.Generator, mean_ids: float | None = None) -> Entries:

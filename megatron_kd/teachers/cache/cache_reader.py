@@ -1,10 +1,8 @@
-"""Reads a teacher cache: random access to what a teacher says about a chunk, found by the chunk's identity.
+"""Random access to the records of a teacher cache, found by the identity of a chunk.
 
 A chunk is (fingerprint of the root dataset, id in it), so a cache serves the dataset that it was made from, every
 selection from it, and any order. Records are memory-mapped, their blocks verified at first touch. Format:
 ``docs/file_formats.md``.
-
-What ties a cache to its user: the ids of each chunk, and how the teacher saw them.
 """
 
 import hashlib
@@ -24,19 +22,66 @@ from megatron_kd.teachers.cache.codec import Codec, DecodedChunk
 
 KIND = "logit_cache"
 CHUNK_IDS_NAME = "chunk_ids.npy"
+INDEX_DTYPE = np.dtype([("token_hash", "<u8"), ("end", "<u8"), ("positions", "<u4"), ("tokens", "<u4"), ("ids", "<u4")])
+"""Index entry of a chunk: hash of its ids, end of its record, positions, those that are present, ids kept."""
+
+
+@dataclass(frozen=True)
+class View:
+    """How the teacher saw the chunks, and how its distribution was computed."""
+
+    temperature: float
+    compute_dtype: str
+    mask_rule: str = MASK_RULE
+    reset_attention_mask: bool = False
+    """Whether documents inside a chunk were kept apart; False means cross-document attention."""
+    reset_position_ids: bool = False
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "View":
+        """Invert :meth:`to_mapping`."""
+        return cls(**values)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return plain values for a manifest."""
+        return asdict(self)
+
+    def check(self, needed: "View", where: str) -> None:
+        """Check that a cache made with this view serves a run with the view ``needed``.
+
+        Raises:
+            DataError: names every value that differs.
+        """
+        own, other = self.to_mapping(), needed.to_mapping()
+        differences = [
+            f"{name} {own[name]} where this run has {other[name]}" for name in own if own[name] != other[name]
+        ]
+        if differences:
+            raise DataError(
+                f"{where}: was cached with {', '.join(differences)}; cache the teacher again or change the run"
+            )
+
+
+def token_hash(inputs: Tensor, labels: Tensor, positions: int) -> int:
+    """Return a 64-bit hash of a chunk's ``positions + 1`` ids, from the rows [s] that a batch makes of it."""
+    ids = np.empty(positions + 1, dtype="<i4")
+    ids[:positions] = inputs[:positions].numpy()
+    if positions:
+        ids[positions] = int(labels[positions - 1])
+    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
 
 
 class LogitCache:
-    """A teacher cache on disk; made by :meth:`open`.
+    """A teacher cache on disk, opened with :meth:`open`.
 
     Attributes:
         path: the folder.
         manifest: its manifest.
-        codec: how records are written.
+        codec: how records are encoded.
         view: how the teacher saw the chunks.
-        num_chunks: records.
-        root_fingerprint: the dataset that chunk ids refer to.
-        fingerprint, teacher_fingerprint: content identity of the cache, and of the weights that made it.
+        num_chunks: number of records.
+        root_fingerprint: identity of the dataset that chunk ids refer to.
+        fingerprint, teacher_fingerprint: identity of the cache's content, and of the weights that made it.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], checksums: Checksums) -> None:
@@ -54,7 +99,7 @@ class LogitCache:
 
     @classmethod
     def open(cls, path: str | Path) -> "LogitCache":
-        """Open a cache: manifest, sidecar and indices are verified now, records block by block at first touch.
+        """Open a cache; manifest, sidecar and indices are verified now, records block by block at first touch.
 
         Raises:
             DataError: it is missing, damaged, or something else.
@@ -62,7 +107,7 @@ class LogitCache:
         return cls(Path(path), *open_artefact(path, KIND))
 
     def check_covers(self, dataset: ChunkDataset) -> None:
-        """Make sure that every chunk of a dataset is here.
+        """Check that every chunk of a dataset is here.
 
         Raises:
             DataError: the dataset has another root (names both fingerprints), or chunks that were not cached.
@@ -75,7 +120,8 @@ class LogitCache:
             )
         if dataset.tokenizer_hash != made_from["tokenizer_hash"]:
             raise DataError(
-                f"{self.path}: has tokenizer {made_from['tokenizer_hash']}, {dataset.path} has {dataset.tokenizer_hash}"
+                f"{self.path}: has tokenizer {made_from['tokenizer_hash']}, {dataset.path} has "
+                f"{dataset.tokenizer_hash}: cache the teacher on that dataset"
             )
         missing = int((self._places(dataset.chunk_ids) < 0).sum())
         if missing:
@@ -85,16 +131,16 @@ class LogitCache:
             )
 
     def rows(self, root_ids: np.ndarray) -> np.ndarray:
-        """Where chunks with these ids in the root dataset are, int64; every id must be here."""
+        """Return the records, int64, of chunks with these ids in the root dataset; every id must be here."""
         return self._places(root_ids)
 
     def index(self, row: int) -> np.void:
-        """The index entry of one record: see ``INDEX_DTYPE``."""
+        """Return the index entry of one record, see ``INDEX_DTYPE``."""
         shard, local = self._locate(row)
         return self._shard(shard)[0][local]
 
     def read(self, row: int) -> DecodedChunk:
-        """What the teacher says about one chunk.
+        """Decode the record of one chunk.
 
         Raises:
             DataError: its block on disk is damaged.
@@ -133,7 +179,7 @@ class LogitCache:
         return self._shards[number]
 
     def _places(self, root_ids: np.ndarray) -> np.ndarray:
-        """Rows of root ids, -1 where there is none."""
+        """Return the records of root ids, -1 where there is none."""
         root_ids = np.asarray(root_ids, dtype=np.int64)
         if self._own_ids is None:
             return np.where(root_ids < self.num_chunks, root_ids, -1)
@@ -143,58 +189,9 @@ class LogitCache:
 
     @cached_property
     def _own_ids(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """(rows, root ids), by root id; None where a row's number is its root id."""
+        """Records and root ids, ordered by root id; None where a record's number is its root id."""
         if CHUNK_IDS_NAME not in self._checksums.files:
             return None
         ids = np.load(self.path / CHUNK_IDS_NAME)
         order = np.argsort(ids, kind="stable")
         return order, ids[order]
-
-
-@dataclass(frozen=True)
-class View:
-    """How chunks were seen, and under what numbers their distribution was computed."""
-
-    temperature: float
-    compute_dtype: str
-    mask_rule: str = MASK_RULE
-    reset_attention_mask: bool = False
-    """Whether documents inside a chunk were kept apart; False is cross-document attention."""
-    reset_position_ids: bool = False
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> "View":
-        """From what :meth:`to_mapping` gave."""
-        return cls(**values)
-
-    def to_mapping(self) -> dict[str, Any]:
-        """Plain values, for a manifest."""
-        return asdict(self)
-
-    def check(self, needed: "View", where: str) -> None:
-        """Make sure that what was cached under this view serves one that needs ``needed``.
-
-        Raises:
-            DataError: names every value that differs.
-        """
-        own, other = self.to_mapping(), needed.to_mapping()
-        differences = [
-            f"{name} {own[name]} where this run has {other[name]}" for name in own if own[name] != other[name]
-        ]
-        if differences:
-            raise DataError(
-                f"{where}: was cached with {', '.join(differences)}; cache the teacher again or change the run"
-            )
-
-
-def token_hash(inputs: Tensor, labels: Tensor, positions: int) -> int:
-    """A 64-bit hash of a chunk's ``positions + 1`` ids, from the rows [s] that a batch makes of it."""
-    ids = np.empty(positions + 1, dtype="<i4")
-    ids[:positions] = inputs[:positions].numpy()
-    if positions:
-        ids[positions] = int(labels[positions - 1])
-    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
-
-
-INDEX_DTYPE = np.dtype([("token_hash", "<u8"), ("end", "<u8"), ("positions", "<u4"), ("tokens", "<u4"), ("ids", "<u4")])
-"""Of a chunk: hash of its ids, where its record ends, positions, those with knowledge, and ids kept of them."""

@@ -20,7 +20,7 @@ from megatron_kd.losses.types import OutputHead
 from megatron_kd.teachers.placements import StudentRun, TeacherPlan
 from megatron_kd.teachers.routing import Routing, Transfer, reshard_head
 
-_KEPT_ORDERS = 1000  # in the store: more than any teacher rank can lag behind
+_KEPT_ORDERS = 1000  # in the store: more than any teacher rank can lag
 _LONGEST_NAP = 0.05
 
 
@@ -86,10 +86,11 @@ class OrderLog:
         if order.sent is not None:
             self._store.set(f"{key}/sent", order.sent.to_bytes())  # type: ignore[arg-type]  # the stub lacks bytes
         self._store.set(key, json.dumps({"position": order.position, "sends": order.sent is not None}))
+        old = self._next - _KEPT_ORDERS
+        if old >= 0:
+            self._store.delete_key(str(old))
+            self._store.delete_key(f"{old}/sent")
         self._next += 1
-        if self._next > _KEPT_ORDERS:
-            self._store.delete_key(str(self._next - _KEPT_ORDERS))
-            self._store.delete_key(f"{self._next - _KEPT_ORDERS}/sent")
 
     def read(self) -> Order:
         """Wait for the next order, as long as it takes, and return it."""

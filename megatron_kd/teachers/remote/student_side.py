@@ -21,7 +21,7 @@ from megatron_kd.data.batch import Batch
 from megatron_kd.errors import DataError
 from megatron_kd.losses.types import DenseKnowledge, SparseKnowledge
 from megatron_kd.parallel.groups import is_last_stage
-from megatron_kd.teachers.interface import Action, Announced, Decision
+from megatron_kd.teachers.interface import Action, Announced, Decision, Teacher
 from megatron_kd.teachers.placements import StudentRun, plan_teacher
 from megatron_kd.teachers.remote.channel import STOP, Channel, Order, SentBatches
 from megatron_kd.teachers.remote.payloads import HEADER_NUMBERS, Header, Receiver, receiver_of
@@ -70,7 +70,7 @@ class _Receive:
         return Header.from_tensor(self.header)
 
 
-class RemoteTeacher:
+class RemoteTeacher(Teacher):
     """Knowledge from the teacher's ranks of a split world.
 
     Args:

@@ -7,11 +7,9 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.errors import LayoutError
 from megatron_kd.generation.decoder import Decoder
 from megatron_kd.generation.generate import MixedPolicy, ModelPolicy
 from megatron_kd.losses.types import LM_ONLY
-from megatron_kd.teachers.colocated import ColocatedTeacher
 from megatron_kd.teachers.interface import Teacher
 from megatron_kd.training.distillation_config import METHODS_WITH_TEXT
 from megatron_kd.training.methods.distillm import DistiLLMSource
@@ -126,8 +124,7 @@ def _text_source(
 def _teacher_decoder(
     teacher: Teacher | None, groups: ProcessGroupCollection, rows: int, length: int, ids: int
 ) -> Decoder:
-    if not isinstance(teacher, ColocatedTeacher):
-        raise LayoutError("text of the teacher needs teacher.placement=colocated: its ranks must hold the student too")
+    assert teacher is not None
     return teacher.decoder(groups, rows, length, ids)
 
 

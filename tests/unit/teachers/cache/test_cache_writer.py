@@ -6,9 +6,8 @@ import pytest
 
 from megatron_kd.artefacts.work_store import WorkStore
 from megatron_kd.errors import DataError
-from megatron_kd.teachers.cache.cache_writer import Commit, ShardWriter
+from megatron_kd.teachers.cache.cache_writer import Commit, ShardWriter, UnfinishedCache
 from megatron_kd.teachers.cache.codecs import TopKCodec
-from megatron_kd.teachers.cache.unfinished_cache import UnfinishedCache
 from tests.distributed.training.runs import VOCABULARY, make_dataset
 from tests.reference.caches import write_cache
 

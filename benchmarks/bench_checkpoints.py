@@ -1,4 +1,4 @@
-"""How fast and how large conversion is beside a plain copy, and how long a save holds training up.
+"""Speed and memory of conversion beside a plain copy, and how long a save blocks training.
 
     python benchmarks/bench_checkpoints.py --output benchmarks/results/checkpoints.json    1.8B parameters in bf16
     python benchmarks/bench_checkpoints.py --quick                                         a small folder
@@ -7,8 +7,8 @@ Conversion: seconds and peak memory of ``convert_from_hf`` and ``convert_to_hf``
 its own, beside copying the same folder file by file with a flush to the disk. Memory is what the process holds beyond a
 process that only imports the verb; pages of files that the kernel may drop are not counted (RssAnon).
 
-Save: the seconds for which ``begin`` holds the loop up with a background thread, beside a save that is waited for, of
-a model with its Adam moments.
+Save: the seconds for which ``begin`` blocks the loop with a background thread, beside a save that is waited for, of a
+model with its Adam moments.
 """
 
 import argparse
@@ -35,7 +35,7 @@ IMPORT_ONLY = "import sys; import megatron_kd.conversion.convert_from_hf, megatr
 
 
 def generate_folder(folder: Path, scale: float) -> dict[str, int]:
-    """Write a Qwen2-like folder of ``scale`` x 1.8B parameters in bf16; its bytes and those of its largest tensor."""
+    """Write a Qwen2-like folder of ``scale`` x 1.8B parameters in bf16; return its size and its largest tensor's."""
     import torch
 
     from megatron_kd.checkpoints.families import hf_config, tensor_table
@@ -67,7 +67,7 @@ def generate_folder(folder: Path, scale: float) -> dict[str, int]:
 
 
 def measured(arguments: list[str]) -> dict[str, float]:
-    """Seconds and largest anonymous memory of a Python process."""
+    """Run a Python process; return its seconds and largest anonymous memory."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-c", *arguments], cwd=REPOSITORY, env=environment)
@@ -81,7 +81,7 @@ def measured(arguments: list[str]) -> dict[str, float]:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """RssAnon of a process; 0 if it is gone."""
+    """Return RssAnon of a process; 0 if it has ended."""
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("RssAnon"):
@@ -92,7 +92,7 @@ def anonymous_bytes(pid: int) -> int:
 
 
 def copy_seconds(source: Path, target: Path) -> float:
-    """Copy a folder's files one by one, each flushed to the disk."""
+    """Copy a folder's files one by one, each flushed to the disk; return the seconds."""
     started = time.perf_counter()
     target.mkdir()
     for file in sorted(source.iterdir()):
@@ -106,7 +106,7 @@ def copy_seconds(source: Path, target: Path) -> float:
 
 
 def bench_conversion(work: Path, scale: float, rounds: int) -> dict[str, Any]:
-    """Both conversions and the copy, side by side, the sides in turn."""
+    """Measure both conversions and the copy, in turn."""
     facts = generate_folder(work / "hf", scale)
     sides: dict[str, list[dict[str, float]]] = {"convert_from_hf": [], "convert_to_hf": []}
     copies, starts = [], []
@@ -133,7 +133,7 @@ def bench_conversion(work: Path, scale: float, rounds: int) -> dict[str, Any]:
 
 
 def bench_save(work: Path, rounds: int, model: str) -> dict[str, Any]:
-    """Seconds for which a save holds the loop up, in the background and waited for."""
+    """Measure the seconds for which a save blocks the loop, in the background and waited for."""
     from megatron_kd.checkpoints.checkpoint_writer import CheckpointWriter, Retention
     from megatron_kd.parallel.runtime import distributed_runtime
     from megatron_kd.training.checkpoint import Progress, description, training_state
@@ -174,7 +174,7 @@ def bench_save(work: Path, rounds: int, model: str) -> dict[str, Any]:
 
 
 def wait_for_thread(writer: Any) -> None:
-    """What training does meanwhile."""
+    """Wait as training does, without blocking the thread."""
     while writer.is_writing:
         threading.Event().wait(0.005)
 

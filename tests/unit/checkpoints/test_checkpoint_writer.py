@@ -1,4 +1,4 @@
-"""Saving while training goes on: what is on disk is the moment of the save; failures come up; nothing is forked."""
+"""Saves in the background: the state on disk is that of the save's moment; failures are raised; nothing is forked."""
 
 import multiprocessing
 import threading
@@ -69,7 +69,7 @@ def test_the_next_save_waits_for_the_one_before(dataset, tmp_path):
     assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step_6", "step_5", "step_4", "step_2"]
 
 
-def test_a_failure_in_the_background_comes_up_and_leaves_nothing(dataset, tmp_path, monkeypatch):
+def test_a_failure_in_the_background_is_raised_and_leaves_nothing(dataset, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""Files written tensor by tensor are the library's own, and what does not come as planned is refused."""
+"""Files written tensor by tensor are the library's own; tensors out of plan are refused."""
 
 import json
 

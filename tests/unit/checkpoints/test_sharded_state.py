@@ -68,7 +68,7 @@ def test_the_record_is_what_transformer_engine_gives(name):
 
 
 def test_extra_state_that_a_checkpoint_lacks_is_not_asked_for(tmp_path):
-    """As Transformer Engine's attention asks for it of a checkpoint that the local spec wrote; and the other way."""
+    """Transformer Engine's attention asks for it of a checkpoint that the local spec wrote, and the reverse."""
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     with distributed_runtime():

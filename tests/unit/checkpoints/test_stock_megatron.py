@@ -35,7 +35,7 @@ ARCHITECTURE = ModelArchitecture(
 
 
 def arguments(architecture=ARCHITECTURE, **changes):
-    """What Megatron-LM would hold, and some of what it holds beside it."""
+    """The arguments that Megatron-LM stores, and some of what it stores beside them."""
     values = {
         "num_layers": architecture.num_layers,
         "hidden_size": architecture.hidden_size,

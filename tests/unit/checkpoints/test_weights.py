@@ -24,7 +24,7 @@ from tests.reference.one_rank import TINY, TrainingParts, tiny_model
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """A run folder with steps 2 and 10; the fingerprint of its weights lies beside."""
+    """A run folder with steps 2 and 10; beside it the fingerprint of its weights."""
     root = tmp_path_factory.mktemp("weights")
     dataset = make_dataset(root / "data", chunks=8)
     with distributed_runtime() as runtime:
@@ -50,7 +50,7 @@ def test_folder_run_folder_and_checkpoints_folder(run_folder):
     assert [folder.name for folder in checkpoint_folders(run_folder / "checkpoints")] == ["step_10", "step_2"]
 
 
-def test_without_latest_the_highest_number_is_taken_and_temporary_folders_never(run_folder, tmp_path, capsys):
+def test_without_latest_the_highest_number_is_used_and_temporary_folders_never(run_folder, tmp_path, capsys):
     copy = shutil.copytree(run_folder, tmp_path / "run")
     (copy / "checkpoints" / LATEST_NAME).write_text("step_99\n")
     (copy / "checkpoints" / "step_50.tmp-1-abc").mkdir()
@@ -63,7 +63,7 @@ def test_without_latest_the_highest_number_is_taken_and_temporary_folders_never(
     assert open_checkpoint(copy).path.name == "step_10"
 
 
-def test_what_is_no_checkpoint(run_folder, tmp_path):
+def test_paths_without_a_checkpoint_are_refused(run_folder, tmp_path):
     with pytest.raises(CheckpointError, match="no such checkpoint or run folder"):
         open_checkpoint(tmp_path / "missing")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)

@@ -91,7 +91,7 @@ def test_lengths_are_kept_and_position_0_is_not_moved() -> None:
 
 
 @pytest.mark.parametrize("interleaved, width", [(True, 4), (False, 2)])
-def test_what_it_cannot_do_is_refused(interleaved: bool, width: int) -> None:
+def test_other_rotations_are_refused(interleaved: bool, width: int) -> None:
     with pytest.raises(NotImplementedError, match="channels"):
         apply_rotary(torch.zeros(5, 1, 2, 4), angles(5, width), interleaved)
 

@@ -119,7 +119,7 @@ def test_settings_that_exclude_each_other(keys, message):
         from_mapping(ParallelConfig, keys, "test")
 
 
-def test_for_people_and_manifests():
+def test_descriptions_and_manifests():
     whole = layout(8, tensor=2, pipeline=2, sequence_parallel=True, virtual_pipeline_model_parallel_size=2)
     assert whole.describe() == "TP2 PP2 VPP2 SP DP2"
     assert ParallelLayout(**as_mapping(whole)) == whole

@@ -1,4 +1,4 @@
-"""Ranks that do not come together: a clear line that names them, in time, not an endless wait."""
+"""Ranks that do not connect: one line names them, in time, instead of an endless wait."""
 
 import json
 import socket

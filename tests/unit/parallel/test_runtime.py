@@ -69,7 +69,7 @@ def test_work_of_the_main_rank():
             on_main_rank(fill)
 
 
-def test_what_watches_ranks_does_not_keep_the_bridge(monkeypatch):
+def test_liveness_does_not_keep_the_bridge(monkeypatch):
     """Its thread may be the last to let go, while the interpreter ends: a process group's end would abort there."""
     kept = []
 

@@ -1,4 +1,4 @@
-"""What Megatron-Core asks of CUDA is answered on the CPU, and only where there is no CUDA."""
+"""The CPU backend answers what Megatron-Core asks of CUDA, and refuses where there is CUDA."""
 
 import subprocess
 import sys

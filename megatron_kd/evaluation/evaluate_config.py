@@ -1,11 +1,23 @@
-"""The keys of ``evaluate``."""
+"""The keys of ``evaluate``. Importing them loads no torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from megatron_kd.evaluation.harness import HarnessConfig
 from megatron_kd.models.architecture import ScoredModelConfig
 from megatron_kd.parallel.layout import ParallelConfig
+
+PAPER_TASKS = (
+    "hellaswag",
+    "lambada_openai",
+    "winogrande",
+    "openbookqa",
+    "arc_easy",
+    "arc_challenge",
+    "piqa",
+    "social_iqa",
+    "storycloze_2018",
+)
+"""The zero-shot tasks of the MiniPLM paper (arXiv 2410.17215)."""
 
 
 @dataclass(frozen=True)
@@ -14,6 +26,37 @@ class HeldoutDataConfig:
 
     path: str | None = None
     """A held-out chunk dataset; None skips the held-out loss."""
+
+
+@dataclass(frozen=True)
+class HarnessConfig:
+    """The ``harness.*`` keys of ``evaluate``."""
+
+    tasks: tuple[str, ...] = ()
+    """Names of tasks; ``paper`` stands for the paper's nine."""
+    include_path: str | None = None
+    """A folder with your own task files."""
+    num_fewshot: int = 0
+    batch_size: int = 64
+    limit: int | None = None
+    """Documents per task; None for all."""
+    dtype: str | None = None
+    """Data type of the model; None for float16 on CUDA, as in the paper, and float32 on a CPU."""
+    add_bos_token: bool | None = None
+    """Whether every text begins with bos; None follows the paper: for Llama and Mistral only."""
+    bootstrap_iters: int = 100_000
+
+    def validate(self) -> Iterator[str]:
+        """Yield one message for each fault in the values."""
+        if self.num_fewshot < 0 or self.batch_size < 1:
+            yield "'harness.num_fewshot' must not be negative and 'harness.batch_size' at least 1"
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Every task once, with ``paper`` expanded."""
+        return tuple(
+            dict.fromkeys(name for task in self.tasks for name in (PAPER_TASKS if task == "paper" else (task,)))
+        )
 
 
 @dataclass(frozen=True)

@@ -7,57 +7,14 @@ is listed as missing and left out of the average; the result names how many task
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_kd.checkpoints.families import FAMILIES
 from megatron_kd.errors import CheckpointError, ConfigError, DataError
+from megatron_kd.evaluation.evaluate_config import HarnessConfig
 
-PAPER_TASKS = (
-    "hellaswag",
-    "lambada_openai",
-    "winogrande",
-    "openbookqa",
-    "arc_easy",
-    "arc_challenge",
-    "piqa",
-    "social_iqa",
-    "storycloze_2018",
-)
 METRICS = ("acc_norm,none", "acc,none")
-
-
-@dataclass(frozen=True)
-class HarnessConfig:
-    """The ``harness.*`` keys of ``evaluate``."""
-
-    tasks: tuple[str, ...] = ()
-    """Names of tasks; ``paper`` stands for the paper's nine."""
-    include_path: str | None = None
-    """A folder with your own task files."""
-    num_fewshot: int = 0
-    batch_size: int = 64
-    limit: int | None = None
-    """Documents per task; None for all."""
-    dtype: str | None = None
-    """Data type of the model; None for float16 on CUDA, as in the paper, and float32 on a CPU."""
-    add_bos_token: bool | None = None
-    """Whether every text begins with bos; None follows the paper: for Llama and Mistral only."""
-    bootstrap_iters: int = 100_000
-
-    def validate(self) -> Iterator[str]:
-        """Yield one message for each fault in the values."""
-        if self.num_fewshot < 0 or self.batch_size < 1:
-            yield "'harness.num_fewshot' must not be negative and 'harness.batch_size' at least 1"
-
-    @property
-    def task_names(self) -> tuple[str, ...]:
-        """Every task once, with ``paper`` expanded."""
-        return tuple(
-            dict.fromkeys(name for task in self.tasks for name in (PAPER_TASKS if task == "paper" else (task,)))
-        )
 
 
 def run_harness(config: HarnessConfig, hf_folder: str, device: str) -> dict[str, Any]:

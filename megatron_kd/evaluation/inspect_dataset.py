@@ -20,9 +20,9 @@ from megatron_kd.data.tokenization import load_tokenizer
 from megatron_kd.errors import DataError
 from megatron_kd.scoring.score_file import DIFFERENCE_KIND, ScoreFile
 from megatron_kd.scoring.score_file import KIND as SCORE_FILE
-from megatron_kd.teachers.cache.cache_reader import KIND as LOGIT_CACHE
-from megatron_kd.teachers.cache.cache_reader import LogitCache
 
+LOGIT_CACHE = "logit_cache"
+"""``KIND`` of teachers/cache/cache_reader.py, which imports torch."""
 SAMPLE_CHARACTERS = 300
 MOST_READ_CHUNKS = 500
 """Chunks of a cache from which the tail mass is estimated."""
@@ -134,8 +134,13 @@ def _describe_scores(config: InspectDatasetConfig, manifest: dict[str, Any]) -> 
 
 
 def _describe_cache(config: InspectDatasetConfig, manifest: dict[str, Any]) -> list[str]:
+    # Caches are read with torch, which other artefacts do not need.
+    from megatron_kd.teachers.cache.cache_reader import LogitCache
+
     cache = LogitCache.open(config.path)
     made_from = manifest["dataset"]
+    rows = np.unique(np.linspace(0, cache.num_chunks - 1, MOST_READ_CHUNKS).astype(np.int64))
+    tail_masses = np.concatenate([cache.read(int(row)).tail for row in rows])
     return [
         f"  chunks       {cache.num_chunks:,} in {len(manifest['shards'])} shards, {manifest['tokens']:,} tokens, of "
         f"{made_from['path']} {made_from['fingerprint']}",
@@ -144,7 +149,7 @@ def _describe_cache(config: InspectDatasetConfig, manifest: dict[str, Any]) -> l
         f"  size         {manifest['ids_per_token']} ids and {manifest['bytes_per_token']} bytes per token",
         f"  teacher      {manifest['teacher']['path']}, fingerprint {cache.teacher_fingerprint}",
         "  seen with    " + ", ".join(f"{key}={value}" for key, value in cache.view.to_mapping().items()),
-        *describe_tail_mass(tail_masses(cache)),
+        *describe_tail_mass(tail_masses),
     ]
 
 
@@ -168,14 +173,8 @@ DESCRIBERS: dict[str, Callable[[InspectDatasetConfig, dict[str, Any]], list[str]
 }
 
 
-def tail_masses(cache: LogitCache) -> np.ndarray:
-    """Return the probability outside the kept ids of each token of evenly spaced chunks, float32 ``[tokens]``."""
-    rows = np.unique(np.linspace(0, cache.num_chunks - 1, MOST_READ_CHUNKS).astype(np.int64))
-    return np.concatenate([cache.read(int(row)).tail for row in rows])
-
-
 def describe_tail_mass(masses: np.ndarray) -> list[str]:
-    """Return mean, quantiles and a histogram of tail masses, as lines."""
+    """Return mean, quantiles and a histogram of tail masses ``[tokens]``, as lines."""
     if not len(masses):
         return ["  tail mass    no token"]
     quantiles = np.quantile(masses, QUANTILES)

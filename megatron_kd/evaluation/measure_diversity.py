@@ -184,7 +184,7 @@ def _mean_hidden_states(path: str, datasets: list[ChunkDataset], indices: list[n
     from megatron_kd.selection.proxy import read_batch
 
     def embed(dataset: ChunkDataset, rows: np.ndarray, runtime: Runtime) -> np.ndarray:
-        (model,) = load_for_inference(ScoredModelConfig(path), ParallelConfig(), dataset, runtime).chunks
+        (model,) = load_for_inference(ScoredModelConfig(path), ParallelConfig(), dataset, runtime).model_chunks
         vectors = []
         for start in range(0, len(rows), CHUNKS_PER_BATCH):
             batch = read_batch(dataset, rows[start : start + CHUNKS_PER_BATCH]).to(runtime.device)

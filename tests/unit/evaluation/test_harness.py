@@ -6,7 +6,8 @@ import pytest
 
 from megatron_kd.config import from_mapping
 from megatron_kd.errors import CheckpointError, ConfigError, DataError
-from megatron_kd.evaluation.harness import PAPER_TASKS, HarnessConfig, begins_with_bos, run_harness, summarise
+from megatron_kd.evaluation.evaluate_config import PAPER_TASKS, HarnessConfig
+from megatron_kd.evaluation.harness import begins_with_bos, run_harness, summarise
 
 QUESTIONS = [
     {"question": f"{a} and then", "choices": [f"{a} again", "something else entirely"], "answer": 0}

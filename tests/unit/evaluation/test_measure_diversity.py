@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_kd.config import from_mapping
+from megatron_kd.config import from_mapping, load_config
 from megatron_kd.errors import DataError
 from megatron_kd.evaluation.measure_diversity import (
     MeasureDiversityConfig,
@@ -16,6 +16,9 @@ from megatron_kd.evaluation.measure_diversity import (
     tf_idf,
     vendi_score,
 )
+from megatron_kd.training.train import run as train
+from megatron_kd.training.train_config import TrainConfig
+from tests.distributed.training.runs import make_dataset
 from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 
 
@@ -66,3 +69,13 @@ def test_a_repetitive_corpus_is_less_diverse(tmp_path: Path, capsys: pytest.Capt
     other = write_chunk_dataset(tmp_path / "other", varied, plain_tokenizer_info(201), 32)
     with pytest.raises(DataError, match="several tokenizers"):
         run(from_mapping(MeasureDiversityConfig, {"data": {"paths": [*paths, str(other.path)]}}, "test"))
+
+
+def test_chunks_embedded_by_a_model(tmp_path: Path):
+    dataset = make_dataset(tmp_path / "data", chunks=12)
+    keys = [f"data.path={dataset.path}", f"output={tmp_path / 'run'}", "model.name=qwen_toy_reference"]
+    train(load_config(TrainConfig, None, [*keys, "training.train_iters=1"]))
+    tree = {"data": {"paths": [str(dataset.path)] * 2}, "model": {"path": str(tmp_path / "run")}, "samples": 10}
+    first, second = run(from_mapping(MeasureDiversityConfig, tree, "test"))
+    assert first == second and first["embedding"] == str(tmp_path / "run")
+    assert 1 < first["vendi_score"] <= 10 and 0 < first["mean_pairwise_distance"] < 2

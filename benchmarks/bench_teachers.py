@@ -15,6 +15,7 @@ Every round measures every side; ratios are taken within a round, then their med
 """
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -135,32 +136,32 @@ class Parts:
     def __init__(self, config: Any, runtime: Any):
         from megatron_kd.parallel.groups import create_process_groups
         from megatron_kd.training.optimizer import build_optimizer
-        from megatron_kd.training.setup import build_student, open_datasets, plan_layout, student_architecture
-        from megatron_kd.training.teacher_process import StudentsBatches
+        from megatron_kd.training.training_run import ScheduledData, build_student, open_run
 
-        self.config, self.runtime = config, runtime
-        self.data, _ = open_datasets(config)
-        self.architecture = student_architecture(config, self.data)
-        self.layout = plan_layout(config, self.architecture, self.data, runtime)
-        self.groups = create_process_groups(self.layout)
-        self.model = build_student(config, self.architecture, self.data, self.layout, self.groups, runtime)
+        self.config, self.run = config, open_run(config, runtime)
+        self.groups = create_process_groups(self.run.layout)
+        self.model = build_student(self.run, self.groups)
         self.optimizer = build_optimizer(config.optimizer, self.model, self.groups, bf16=False)
-        self.schedule = StudentsBatches(config, self.data, self.layout)
+        self.schedule = ScheduledData(self.run)
 
     def teacher(self, config: Any) -> Any:
         """The teacher that a configuration asks for."""
-        from megatron_kd.training.setup import build_teacher
+        from megatron_kd.training.training_run import build_teacher
 
-        return build_teacher(config, self.architecture, self.data, self.layout, self.groups, self.runtime)
+        return build_teacher(dataclasses.replace(self.run, config=config), self.groups)
 
     def step(self, config: Any, teacher: Any) -> Callable[[int], float]:
         """Seconds of a step on the global batch at a position."""
-        from megatron_kd.training.methods.method_builders import build_loss
+        from megatron_kd.training.methods.method_builders import MethodParts, build_losses
+        from megatron_kd.training.objective import FusedLoss, MicroBatchLoss
         from megatron_kd.training.train_step import TrainStep
+
+        run = dataclasses.replace(self.run, config=config)
+        losses = build_losses(MethodParts(run, self.groups, self.model, teacher, FusedLoss(self.groups)))
 
         step = TrainStep(
             model=self.model, optimizer=self.optimizer, groups=self.groups, teacher=teacher, clip_grad=1.0,
-            micro_batch_loss=build_loss(config, teacher, self.groups),
+            micro_batch_loss=MicroBatchLoss(losses, teacher),
         )  # fmt: skip
 
         def timed(position: int) -> float:
@@ -229,13 +230,14 @@ def remote(folder: Path, payload: str, rounds: int) -> list[dict[str, Any]]:
     """A remote payload: on the student's rank the figures, on the teacher's nothing."""
     from megatron_kd.parallel.runtime import distributed_runtime
     from megatron_kd.teachers.interface import Action, Decision
-    from megatron_kd.training.teacher_process import run_teacher_ranks
+    from megatron_kd.training.train import serve_student
+    from megatron_kd.training.training_run import open_run
 
     config = settings(folder, placement="remote", path=str(folder / "teacher"), num_ranks=1, payload=payload,
                       prefetch_depth=4)  # fmt: skip
     with distributed_runtime(teacher_ranks=1) as runtime:
         if runtime.is_teacher:
-            run_teacher_ranks(config, runtime)
+            serve_student(open_run(config, runtime))
             return []
         parts = Parts(config, runtime)
         teacher = parts.teacher(config)

@@ -164,13 +164,13 @@ def our_step(case: Case, folder: Path, stack: ExitStack) -> Callable[[], float]:
     from megatron_kd.config import from_mapping
     from megatron_kd.data.batch import make_batch
     from megatron_kd.parallel.groups import create_process_groups
-    from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
     from megatron_kd.parallel.runtime import distributed_runtime
-    from megatron_kd.training.methods.method_builders import build_loss
+    from megatron_kd.training.methods.method_builders import MethodParts, build_losses
+    from megatron_kd.training.objective import FusedLoss, MicroBatchLoss
     from megatron_kd.training.optimizer import build_optimizer
-    from megatron_kd.training.setup import build_student
     from megatron_kd.training.train_config import TrainConfig
     from megatron_kd.training.train_step import TrainStep
+    from megatron_kd.training.training_run import build_student, open_run
     from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 
     dataset = write_chunk_dataset(
@@ -182,13 +182,14 @@ def our_step(case: Case, folder: Path, stack: ExitStack) -> Callable[[], float]:
         "training": {"global_batch_size": case.rows, "micro_batch_size": case.rows, "precision": case.precision},
     }, "benchmark")  # fmt: skip
     runtime = stack.enter_context(distributed_runtime())
-    layout = ParallelLayout.for_world(ParallelConfig(), 1)
-    groups = create_process_groups(layout)
-    model = build_student(config, case.architecture, dataset, layout, groups, runtime)
+    run = open_run(config, runtime)
+    groups = create_process_groups(run.layout)
+    model = build_student(run, groups)
+    losses = build_losses(MethodParts(run, groups, model, None, FusedLoss(groups)))
     step = TrainStep(
         model=model, optimizer=build_optimizer(config.optimizer, model, groups, bf16=case.precision == "bf16"),
         groups=groups, teacher=None, clip_grad=1.0,
-        micro_batch_loss=build_loss(config, None, groups),
+        micro_batch_loss=MicroBatchLoss(losses, None),
     )  # fmt: skip
     return lambda: step([batch], 1e-4).loss
 

@@ -1,5 +1,6 @@
 """Pairs that the cache benchmark runs alternately: a teacher's pass and its caching; steps without and with one."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,11 +26,13 @@ from megatron_kd.teachers.cache.codec import Codec
 from megatron_kd.teachers.cache_teacher_logits import ShardFiller
 from megatron_kd.teachers.cached import CachedTeacher
 from megatron_kd.teachers.teacher_config import CacheTeacherLogitsConfig, TeacherConfig
-from megatron_kd.training.methods.method_builders import build_loss
+from megatron_kd.training.methods.method_builders import MethodParts, build_losses
+from megatron_kd.training.objective import FusedLoss, MicroBatchLoss
 from megatron_kd.training.optimizer import build_optimizer
-from megatron_kd.training.setup import build_student
 from megatron_kd.training.train_config import TrainConfig
 from megatron_kd.training.train_step import TrainStep
+from megatron_kd.training.training_run import build_student
+from tests.reference.one_rank import training_run
 
 SEQ_LENGTH = 256
 ROWS = 2
@@ -94,16 +97,19 @@ def step_sides(folder: Path, codec_name: str) -> Iterator[tuple[Callable, Callab
     with distributed_runtime() as runtime:
         layout = ParallelLayout.for_world(ParallelConfig(), 1)
         groups = create_process_groups(layout)
-        model = build_student(config, architecture, dataset, layout, groups, runtime)
+        run = training_run(config, dataset, runtime, architecture=architecture)
+        model = build_student(run, groups)
         optimizer = build_optimizer(config.optimizer, model, groups, bf16=False)
         cached = CachedTeacher(cache, dataset, codec.target_kind("auto", "benchmark"))
         settings = from_mapping(TrainConfig, distilling, "benchmark")
         order = itertools.cycle(np.random.default_rng(0).permutation(32).reshape(-1, STUDENT_ROWS))
 
         def side(teacher: CachedTeacher | None) -> Callable[[], None]:
+            side_run = dataclasses.replace(run, config=settings if teacher else config)
+            losses = build_losses(MethodParts(side_run, groups, model, teacher, FusedLoss(groups)))
             step = TrainStep(
                 model=model, optimizer=optimizer, groups=groups, teacher=teacher, clip_grad=1.0,
-                micro_batch_loss=build_loss(settings if teacher else config, teacher, groups),
+                micro_batch_loss=MicroBatchLoss(losses, teacher),
             )  # fmt: skip
             return lambda: [step([make_batch(dataset, next(order), STUDENT_LENGTH)], 1e-4) for _ in range(2)]
 

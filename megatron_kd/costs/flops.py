@@ -4,15 +4,6 @@ The convention is the MiniPLM paper's (arXiv 2410.17215): a forward pass costs 2
 that, N being **all parameters of the model, tied weights once** (:attr:`ModelArchitecture.parameters`). Attention's
 quadratic term is left out. Every function takes N, so that a caller may count parameters in another way.
 
-    method      FLOPs per token    what is counted
-    none        6 N_s              student forward and backward
-    vanilla_kd  6 N_s + 2 N_t      and the teacher's forward
-    minillm     8 N_s + 4 N_t      and the student's forward for sampling, the teacher's two
-    gkd         6 N_s + 2 N_t      and 2 N of whoever writes, in the steps on generated text
-    distillm    6 N_s + 2 N_t      and 2 N_s in the steps for which the student writes anew
-    seqkd       6 N_s              the teacher writes the corpus once: offline
-    pre-training loss beside generated text   6 N_s, and 2 N_t with a distillation term
-
 Generating costs 2N per token, prompt included: with a key-value cache every token passes the model once.
 
 Work done once before training (scoring a corpus, training the reference model) is *offline*: it is reported beside the
@@ -20,21 +11,43 @@ training cost and not matched, because every student trained on the result share
 """
 
 from dataclasses import dataclass
-from typing import Literal
-
-Method = Literal["none", "vanilla_kd", "minillm", "gkd", "distillm"]
 
 FORWARD_FLOPS_PER_PARAMETER = 2
 TRAINING_FLOPS_PER_PARAMETER = 6
-# (student, teacher) operations per parameter and token.
-METHOD_FLOPS: dict[str, tuple[int, int]] = {"none": (6, 0), "vanilla_kd": (6, 2), "minillm": (8, 4), "gkd": (6, 2),
-                                             "distillm": (6, 2)}  # fmt: skip
 
 
-def formula_text(method: str) -> str:
-    """Return the FLOPs per token as text: ``6 N_s + 2 N_t``."""
-    student, teacher = METHOD_FLOPS[method]
-    return f"{student} N_s" + (f" + {teacher} N_t" if teacher else "")
+@dataclass(frozen=True)
+class MethodCost:
+    """FLOPs per parameter and token of a training step. Each method has one, in ``training/methods/method_table.py``.
+
+    Attributes:
+        student, teacher: forward and backward passes over the step's micro-batches.
+        student_rollout, teacher_rollout: forward passes that generate, or score, the text of every step. Both are 0
+            where the share of steps with new text depends on settings and run: such text is counted apart.
+    """
+
+    student: int = TRAINING_FLOPS_PER_PARAMETER
+    teacher: int = 0
+    student_rollout: int = 0
+    teacher_rollout: int = 0
+
+    def __str__(self) -> str:
+        student, teacher = self.student + self.student_rollout, self.teacher + self.teacher_rollout
+        return f"{student} N_s" + (f" + {teacher} N_t" if teacher else "")
+
+    def per_token(self, student_parameters: int, teacher_parameters: int = 0) -> int:
+        """Return the FLOPs per token, text of every step included.
+
+        Raises:
+            ValueError: the method runs a teacher and ``teacher_parameters`` is not positive.
+        """
+        teacher = self.teacher + self.teacher_rollout
+        if teacher and teacher_parameters <= 0:
+            raise ValueError(f"a method that costs {self} runs a teacher: teacher_parameters is {teacher_parameters}")
+        return (self.student + self.student_rollout) * student_parameters + teacher * teacher_parameters
+
+
+PRETRAINING = MethodCost()
 
 
 def forward_flops(parameters: int, tokens: int) -> int:
@@ -42,14 +55,15 @@ def forward_flops(parameters: int, tokens: int) -> int:
     return FORWARD_FLOPS_PER_PARAMETER * parameters * tokens
 
 
-def training_flops(student_parameters: int, tokens: int, method: str = "none", teacher_parameters: int = 0) -> int:
-    """Return the FLOPs of training a student on ``tokens`` with ``method``, the teacher's forward passes counted.
+def training_flops(
+    student_parameters: int, tokens: int, cost: MethodCost = PRETRAINING, teacher_parameters: int = 0
+) -> int:
+    """Return the FLOPs of training a student on ``tokens`` with a method, the teacher's forward passes counted.
 
     Raises:
-        ValueError: the method is unknown, or it needs a teacher and ``teacher_parameters`` is not positive.
+        ValueError: the method runs a teacher and ``teacher_parameters`` is not positive.
     """
-    student_factor, teacher_factor = _factors(method, teacher_parameters)
-    return (student_factor * student_parameters + teacher_factor * teacher_parameters) * tokens
+    return cost.per_token(student_parameters, teacher_parameters) * tokens
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,7 @@ class RunCost:
         pretraining_has_teacher: whether the loss on that batch has a distillation term.
     """
 
-    method: Method
+    method: MethodCost
     student_parameters: int
     teacher_parameters: int
     positions: int
@@ -73,9 +87,7 @@ class RunCost:
     @property
     def flops_per_token(self) -> int:
         """FLOPs per position of a step, without generation."""
-        cost = training_flops(self.student_parameters, 1, self.method, self.teacher_parameters)
-        if self.method == "minillm":  # its formula includes generation: one forward pass of either model
-            cost -= forward_flops(self.student_parameters + self.teacher_parameters, 1)
+        cost = self.method.student * self.student_parameters + self.method.teacher * self.teacher_parameters
         if self.has_pretraining:
             cost += training_flops(self.student_parameters, 1)
         if self.pretraining_has_teacher:
@@ -90,18 +102,17 @@ class RunCost:
         return cost
 
 
-def matched_steps(plain_steps: int, student_parameters: int, teacher_parameters: int, method: str) -> int:
-    """Return the steps of ``method`` that cost what ``plain_steps`` of plain pre-training cost, at the same batch.
+def matched_steps(plain_steps: int, student_parameters: int, teacher_parameters: int, cost: MethodCost) -> int:
+    """Return the steps of a method that cost what ``plain_steps`` of plain pre-training cost, at the same batch.
 
     Plain pre-training costs 6 N_s per token; so Vanilla KD gets 3 N_s T / (3 N_s + N_t) steps and MiniLLM
     3 N_s T / (4 N_s + 2 N_t), rounded to the nearest whole step.
 
     Raises:
-        ValueError: the method is unknown, or it needs a teacher and ``teacher_parameters`` is not positive.
+        ValueError: the method runs a teacher and ``teacher_parameters`` is not positive.
     """
-    student_factor, teacher_factor = _factors(method, teacher_parameters)
-    plain = TRAINING_FLOPS_PER_PARAMETER * student_parameters * plain_steps
-    return round(plain / (student_factor * student_parameters + teacher_factor * teacher_parameters))
+    plain = training_flops(student_parameters, plain_steps)
+    return round(plain / cost.per_token(student_parameters, teacher_parameters))
 
 
 def difference_sampling_flops(
@@ -113,12 +124,3 @@ def difference_sampling_flops(
         + forward_flops(reference_parameters, scored_tokens)
         + training_flops(reference_parameters, reference_tokens)
     )
-
-
-def _factors(method: str, teacher_parameters: int) -> tuple[int, int]:
-    if method not in METHOD_FLOPS:
-        raise ValueError(f"method '{method}' has no cost formula; choose one of {', '.join(METHOD_FLOPS)}")
-    student_factor, teacher_factor = METHOD_FLOPS[method]
-    if teacher_factor and teacher_parameters <= 0:
-        raise ValueError(f"method '{method}' runs a teacher: teacher_parameters is {teacher_parameters}")
-    return student_factor, teacher_factor

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
@@ -46,7 +46,7 @@ def _begin(start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> Non
 ItemT = TypeVar("ItemT")
 
 
-def prefetch(items: Callable[[], Iterator[ItemT]], depth: int = 2) -> Iterator[ItemT]:
+def prefetch(items: Callable[[], Iterator[ItemT]], depth: int = 2) -> Generator[ItemT, None, None]:
     """Iterate over ``items()`` in a background thread, at most ``depth`` ahead; its errors surface here."""
     ready: queue.Queue = queue.Queue(maxsize=depth)
     stopped = threading.Event()

@@ -3,9 +3,7 @@
     tokens [b, n] -> stage 0 -> … -> last stage -> logits of the next token [b, v], whole on its tensor-parallel ranks
 
 Every rank of a model calls in step with the others. Collectives: those of the layers, a point-to-point send between
-neighbouring stages, one all-gather of [b, v / TP] logits.
-
-What is different in a model while it decodes, undone at the end.
+neighbouring stages, one all-gather of [b, v / TP] logits. In :func:`decoding_mode` a model differs from training.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -28,10 +26,10 @@ from megatron_kd.parallel.groups import is_last_stage
 
 
 class Decoder:
-    """One batch of sequences in decoding: a cache of keys and values that grows from call to call.
+    """Decodes one batch of sequences: its cache of keys and values grows from call to call.
 
     Args:
-        chunks: the model's chunks on this rank (not DDP-wrapped).
+        model_chunks: the model's chunks on this rank (not DDP-wrapped).
         groups: of its layout.
         batch_size, max_length: the most sequences, and the most tokens of each, that the cache holds.
         vocab_size: ids that may be drawn; None means all of the model's. A tokenizer may have fewer.
@@ -39,35 +37,35 @@ class Decoder:
 
     def __init__(
         self,
-        chunks: Sequence[HiddenStateGPTModel],
+        model_chunks: Sequence[HiddenStateGPTModel],
         groups: ProcessGroupCollection,
         batch_size: int,
         max_length: int,
         vocab_size: int | None = None,
     ) -> None:
-        self._chunks = list(chunks)
+        self._model_chunks = list(model_chunks)
         self.groups = groups
         self._context = StaticInferenceContext(batch_size, max_length)
         self._context.materialize_only_last_token_logits = False
-        valid = chunks[-1].valid_vocab_size
+        valid = model_chunks[-1].valid_vocab_size
         self.valid_vocab_size = valid if vocab_size is None else min(valid, vocab_size)
 
     @property
     def length(self) -> int:
-        """Tokens in the cache."""
+        """Number of tokens in the cache."""
         return self._context.sequence_len_offset
 
     def decoding(self) -> ContextManager[None]:
-        """The mode in which :meth:`next_token_logits` works."""
-        return decoding_mode(self._chunks)
+        """Return the context in which :meth:`next_token_logits` works."""
+        return decoding_mode(self._model_chunks)
 
     def next_token_logits(self, tokens: Tensor) -> Tensor | None:
-        """Append ``tokens`` [b, n] to every sequence; fp32 logits [b, v] of what follows, None before the last stage.
+        """Append ``tokens`` [b, n]; return fp32 logits [b, v] of what follows, None before the last stage.
 
-        The first call may have any n; the others take one token a sequence.
+        The first call may have any n; later ones take one token per sequence.
         """
         if self.length and tokens.shape[1] != 1:
-            raise ValueError(f"decoding goes on token by token, not by {tokens.shape[1]}")
+            raise ValueError(f"after the prompt, decoding takes one token at a time, not {tokens.shape[1]}")
         offset = self._context.sequence_len_offset
         positions = torch.arange(offset, offset + tokens.shape[1], device=tokens.device).expand_as(tokens)
         hidden = self._forward(tokens, positions)
@@ -76,22 +74,22 @@ class Decoder:
         return None if hidden is None else self._logits(hidden)
 
     def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor | None:
-        """Through all stages in turn (all virtual stages too); the last token's hidden states on the last stage."""
+        """Pass all stages in turn, virtual ones too; return the last token's hidden states on the last stage."""
         pipeline, hidden = self.groups.pp, None
         rank, size = pipeline.rank(), pipeline.size()
-        shape = (tokens.shape[1], tokens.shape[0], self._chunks[0].config.hidden_size)
-        for number, chunk in enumerate(self._chunks):
+        shape = (tokens.shape[1], tokens.shape[0], self._model_chunks[0].config.hidden_size)
+        for number, model_chunk in enumerate(self._model_chunks):
             if size > 1 and not (rank == 0 and number == 0):
-                received = torch.empty(shape, dtype=chunk.config.params_dtype, device=tokens.device)
+                received = torch.empty(shape, dtype=model_chunk.config.params_dtype, device=tokens.device)
                 dist.recv(received, group=pipeline, group_src=(rank - 1) % size)
-                chunk.set_input_tensor(received)
-            hidden = chunk(tokens, positions, None, inference_context=self._context)
-            if size > 1 and not (rank == size - 1 and number == len(self._chunks) - 1):
+                model_chunk.set_input_tensor(received)
+            hidden = model_chunk(tokens, positions, None, inference_context=self._context)
+            if size > 1 and not (rank == size - 1 and number == len(self._model_chunks) - 1):
                 dist.send(hidden.contiguous(), group=pipeline, group_dst=(rank + 1) % size)
-        return hidden[-1] if is_last_stage(self.groups) else None
+        return hidden[-1] if hidden is not None and is_last_stage(self.groups) else None
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        head, group = self._chunks[-1].output_head(), self.groups.tp
+        head, group = self._model_chunks[-1].output_head(), self.groups.tp
         logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float()
         if head.scale != 1.0:
             logits = logits * head.scale
@@ -111,16 +109,20 @@ except ImportError:  # Megatron-Core before 0.19 looks at the context alone
 
 
 @contextmanager
-def decoding_mode(chunks: Sequence[HiddenStateGPTModel]) -> Iterator[None]:
-    """No gradients, evaluation mode, no sequence parallelism (a single token cannot be split). The local spec's layers
-    do without what only training needs: with one token a sequence, they spend more time on that than on products."""
+def decoding_mode(model_chunks: Sequence[HiddenStateGPTModel]) -> Iterator[None]:
+    """Switch a model to decoding, and back at the end.
+
+    No gradients, evaluation mode, no sequence parallelism (a single token cannot be split). The local spec's layers
+    skip what only training needs: with one token per sequence, they spend more time on that than on products.
+    """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        for chunk in chunks:
-            stack.callback(chunk.train, chunk.training)
-            chunk.eval()
-            last = chunk.decoder.layers[-1] if chunk.post_process and len(chunk.decoder.layers) else None
-            for owner in (chunk.config, *chunk.modules()):
+        for model_chunk in model_chunks:
+            stack.callback(model_chunk.train, model_chunk.training)
+            model_chunk.eval()
+            layers = model_chunk.decoder.layers
+            last = layers[-1] if model_chunk.post_process and len(layers) else None
+            for owner in (model_chunk.config, *model_chunk.modules()):
                 for name in ("sequence_parallel", "reduce_scatter_embeddings"):
                     if getattr(owner, name, None) is True:
                         stack.callback(setattr, owner, name, True)
@@ -135,7 +137,7 @@ def decoding_mode(chunks: Sequence[HiddenStateGPTModel]) -> Iterator[None]:
 
 
 def _forward_of(module: torch.nn.Module) -> Callable[..., Any] | None:
-    """What takes the place of a module's own forward; None leaves it, as in Transformer Engine's layers."""
+    """Return the replacement of a module's forward; None leaves it, as in Transformer Engine's layers."""
     if isinstance(module, TransformerLayer):
         return _layer if type(module.self_attention) is CachingSelfAttention else None
     return {ColumnParallelLinear: _column_parallel, RowParallelLinear: _row_parallel}.get(type(module))
@@ -149,10 +151,10 @@ def _layer(
     only_last: bool = False,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention and MLP of :func:`~megatron_kd.models.layer_specs.decoder_layer_spec`, [n, b, hidden] -> the same.
+    """Run attention and MLP of a :func:`~megatron_kd.models.layer_specs.decoder_layer_spec` layer, on [n, b, hidden].
 
     Args:
-        only_last: give the last token's alone [1, b, hidden]; of the others only keys and values are needed.
+        only_last: return the last token's hidden states alone, [1, b, hidden]; the others need only keys and values.
     """
     attention = layer.self_attention
     query, key, value = attention.get_query_key_value_tensors(layer.input_layernorm(hidden_states))

@@ -1,9 +1,8 @@
 """The decoding loop: prompts of any lengths in, sequences out, the same on every rank of the model.
 
 All sequences stand at the same position: decoding starts after the shortest prompt, and a sequence whose prompt is
-not over takes the prompt's id in the place of a drawn one. So no row is padded on the left, and positions are true.
-
-Who speaks: one model, or two mixed token by token.
+longer takes the prompt's id instead of a drawn one. So no row is padded on the left, and positions are true. The policy
+that draws is one model, or two mixed token by token. Shapes: b sequences, v ids.
 """
 
 import math
@@ -26,10 +25,10 @@ from megatron_kd.parallel.groups import is_last_stage
 
 @dataclass(frozen=True)
 class NextToken:
-    """What is drawn from, and what there is to remember of the draw.
+    """The distribution of the next token, and what is recorded of the draw.
 
     Attributes:
-        logits: [b, v] fp32, the distribution that is drawn from (its normalisation is of no matter).
+        logits: [b, v] fp32, up to a constant per row.
         log_probabilities: one [b, v] fp32 for each of the policy's ``recorded`` names.
     """
 
@@ -38,24 +37,33 @@ class NextToken:
 
 
 class Policy(Protocol):
-    """Appends tokens to sequences and tells what may follow."""
+    """Appends tokens to sequences and gives the distribution of the next one."""
 
-    groups: ProcessGroupCollection
-    recorded: tuple[str, ...]
+    @property
+    def groups(self) -> ProcessGroupCollection:
+        """Process groups of the model's layout."""
+
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        """Names of the log-probabilities that each draw records."""
 
     def decoding(self) -> ContextManager[None]:
-        """The mode in which :meth:`next_token` works."""
+        """Return the context in which :meth:`next_token` works."""
 
     def next_token(self, tokens: Tensor) -> NextToken | None:
-        """Append ``tokens`` [b, n]; what follows on the last pipeline stage, None elsewhere."""
+        """Append ``tokens`` [b, n]; return what follows on the last pipeline stage, None elsewhere."""
 
 
 class ModelPolicy:
-    """A model's own distribution; records ``log_q`` if asked to."""
+    """A model's own distribution.
+
+    Args:
+        record: record its log-probabilities as ``log_q``.
+    """
 
     def __init__(self, decoder: Decoder, record: bool = False) -> None:
         self.groups = decoder.groups
-        self.recorded = ("log_q",) if record else ()
+        self.recorded: tuple[str, ...] = ("log_q",) if record else ()
         self._decoder = decoder
 
     def decoding(self) -> ContextManager[None]:
@@ -79,7 +87,7 @@ class MixedPolicy:
         LayoutError: the two models are laid out differently, so that their logits are on other ranks.
     """
 
-    recorded = ("log_q", "log_p", "log_mixed")
+    recorded: tuple[str, ...] = ("log_q", "log_p", "log_mixed")
 
     def __init__(self, student: Decoder, teacher: Decoder, alpha: float) -> None:
         if student.groups is not teacher.groups:
@@ -106,7 +114,7 @@ class MixedPolicy:
 
 
 def mix_log_probabilities(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
-    """log(alpha · p + (1 - alpha) · q) without leaving the logarithms; alpha 0 and 1 are one side."""
+    """Return log(alpha · p + (1 - alpha) · q) without leaving the logarithms; alpha 0 and 1 give one side."""
     if alpha in (0.0, 1.0):
         return log_p if alpha == 1.0 else log_q
     return torch.logaddexp(log_p + math.log(alpha), log_q + math.log1p(-alpha))
@@ -120,8 +128,8 @@ class Generated:
         tokens: int64 [b, max_length], prompt and response, ``pad_id`` after the end.
         lengths: int64 [b], tokens of each sequence, its end-of-sequence id included.
         prompt_lengths: int64 [b].
-        log_probabilities: fp32 [b, max_length] for each name that the policy records: of the token at that place given
-            those before it; 0 in prompts and after the end. On the last pipeline stage only, empty elsewhere.
+        log_probabilities: for each name that the policy records, fp32 [b, max_length]: log-probability of the token at
+            that place given those before it; 0 in prompts and after the end. Empty before the last pipeline stage.
     """
 
     tokens: Tensor
@@ -144,9 +152,9 @@ def generate(
     """Continue every prompt until ``eos_id`` or ``max_length`` tokens. Collective over the model's ranks.
 
     Args:
-        policy: with empty caches for at least as many sequences and tokens.
+        policy: its caches are empty, with room for this many sequences and tokens.
         prompts: ids of each sequence, at least one.
-        seeds: uint64 [b]; a sequence's text depends on its prompt and seed, not on what else is in the batch.
+        seeds: uint64 [b]; a sequence's text depends on its prompt and seed, not on the rest of the batch.
         max_length: tokens of prompt and response together; a prompt of that length gets no response.
 
     Raises:
@@ -165,14 +173,13 @@ def _decode(
     is_last = is_last_stage(policy.groups)
     records = [ids.new_zeros(ids.shape, dtype=torch.float32) for _ in policy.recorded] if is_last else []
     ends = torch.full_like(lengths, max_length)
-    if start < max_length:
-        next_token = policy.next_token(ids[:, :start])
+    next_token = policy.next_token(ids[:, :start]) if start < max_length else None
     for position in range(start, max_length):
         in_prompt, ended = position < lengths, position >= ends
         drawn = _draw(next_token, seeds, position, sampling, policy.groups, ids[:, position])
         writes = ~in_prompt & ~ended
         ids[:, position] = torch.where(writes, drawn, ids[:, position])
-        if is_last:
+        if next_token is not None:
             _record(records, next_token, ids[:, position], writes, position)
         if eos_id is not None:
             ends = torch.where(writes & (drawn == eos_id), position + 1, ends)
@@ -207,7 +214,7 @@ def _draw(
     groups: ProcessGroupCollection,
     like: Tensor,
 ) -> Tensor:
-    """The drawn tokens [b] on every stage."""
+    """Draw the tokens [b] on the last stage, and send them to every stage."""
     tokens = torch.empty_like(like)
     if next_token is not None:
         tokens.copy_(choose(next_token.logits, uniforms(seeds, position), sampling))
@@ -223,10 +230,10 @@ def _record(records: list[Tensor], next_token: NextToken, tokens: Tensor, writes
 
 
 def sampling_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
-    """Logits [b, v] of the distribution that is drawn from: divided by the temperature, -inf for what is left out.
+    """Return the logits [b, v] of the distribution to draw from: divided by the temperature, -inf for what is left out.
 
-    top_k keeps the k likeliest ids (and those equal to the last of them), then top_p the fewest of the likeliest ids
-    whose probabilities reach p.
+    ``top_k`` keeps the k most probable ids (and those equal to the last of them), then ``top_p`` the fewest of the most
+    probable ids whose probabilities reach p.
     """
     if config.temperature not in (0.0, 1.0):
         logits = logits / config.temperature
@@ -241,7 +248,9 @@ def sampling_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
 
 
 def choose(logits: Tensor, draws: Tensor, config: SamplingConfig) -> Tensor:
-    """The next token of each sequence, int64 [b].
+    """Draw the next token of each sequence, int64 [b], by inversion of the cumulative distribution.
+
+    The token is the first, ids in ascending order, whose cumulative probability exceeds the draw.
 
     Args:
         logits: [b, v], or log-probabilities.

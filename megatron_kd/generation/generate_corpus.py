@@ -1,10 +1,10 @@
-"""``generate_corpus``: a model's own text as a chunk dataset, for sequence-level distillation (SeqKD).
+"""``generate_corpus``: generated text as a chunk dataset, for sequence-level distillation (SeqKD).
 
     torchrun --nproc-per-node 2 tools/generate_corpus.py data.path=CORPUS model.path=TEACHER output=GENERATED
 
 Each chunk's first ids, or its own prompt, are the prompt and the model samples the rest; with ``prompt: begin`` every
 text begins with one id alone, the model's BOS. Every text has a seed of its own, so the result depends on neither batch
-size nor layout. What is done is kept in ``<output>.partial``; a killed job resumes there and gives the same bytes.
+size nor layout. Finished parts are kept in ``<output>.partial``; a killed job resumes there and gives the same bytes.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class PromptDataConfig:
     """The ``data.*`` keys of generation."""
 
     path: str
-    """A chunk dataset: the prompts, and in any case the tokenizer."""
+    """A chunk dataset, which gives the prompts and the tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class GenerateCorpusConfig:
     output: str
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     prompt: Literal["chunk", "begin"] = "chunk"
-    """``begin``: every text starts from one id alone, the model's BOS, or the end-of-document id if it has none."""
+    """``chunk``: prompts from the dataset. ``begin``: every text starts from one id alone, the model's BOS, or the
+    end-of-document id if it has none."""
     prompt_length: int = 768
     """First ids of a chunk; a shorter chunk is its own prompt. A dataset with prompts of its own gives those."""
     response_length: int = 256
@@ -67,13 +68,13 @@ class GenerateCorpusConfig:
     num_texts: int | None = None
     """None means one for every chunk; needed with ``prompt: begin``."""
     stop_at_eos: bool = True
-    """False goes on with another document after the end of one, up to the length."""
+    """False continues with another document after the end of one, up to the length."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     seed: int = 10
     micro_batch_size: int = 16
 
     def validate(self) -> Iterator[str]:
-        """Faults in the values, one message each."""
+        """Yield one message for each fault in the values."""
         yield from self.parallel.context_parallel_faults("text is generated token by token")
         for name in ("prompt_length", "response_length", "micro_batch_size", "num_texts"):
             value = getattr(self, name)
@@ -148,7 +149,7 @@ def _prompt_source(config: GenerateCorpusConfig, dataset: ChunkDataset, bos_id: 
 
 
 def _check_positions(loaded: LoadedModel, prompts: PromptSource) -> None:
-    """Raise :class:`DataError` if a text can be longer than what the model was made for."""
+    """Raise :class:`DataError` if a text can be longer than the model's positions."""
     positions = loaded.info.architecture.max_position_embeddings
     if prompts.max_length > positions:
         raise DataError(
@@ -160,7 +161,7 @@ def _check_positions(loaded: LoadedModel, prompts: PromptSource) -> None:
 def _ingredients(
     config: GenerateCorpusConfig, dataset: ChunkDataset, fingerprint: str, prompts: PromptSource
 ) -> dict[str, Any]:
-    """All that the text depends on: neither layout nor batch size."""
+    """Return everything that the text depends on: neither layout nor batch size."""
     names = ("prompt", "prompt_length", "response_length", "stop_at_eos", "seed")
     return {
         "tool": "generate_corpus",

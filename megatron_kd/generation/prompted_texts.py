@@ -1,4 +1,4 @@
-"""Many texts with one model: prompts of a dataset, cut into micro-batches over the data-parallel ranks."""
+"""Texts for the prompts of a dataset, in micro-batches over the data-parallel ranks."""
 
 from dataclasses import dataclass
 from typing import Callable, Sequence
@@ -26,8 +26,10 @@ class Part:
 
 
 def prompts_of(dataset: ChunkDataset, chunks: np.ndarray, prompt_length: int) -> list[np.ndarray]:
-    """What each of ``chunks`` begins with: its own prompt in a dataset that has some, else its first ``prompt_length``
-    ids. A shorter chunk is its own prompt."""
+    """Return the prompt of each chunk: its own in a dataset that has some, else its first ``prompt_length`` ids.
+
+    A shorter chunk is its own prompt.
+    """
     own = dataset.prompt_lengths
     lengths = np.zeros(len(chunks), dtype=np.int64) if own is None else own[chunks]
     return [dataset[int(chunk)][: int(length) or prompt_length] for chunk, length in zip(chunks, lengths)]
@@ -39,10 +41,10 @@ class PromptSource:
 
     Attributes:
         dataset: text n starts as chunk n does.
-        num_texts: how many there are.
-        prompt_length: how many ids of a chunk without a prompt of its own.
+        num_texts: number of texts.
+        prompt_length: ids that a chunk without a prompt of its own gives.
         response_length: the most ids that follow.
-        first_id: what every text begins with instead; None begins with chunks.
+        first_id: the one id that every text begins with instead; None begins with chunks.
     """
 
     dataset: ChunkDataset
@@ -52,7 +54,7 @@ class PromptSource:
     first_id: int | None = None
 
     def prompts(self, numbers: np.ndarray) -> list[np.ndarray]:
-        """Ids of each, int64, at least one."""
+        """Return the ids of each, int64, at least one."""
         if self.first_id is not None:
             return [np.array([self.first_id])] * len(numbers)
         return prompts_of(self.dataset, numbers, self.prompt_length)
@@ -72,7 +74,7 @@ class PromptSource:
 
 @torch.no_grad()
 def generate_part(
-    chunks: Sequence[HiddenStateGPTModel],
+    model_chunks: Sequence[HiddenStateGPTModel],
     groups: ProcessGroupCollection,
     source: PromptSource,
     numbers: np.ndarray,
@@ -84,9 +86,12 @@ def generate_part(
     device: torch.device,
     on_texts: Callable[[int], object],
 ) -> Part:
-    """Texts ``numbers``, in this order, on every rank. Collective over the ranks that hold the model.
+    """Generate the texts ``numbers``, in this order, on every rank. Collective over the ranks that hold the model.
 
-    Each has ``response_length`` more ids than its prompt at most. Prompts of similar length are decoded together.
+    Each has at most ``response_length`` more ids than its prompt. Prompts of similar length are decoded together.
+
+    Args:
+        on_texts: told how many more texts are done, for progress.
     """
     prompts = source.prompts(numbers)
     lengths = np.array([len(prompt) for prompt in prompts])
@@ -96,7 +101,7 @@ def generate_part(
     for rows in batches[groups.dp.rank() :: groups.dp.size()]:
         longest = int(lengths[rows].max()) + source.response_length
         made = generate(
-            ModelPolicy(Decoder(chunks, groups, len(rows), longest)),
+            ModelPolicy(Decoder(model_chunks, groups, len(rows), longest)),
             [prompts[row] for row in rows],
             sequence_seeds(seed, "generate_corpus", numbers[rows]),
             max_length=longest,

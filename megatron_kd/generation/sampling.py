@@ -1,8 +1,4 @@
-"""From next-token logits to the next token: temperature, top-k, top-p, and inversion of the cumulative distribution.
-
-One uniform number a token, ids in ascending order: the token is the first whose cumulative probability exceeds the
-number. Shapes: b sequences, v ids. No collectives.
-"""
+"""The keys of how the next token is drawn: temperature, top-k, top-p. Importing this loads no torch."""
 
 from dataclasses import dataclass
 from typing import Iterator
@@ -13,13 +9,13 @@ class SamplingConfig:
     """How the next token is drawn."""
 
     temperature: float = 1.0
-    """0 takes the likeliest token."""
+    """0 takes the most probable token."""
     top_k: int = 0
-    """0 means all."""
+    """0 keeps all ids."""
     top_p: float = 1.0
 
     def validate(self) -> Iterator[str]:
-        """Faults in the values, one message each."""
+        """Yield one message for each fault in the values."""
         if self.temperature < 0:
             yield f"the sampling temperature must not be negative, not {self.temperature}"
         if self.top_k < 0:

@@ -7,6 +7,7 @@ can show the budget of the exact parameter count beside the paper's.
 from dataclasses import dataclass
 
 from megatron_kd.costs.flops import forward_flops, matched_steps, training_flops
+from megatron_kd.training.methods.method_table import METHODS
 
 NOMINAL = {
     "qwen_104m": 104_000_000,
@@ -47,7 +48,7 @@ def printed_steps(student: str, teacher: str, method: str) -> PrintedSteps | Non
     printed = PRINTED_STEPS.get(method, {}).get(student)
     if printed is None or teacher != "qwen_1.8b":
         return None
-    formula = matched_steps(BASELINE_STEPS, NOMINAL[student], NOMINAL[teacher], method)
+    formula = matched_steps(BASELINE_STEPS, NOMINAL[student], NOMINAL[teacher], METHODS[method].cost)
     return PrintedSteps(student, method, formula, printed)
 
 

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_kd.costs.flops import (
-    METHOD_FLOPS,
     difference_sampling_flops,
-    formula_text,
     forward_flops,
     matched_steps,
     training_flops,
@@ -31,6 +29,7 @@ from megatron_kd.planning.overheads import (
 from megatron_kd.planning.plan_config import PlanRunConfig
 from megatron_kd.planning.recommend import Recommendation, memory_limit, recommend
 from megatron_kd.planning.setting import RemoteBalance, Setting, remote_balance, setting_of
+from megatron_kd.training.methods.method_table import METHODS
 
 ID_BYTES, WIDE_ID_BYTES = 2, 4
 SMALLEST_WIDE_VOCABULARY = 65_500
@@ -215,15 +214,15 @@ def _budgets(config: PlanRunConfig, setting: Setting) -> Iterator[MethodBudget]:
     steps = config.plan.baseline_steps or config.training.train_iters
     student = setting.student.parameters
     teacher = setting.teacher.parameters if setting.teacher else 0
-    for method, (_, teacher_factor) in METHOD_FLOPS.items():
-        if teacher_factor and not teacher:
+    for method in METHODS.values():
+        if method.needs_teacher and not teacher:
             continue
         yield MethodBudget(
-            method=method,
-            formula=formula_text(method),
-            flops_per_token=training_flops(student, 1, method, teacher),
-            steps=matched_steps(steps, student, teacher, method),
-            paper=paper.printed_steps(config.model.name, str(config.plan.teacher), method),
+            method=method.name,
+            formula=str(method.cost),
+            flops_per_token=training_flops(student, 1, method.cost, teacher),
+            steps=matched_steps(steps, student, teacher, method.cost),
+            paper=paper.printed_steps(config.model.name, str(config.plan.teacher), method.name),
         )
 
 

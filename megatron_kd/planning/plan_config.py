@@ -10,6 +10,7 @@ from megatron_kd.costs.gpus import PlanConfig
 from megatron_kd.models.architecture import ARCHITECTURES
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.teachers.teacher_config import TeacherConfig
+from megatron_kd.training.methods.method_table import METHODS
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ class PlannedDistillation:
     READS_A_PART: ClassVar[bool] = True
     method: str = "none"
     loss: PlannedLoss = field(default_factory=PlannedLoss)
+
+    def validate(self) -> Iterator[str]:
+        """Yield one message per invalid value."""
+        if self.method not in METHODS:
+            yield f"'distillation.method' must be one of {', '.join(METHODS)}, not {self.method!r}"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from megatron_kd.costs.memory import RankMemory
 from megatron_kd.planning.plan import Plan, make_plan
 from megatron_kd.planning.plan_config import PlanRunConfig
 from megatron_kd.planning.recommend import Candidate
+from megatron_kd.training.methods.method_table import METHODS
 
 PARTS = {
     "weights": "weights",
@@ -26,8 +27,6 @@ PARTS = {
     "teacher_weights": "teacher's weights",
     "teacher_activations": "teacher's activations and hidden states",
 }
-GENERATING_METHODS = ("gkd", "distillm")
-"""Methods whose share of steps on generated text depends on settings and on the run."""
 SAME_COST = "also miniplm, seqkd"
 """Methods that train like plain pre-training on a corpus made before: their cost is offline."""
 UNITS = ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -117,10 +116,12 @@ def _budgets(plan: Plan) -> list[str]:
     ]
     lines = table(columns, rows)
     lines.append("N_s, N_t: all parameters of student and teacher; per token a forward pass is 2 N, with backward 6 N")
-    if any(b.method in GENERATING_METHODS for b in plan.budgets):
-        names = ", ".join(b.method for b in plan.budgets if b.method in GENERATING_METHODS)
+    planned = [METHODS[b.method] for b in plan.budgets]
+    uncounted = [method.name for method in planned if method.generates_text and not method.cost.student_rollout]
+    if uncounted:
         lines.append(
-            f"{names}: not counting text generated while training, 2 N per token of the model that generates it"
+            f"{', '.join(uncounted)}: not counting text generated while training, 2 N per token of the model that "
+            "generates it"
         )
     return lines
 

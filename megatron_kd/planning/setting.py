@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_kd.costs.flops import FORWARD_FLOPS_PER_PARAMETER, METHOD_FLOPS, training_flops
+from megatron_kd.costs.flops import FORWARD_FLOPS_PER_PARAMETER, PRETRAINING, MethodCost, training_flops
 from megatron_kd.costs.memory import PlacedTeacher, teacher_layout
 from megatron_kd.errors import ConfigError, LayoutError
 from megatron_kd.models.architecture import ModelArchitecture, architecture_by_name
@@ -11,6 +11,7 @@ from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_kd.planning.overheads import teacher_head_flops
 from megatron_kd.planning.plan_config import PlanRunConfig
 from megatron_kd.teachers.teacher_config import NO_TEACHER
+from megatron_kd.training.methods.method_table import METHODS
 
 TOY_VOCABULARY = 512
 
@@ -21,7 +22,7 @@ class Setting:
 
     Attributes:
         teacher: the architecture of ``plan.teacher``, whether it runs or not.
-        method: the method by which the run's FLOPs are counted; ``none`` where teacher targets come from a cache.
+        cost: FLOPs of the training method; those of pre-training where teacher targets come from a cache.
         placed: the teacher, if it runs while the student trains; otherwise None.
         layout: the student's.
         sizes: precision, micro_batch_size, seq_length, micro_batches.
@@ -31,7 +32,7 @@ class Setting:
     student: ModelArchitecture
     teacher: ModelArchitecture | None
     reference: ModelArchitecture
-    method: str
+    cost: MethodCost
     placed: PlacedTeacher | None
     layout: ParallelLayout
     sizes: dict[str, Any]
@@ -46,7 +47,7 @@ class Setting:
     def flops_per_token(self) -> int:
         """FLOPs of training on one token, the teacher's forward pass counted."""
         parameters = self.placed.architecture.parameters if self.placed is not None else 0
-        return training_flops(self.student.parameters, 1, self.method, parameters)
+        return training_flops(self.student.parameters, 1, self.cost, parameters)
 
     @property
     def head_share(self) -> float:
@@ -87,8 +88,8 @@ def setting_of(config: PlanRunConfig) -> Setting:
     """
     student = _architecture(config.model.name)
     teacher = _architecture(config.plan.teacher) if config.plan.teacher is not None else None
-    method = _method_with_formula(config, teacher)
-    runs = method != "none"
+    cost = _cost(config, teacher)
+    runs = cost.teacher > 0
     remote_ranks = config.teacher.own_ranks if runs else 0
     if remote_ranks >= config.plan.num_gpus:
         raise LayoutError(
@@ -112,7 +113,7 @@ def setting_of(config: PlanRunConfig) -> Setting:
         student,
         teacher,
         _architecture(config.plan.reference),
-        method,
+        cost,
         placed,
         layout,
         sizes,
@@ -139,17 +140,13 @@ def _architecture(name: str) -> ModelArchitecture:
     return architecture_by_name(name).with_vocab_size(TOY_VOCABULARY)
 
 
-def _method_with_formula(config: PlanRunConfig, teacher: ModelArchitecture | None) -> str:
-    """Return the method whose formula counts the run's FLOPs; a cached teacher costs nothing while training."""
-    method = config.distillation.method
-    if method not in METHOD_FLOPS:
-        raise ConfigError(
-            f"distillation.method '{method}' has no cost formula; choose one of {', '.join(METHOD_FLOPS)}"
-        )
-    if METHOD_FLOPS[method][1] and teacher is None:
-        raise ConfigError(f"distillation.method '{method}' runs a teacher: name its architecture in plan.teacher")
+def _cost(config: PlanRunConfig, teacher: ModelArchitecture | None) -> MethodCost:
+    """Return the cost of the run's method; a cached teacher costs nothing while training."""
+    method = METHODS[config.distillation.method]
+    if method.needs_teacher and teacher is None:
+        raise ConfigError(f"distillation.method '{method.name}' runs a teacher: name its architecture in plan.teacher")
     costs_nothing = config.teacher.placement != NO_TEACHER and not config.teacher.runs_a_model
-    return "none" if costs_nothing else method
+    return PRETRAINING if costs_nothing else method.cost
 
 
 def _place(

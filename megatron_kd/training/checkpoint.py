@@ -3,7 +3,7 @@
     <run>/checkpoints/step_<n>/    Megatron-Core's torch_dist files, manifest.json, checksums.json
     <run>/checkpoints/latest       the name of the newest whole checkpoint
 
-How one is written: ``checkpoint_writer.py``.
+``checkpoints/checkpoint_writer.py`` writes them.
 """
 
 import dataclasses
@@ -12,16 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_kd.artefacts.artefact_folder import write_file
 from megatron_kd.artefacts.checksums import Checksums
 from megatron_kd.checkpoints.checkpoint_writer import (
-    CheckpointWriter,
     Describe,
-    Retention,
     write_checkpoint_manifest,
 )
 from megatron_kd.checkpoints.sharded_state import sharded_weights, sharding_metadata
@@ -43,7 +41,7 @@ logger = logging.getLogger(__name__)
 class Progress:
     """How far a run has come: everything beside weights and optimizer state that a resumed run needs.
 
-    The order of chunks is a pure function of the seed and the position.
+    The order of chunks is a pure function of the seed and the position, so it is not part of it.
     """
 
     step: int = 0
@@ -53,7 +51,7 @@ class Progress:
 
     @property
     def position(self) -> int:
-        """The next global batch, counted from the start of the run: skipped ones count."""
+        """Number of the next global batch, counted from the start of the run; skipped ones count."""
         return self.step + self.faults.skipped_batches
 
     def to_mapping(self) -> dict[str, Any]:
@@ -69,54 +67,31 @@ class Progress:
         return cls(faults=FaultHistory.from_mapping(values.pop("incidents", None)), **values)
 
 
-def save_checkpoint(
-    checkpoints: Path,
-    progress: Progress,
-    model: Sequence[torch.nn.Module],
+def load_checkpoint(
+    info: CheckpointInfo,
+    model: Sequence[DistributedDataParallel],
     optimizer: ChainedOptimizer,
     groups: ProcessGroupCollection,
-    *,
-    architecture: ModelArchitecture,
-    about: Mapping[str, Any],
-    keep: int | None = None,
-) -> Path:
-    """Write ``step_<n>`` and point ``latest`` at it. Collective over the world.
-
-    Args:
-        about: JSON values for the manifest (tokenizer, dataset, configuration, layout).
-        keep: how many of the newest checkpoints remain; None keeps all.
-
-    Raises:
-        UserError: rank 0 could not write (a full disk, say); the previous checkpoint is untouched.
-    """
-    writer = CheckpointWriter(checkpoints, Retention(keep))
-    state = training_state(model, optimizer, groups, is_loading=False)
-    writer.begin(progress.step, state, description(progress, architecture, about))
-    return writer.finish()
-
-
-def load_checkpoint(
-    info: CheckpointInfo, model: Sequence[torch.nn.Module], optimizer: ChainedOptimizer, groups: ProcessGroupCollection
 ) -> Progress:
     """Fill model and optimizer from a checkpoint of any layout. Collective over the world.
 
     Args:
-        info: as :func:`newest_whole_checkpoint` gives it, its checksums compared.
+        info: what :func:`newest_whole_checkpoint` returned, its checksums compared.
 
     Raises:
-        CheckpointError: it is of another model.
+        CheckpointError: it was made with another model.
     """
     loaded = load_sharded_state(training_state(model, optimizer, groups, is_loading=True), info.path)
-    for i, chunk in enumerate(model):
-        chunk.module.load_state_dict(loaded[f"model{i}"], strict=False)
+    for i, model_chunk in enumerate(model):
+        model_chunk.module.load_state_dict(loaded[f"model{i}"], strict=False)
     optimizer.load_state_dict(loaded["optimizer"])
     return Progress.from_manifest(info.manifest)
 
 
 def newest_whole_checkpoint(checkpoints: Path) -> CheckpointInfo | None:
-    """The newest checkpoint that passes its checksums. Collective over the world; rank 0 reads the files.
+    """Return the newest checkpoint that passes its checksums. Collective over the world; rank 0 reads the files.
 
-    Newer ones that are damaged are passed over, each with a line on stderr.
+    Newer ones that are damaged are skipped, each with a line on stderr. None if there is no checkpoint.
 
     Raises:
         CheckpointError: there are checkpoints and all are damaged.
@@ -126,10 +101,16 @@ def newest_whole_checkpoint(checkpoints: Path) -> CheckpointInfo | None:
 
 
 def training_state(
-    model: Sequence[torch.nn.Module], optimizer: ChainedOptimizer, groups: ProcessGroupCollection, *, is_loading: bool
+    model: Sequence[DistributedDataParallel],
+    optimizer: ChainedOptimizer,
+    groups: ProcessGroupCollection,
+    *,
+    is_loading: bool,
 ) -> dict[str, Any]:
-    """Megatron-Core's sharded state of DDP-wrapped chunks and their optimizer."""
-    state: dict[str, Any] = {f"model{i}": sharded_weights(chunk.module, groups) for i, chunk in enumerate(model)}
+    """Return Megatron-Core's sharded state of DDP-wrapped model chunks and their optimizer."""
+    state: dict[str, Any] = {
+        f"model{i}": sharded_weights(model_chunk.module, groups) for i, model_chunk in enumerate(model)
+    }
     weights = dict(state) if len(model) > 1 else state["model0"]
     state["optimizer"] = optimizer.sharded_state_dict(
         weights, is_loading=is_loading, metadata=sharding_metadata(groups)
@@ -146,7 +127,7 @@ def _find_whole(checkpoints: Path) -> Path | None:
             faults.append(str(error))
             continue
         for fault in faults:
-            logger.info(f"a damaged checkpoint is passed over, going on from {folder.name}: {fault}")
+            logger.info(f"skipping a damaged checkpoint, resuming from {folder.name}: {fault}")
         return folder
     if faults:
         raise CheckpointError(f"{checkpoints}: no whole checkpoint is left: {'; '.join(faults)}")
@@ -159,7 +140,12 @@ def description(
     about: Mapping[str, Any],
     files: Mapping[str, bytes] | None = None,
 ) -> Describe:
-    """What writes the manifest of a training checkpoint, and further small ``files``, name -> contents, before it."""
+    """Return a function that writes the manifest of a training checkpoint.
+
+    Args:
+        about: JSON values for the manifest (tokenizer, dataset, configuration, layout).
+        files: further small files, name -> contents, written before it.
+    """
 
     def describe(folder: Path, checksums: Checksums) -> str | None:
         try:

@@ -1,15 +1,18 @@
-"""What is minimised: the ``distillation.*`` keys, and the loss of one micro-batch as Megatron-Core's schedules want it.
+"""What is minimized: the objective of a configuration, and the loss of one micro-batch as Megatron-Core's schedules
+want it.
 
-Losses are sums with their counts; the one division happens in ``finalize_model_grads`` for the gradients and in
+Losses are sums with their counts. The one division happens in ``finalize_model_grads`` for the gradients and in
 ``train_step`` for the log, by the same number: the unmasked tokens (``loss_reduction`` token) or the sequences
-(``sequence``: the paper's mean of per-sequence means) of the global batch.
+(``sequence``: the mean over sequences of each one's mean, as in the MiniPLM paper) of the global batch.
 """
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, Mapping, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -21,18 +24,19 @@ from megatron_kd.losses.types import DenseKnowledge, DistillationObjective, Loss
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import own_positions
 from megatron_kd.teachers.interface import Teacher
-from megatron_kd.training.distillation_config import METHOD_DEFAULTS, DistillationConfig, LossConfig, LossReduction
+from megatron_kd.training.distillation_config import DistillationConfig, LossConfig
+from megatron_kd.training.methods.method_table import METHODS
+from megatron_kd.training.train_config import LossReduction
 
 Knowledge = DenseKnowledge | SparseKnowledge
 REPORTED_SUMS = ("loss", "lm", "kd", "teacher_entropy", "tokens", "count")
 
 
 def build_objective(config: DistillationConfig) -> DistillationObjective:
-    """The weights and the divergence of a configuration; of MiniLLM, those of its pre-training loss."""
-    if config.method == "none":
+    """Build the weights and the divergence of a configuration; in MiniLLM those of its pre-training loss."""
+    if not METHODS[config.method].needs_teacher:
         return DistillationObjective(lm_weight=1.0, kd_weight=0.0)
-    ratio, name = METHOD_DEFAULTS.get(config.method, (0.0, "forward_kl"))
-    ratio, name = ratio if config.kd_ratio is None else config.kd_ratio, config.divergence or name
+    ratio, name = config.resolved_kd_ratio, config.resolved_divergence
     if name == "jsd" and config.beta in (0.0, 1.0):
         name = "forward_kl" if config.beta == 0 else "reverse_kl"
     return DistillationObjective(
@@ -42,11 +46,6 @@ def build_objective(config: DistillationConfig) -> DistillationObjective:
         temperature_squared=config.temperature_squared,
         divergence=divergence_from_config(name, beta=config.beta, skew_alpha=config.skew_alpha),
     )
-
-
-def pretraining_uses_teacher(config: DistillationConfig) -> bool:
-    """Whether the pre-training loss beside generated text has a distillation term: in MiniLLM, with a ``kd_ratio``."""
-    return config.method == "minillm" and config.pretraining_weight > 0 and build_objective(config).kd_weight > 0
 
 
 class FusedLoss:
@@ -94,18 +93,21 @@ class FusedLoss:
 
 @dataclass(frozen=True)
 class LossSums:
-    """What one micro-batch adds to a step."""
+    """What one micro-batch adds to a step.
+
+    Attributes:
+        loss: differentiable sum over the micro-batch, 0-d, nats.
+        count: what it adds to the number by which the step's loss is divided, 0-d.
+        reported: detached sums for the log, by name, 0-d.
+    """
 
     loss: Tensor
-    """Differentiable sum over the micro-batch, 0-d, nats."""
     count: Tensor
-    """What it adds to the number by which the step's loss is divided, 0-d."""
     reported: dict[str, Tensor]
-    """Detached sums for the log, by name, 0-d."""
 
 
 class BatchLoss(Protocol):
-    """The loss of the micro-batches of one role."""
+    """The loss of the micro-batches of one role (:attr:`Batch.role`)."""
 
     @property
     def uses_teacher(self) -> bool:
@@ -113,7 +115,10 @@ class BatchLoss(Protocol):
 
     @property
     def extra(self) -> tuple[str, ...]:
-        """Names of sums that are reported beside the usual ones."""
+        """Names of sums that are reported beside :data:`REPORTED_SUMS`."""
+
+    def count(self, batch: Batch) -> Tensor:
+        """Return what a micro-batch adds to the number by which the step's loss is divided, 0-d."""
 
     def __call__(
         self, batch: Batch, model: HiddenStateGPTModel, hidden: Tensor, knowledge: Knowledge | None
@@ -122,7 +127,9 @@ class BatchLoss(Protocol):
 
 
 class DistillationLoss:
-    """(1 - kd_ratio) · LM + kd_ratio · divergence: the loss of all methods but MiniLLM."""
+    """(1 - kd_ratio) · LM + kd_ratio · divergence: the loss of pre-training and of all methods but MiniLLM."""
+
+    uses_teacher = True
 
     def __init__(
         self,
@@ -130,12 +137,14 @@ class DistillationLoss:
         fused: FusedLoss,
         reduction: LossReduction,
         *,
-        uses_teacher: bool = True,
         reports_tail_mass: bool = False,
     ) -> None:
         self._objective, self._fused, self._reduction = objective, fused, reduction
-        self.uses_teacher = uses_teacher
-        self.extra = ("tail_mass",) if reports_tail_mass else ()
+        self.extra: tuple[str, ...] = ("tail_mass",) if reports_tail_mass else ()
+
+    def count(self, batch: Batch) -> Tensor:
+        """See :class:`BatchLoss`."""
+        return token_weights(batch, self._reduction, self._fused.groups.cp)[1]
 
     def __call__(
         self, batch: Batch, model: HiddenStateGPTModel, hidden: Tensor, knowledge: Knowledge | None
@@ -160,29 +169,25 @@ class MicroBatchLoss:
 
     Args:
         losses: role of a micro-batch -> its loss; ``main`` is that of batches without a payload.
-        unwrap: gives the model inside DDP.
     """
 
-    def __init__(
-        self,
-        losses: Mapping[str, BatchLoss],
-        teacher: Teacher | None,
-        unwrap: Callable[[torch.nn.Module], HiddenStateGPTModel],
-    ):
-        self._losses, self._teacher, self._unwrap = losses, teacher, unwrap
+    def __init__(self, losses: Mapping[str, BatchLoss], teacher: Teacher | None):
+        self._losses, self._teacher = losses, teacher
         self.extra = tuple(name for loss in losses.values() for name in loss.extra)
         """Names of sums that are reported beside the usual ones."""
         self.reported = (*REPORTED_SUMS, *self.extra)
         """Names of all reported sums, in order."""
 
-    def __call__(self, batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        """Forward one micro-batch through ``chunk``; the second value computes the loss on the last stage."""
+    def __call__(
+        self, batches: Iterator[Batch], model_chunk: torch.nn.Module
+    ) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        """Forward one micro-batch through ``model_chunk``; the second value computes the loss on the last stage."""
         batch = next(batches)
-        model = self._unwrap(chunk)
+        model = unwrap(model_chunk)
         knowledge = None
         if self._teacher is not None and model.post_process and self.needs_knowledge(batch):
             knowledge = self._teacher.knowledge(batch)
-        hidden = chunk(batch.tokens, batch.position_ids, None)
+        hidden = model_chunk(batch.tokens, batch.position_ids, None)
 
         def loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             sums = self._losses[batch.role](batch, model, output, knowledge)
@@ -198,24 +203,28 @@ class MicroBatchLoss:
         return self._losses[batch.role].uses_teacher
 
 
+def unwrap(model_chunk: torch.nn.Module) -> HiddenStateGPTModel:
+    """Return the model inside DDP."""
+    inner = model_chunk.module if isinstance(model_chunk, DistributedDataParallel) else model_chunk
+    return cast(HiddenStateGPTModel, inner)
+
+
 def sequence_major(values: Tensor, context_group: dist.ProcessGroup | None = None) -> Tensor:
-    """[b, s] -> [s · b], the order of Megatron-Core's hidden states; of a context-parallel rank its own positions."""
+    """[b, s] -> [s · b], the order of Megatron-Core's hidden states; on a context-parallel rank its own positions."""
     return own_positions(values, context_group, 1).transpose(0, 1).reshape(-1)
 
 
 def token_weights(
     batch: Batch, reduction: LossReduction, context_group: dist.ProcessGroup | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Weight of every token [s · b] of this rank, and what it adds to the number by which the weighted losses of all
-    ranks are divided (0-d)."""
+    """Return the weight of every token [s · b] of this rank, and its part of the divisor (0-d).
+
+    The weighted losses of all ranks are divided by the sum of those parts.
+    """
     if reduction == "token":
         weights = sequence_major(batch.loss_mask, context_group)
         return weights, (weights > 0).sum()
     lengths = batch.loss_mask.sum(dim=1, keepdim=True)
     weights = sequence_major(batch.loss_mask / lengths.clamp(min=1.0), context_group)
     is_first = context_group is None or context_group.rank() == 0  # the ranks of a group have the same sequences
-    return weights, _sequences(batch) * is_first
-
-
-def _sequences(batch: Batch) -> Tensor:
-    return (batch.loss_mask.sum(dim=1) > 0).sum()
+    return weights, (lengths > 0).sum() * is_first

@@ -5,9 +5,11 @@ the latter is fixed in ``parallel/mcore_patches/remedies.py``.
 """
 
 import math
-from typing import Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
@@ -18,9 +20,9 @@ from megatron_kd.training.train_config import OptimizerConfig
 
 
 def build_optimizer(
-    config: OptimizerConfig, model: Sequence[torch.nn.Module], groups: ProcessGroupCollection, *, bf16: bool
+    config: OptimizerConfig, model: Sequence[DistributedDataParallel], groups: ProcessGroupCollection, *, bf16: bool
 ) -> ChainedOptimizer:
-    """Megatron-Core's distributed optimizer over DDP-wrapped model chunks; fp32 master weights under bf16."""
+    """Build Megatron-Core's distributed optimizer over DDP-wrapped model chunks; fp32 master weights under bf16."""
     settings = MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -35,7 +37,7 @@ def build_optimizer(
         use_distributed_optimizer=True,
         overlap_param_gather=model[0].ddp_config.overlap_param_gather,
     )
-    overrides = {} if config.weight_decay_on_norms_and_biases else None
+    overrides: dict[Any, Any] | None = {} if config.weight_decay_on_norms_and_biases else None
     optimizer = get_megatron_optimizer(
         settings, list(model), config_overrides=overrides, use_gloo_process_groups=False, pg_collection=groups
     )
@@ -44,13 +46,13 @@ def build_optimizer(
 
 
 def set_learning_rate(optimizer: ChainedOptimizer, rate: float) -> None:
-    """The same rate for every parameter."""
+    """Set the same rate for every parameter."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
 def learning_rate(step: int, config: OptimizerConfig, train_iters: int) -> float:
-    """The rate of ``step`` (from 0): linear warm-up from 0, then half a cosine down to ``min_lr``.
+    """Return the rate of ``step`` (from 0): linear warm-up from 0, then half a cosine down to ``min_lr``.
 
     Source: MiniPLM's schedule; the first step of a warm-up has rate 0.
     """

@@ -1,8 +1,7 @@
-"""Whether a run fits into its devices, by arithmetic, before anything is built: bytes of a rank in steady state.
+"""Checks before anything is built: whether a run fits into its devices, and which accelerated parts it uses.
 
-The numbers are ``plan_run``'s (costs/memory.py).
-
-Optional accelerated parts: which are installed, which a run uses, which no recorded GPU run has tried yet.
+Memory is a rank's bytes in steady state, by the arithmetic of ``plan_run`` (costs/memory.py). Of the optional
+accelerated parts it says which are installed, which a run uses, and which no recorded GPU run has tried yet.
 """
 
 import dataclasses
@@ -27,62 +26,45 @@ from megatron_kd.errors import ConfigError
 from megatron_kd.losses.triton_path import use_triton
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.parallel.layout import ParallelLayout
-from megatron_kd.training.train_config import TrainConfig
+from megatron_kd.training.training_run import TrainingRun
 
-_OF_THE_STUDENT = (
+_STUDENT_REMEDY = (
     "more tensor or pipeline parallelism, a smaller training.micro_batch_size, or another teacher.placement"
 )
-_OF_THE_TEACHER = (
+_TEACHER_REMEDY = (
     "a larger teacher.tensor_model_parallel_size or teacher.pipeline_model_parallel_size (and teacher.num_ranks), "
     "or a smaller training.micro_batch_size"
 )
 USABLE = 0.95  # of a device: the rest is the context and what the allocator cannot use
 
 
-def check_memory(
-    config: TrainConfig,
-    architecture: ModelArchitecture,
-    layout: ParallelLayout,
-    teacher: ModelArchitecture | None,
-    seq_length: int,
-    device: torch.device,
-) -> None:
-    """Refuse a run that cannot fit.
-
-    Args:
-        layout: the student's.
-        teacher: of a teacher that runs; None without one.
+def check_memory(run: TrainingRun) -> None:
+    """Refuse a run that cannot fit into the student's ranks.
 
     Raises:
         ConfigError: a stage needs more than a device has; the message holds every part in MB.
     """
-    limit = device_bytes(device) * USABLE
-    for rank in range(layout.world_size):
-        stage = layout.coordinates(rank).pipeline
-        need = rank_memory(config, architecture, layout, rank, teacher, seq_length, device.type)
-        _refuse_if_above(limit, need, f"rank {rank} (pipeline stage {stage})", _OF_THE_STUDENT)
+    limit = device_bytes(run.device) * USABLE
+    for rank in range(run.layout.world_size):
+        stage = run.layout.coordinates(rank).pipeline
+        need = rank_memory(run, rank, run.device.type)
+        _refuse_if_above(limit, need, f"rank {rank} (pipeline stage {stage})", _STUDENT_REMEDY)
 
 
-def check_teacher_ranks(
-    config: TrainConfig,
-    layout: ParallelLayout,
-    teacher: ModelArchitecture,
-    seq_length: int,
-    device: torch.device,
-) -> None:
+def check_teacher_ranks(run: TrainingRun, layout: ParallelLayout, teacher: ModelArchitecture) -> None:
     """Refuse a remote teacher that cannot fit into its ranks.
 
     Args:
         layout: the teacher's own, over its ranks.
 
     Raises:
-        ConfigError: as :func:`check_memory`.
+        ConfigError: a stage needs more than a device has; the message holds every part in MB.
     """
-    limit = device_bytes(device) * USABLE
+    limit = device_bytes(run.device) * USABLE
     for rank in range(layout.world_size):
         stage = layout.coordinates(rank).pipeline
-        need = teacher_rank_memory(config, layout, rank, teacher, seq_length)
-        _refuse_if_above(limit, need, f"teacher rank {rank} (pipeline stage {stage})", _OF_THE_TEACHER)
+        need = teacher_rank_memory(run, layout, rank, teacher)
+        _refuse_if_above(limit, need, f"teacher rank {rank} (pipeline stage {stage})", _TEACHER_REMEDY)
 
 
 def _refuse_if_above(limit: float, need: RankMemory, who: str, remedy: str) -> None:
@@ -98,22 +80,14 @@ def _refuse_if_above(limit: float, need: RankMemory, who: str, remedy: str) -> N
     )
 
 
-def rank_memory(
-    config: TrainConfig,
-    architecture: ModelArchitecture,
-    layout: ParallelLayout,
-    rank: int,
-    teacher: ModelArchitecture | None,
-    seq_length: int,
-    device: str,
-) -> RankMemory:
-    """Bytes on one of the student's ranks, by part."""
-    settings, stage = config.training, layout.coordinates(rank).pipeline
-    of_a_batch = _sizes(config, seq_length)
-    sizes = of_a_batch | {"micro_batches": layout.micro_batches(settings.global_batch_size, settings.micro_batch_size)}
+def rank_memory(run: TrainingRun, rank: int, device: str) -> RankMemory:
+    """Return the bytes on one of the student's ranks, by part, on a ``device`` of this type."""
+    config, layout, teacher = run.config, run.layout, run.teacher_architecture
+    stage, batch = layout.coordinates(rank).pipeline, _batch_sizes(run)
+    sizes = batch | {"micro_batches": run.micro_batches}
     dense = teacher is not None and not config.teacher.gives_sparse_knowledge
     student = student_memory(
-        architecture, layout, stage, layers=layout.stage_layers(architecture.num_layers),
+        run.architecture, layout, stage, layers=layout.stage_layers(run.architecture.num_layers),
         models_in_loss=2 if dense else 1, fused=device == "cuda", device=device,
         loss_tile_budget=config.distillation.loss.tile_bytes, **sizes
     )  # fmt: skip
@@ -125,35 +99,33 @@ def rank_memory(
         own = ParallelLayout(tensor, pipeline, 1, max(1, layout.world_size // (tensor * pipeline)))
         stash = config.teacher.stash_megabytes << 20
         return student + teacher_memory(teacher, layout, own, rank, stash_bytes=stash, **sizes)
-    placed = _remote(config, layout, teacher)
-    return student + received_memory(architecture, layout, stage, placed, **of_a_batch)
+    placed = _remote(run, layout, teacher)
+    return student + received_memory(run.architecture, layout, stage, placed, **batch)
 
 
-def teacher_rank_memory(
-    config: TrainConfig, layout: ParallelLayout, rank: int, teacher: ModelArchitecture, seq_length: int
-) -> RankMemory:
-    """Bytes on one of a remote teacher's ranks, whose layout is ``layout``."""
-    return remote_rank_memory(_remote(config, layout, teacher), rank, **_sizes(config, seq_length))
+def teacher_rank_memory(run: TrainingRun, layout: ParallelLayout, rank: int, teacher: ModelArchitecture) -> RankMemory:
+    """Return the bytes on one of a remote teacher's ranks, whose layout is ``layout``."""
+    return remote_rank_memory(_remote(run, layout, teacher), rank, **_batch_sizes(run))
 
 
-def _sizes(config: TrainConfig, seq_length: int) -> dict[str, Any]:
-    settings = config.training
+def _batch_sizes(run: TrainingRun) -> dict[str, Any]:
+    training = run.config.training
     return {
-        "precision": settings.precision,
-        "micro_batch_size": settings.micro_batch_size,
-        "seq_length": seq_length,
+        "precision": training.precision,
+        "micro_batch_size": training.micro_batch_size,
+        "seq_length": run.seq_length,
     }
 
 
-def _remote(config: TrainConfig, layout: ParallelLayout, teacher: ModelArchitecture) -> PlacedTeacher:
+def _remote(run: TrainingRun, layout: ParallelLayout, teacher: ModelArchitecture) -> PlacedTeacher:
+    keys = run.config.teacher
     return PlacedTeacher(
-        teacher, layout, is_remote=True, payload_ids=config.teacher.payload_ids,
-        prefetch_depth=config.teacher.prefetch_depth,
-    )  # fmt: skip
+        teacher, layout, is_remote=True, payload_ids=keys.payload_ids, prefetch_depth=keys.prefetch_depth
+    )
 
 
 def device_bytes(device: torch.device) -> float:
-    """Memory of a rank's device; of a CPU, this rank's share of what its host has available."""
+    """Return the memory of a rank's device; on a CPU, this rank's share of what its host has available."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
@@ -175,7 +147,11 @@ class Part:
 
 
 def optional_parts(spec: Literal["te", "local"], device: torch.device, loss_backend: str = "auto") -> list[Part]:
-    """Transformer Engine, a FusedAdam, Triton, as a run on ``device`` with ``distillation.loss.backend`` finds them."""
+    """Return Transformer Engine, a FusedAdam and Triton, as a run on ``device`` finds them.
+
+    Args:
+        loss_backend: ``distillation.loss.backend``.
+    """
     picks_triton = device.type == "cuda" and loss_backend == "auto" and use_triton("auto", device)
     library = megatron_optimizer.Adam.__module__.split(".")[0]
     is_fused = library in ("transformer_engine", "apex")
@@ -187,15 +163,15 @@ def optional_parts(spec: Literal["te", "local"], device: torch.device, loss_back
 
 
 def chosen(spec: Literal["te", "local"], parts: list[Part]) -> str:
-    """What computes layers, updates and losses, in a few words."""
+    """Say in a few words what computes layers, updates and losses."""
     _, adam, triton = parts
     return f"{spec} layers, {adam.name if adam.is_used else 'AdamW of torch'}, losses in {_losses(triton)}"
 
 
 def notice(parts: list[Part], device: torch.device) -> str | None:
-    """One line: which of them are in use or only installed, and which have no recorded run; None if it says nothing.
+    """Return one line on which parts are in use or only installed, and which have no recorded run.
 
-    On a CPU a part that is installed and not in use is no choice, and not named.
+    None if all have one. On a CPU a part that is installed and not in use is no choice, and not named.
     """
     named = [part for part in parts if part.is_used or (part.is_installed and device.type == "cuda")]
     untried = [part.name for part in named if part.name not in RECORDED]

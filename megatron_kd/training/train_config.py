@@ -4,15 +4,18 @@ Importing this loads neither torch nor Megatron-Core, so a misspelt key is refus
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Iterator, Mapping
+from typing import ClassVar, Iterator, Literal, Mapping
 
 from megatron_kd.costs.gpus import PlanConfig
 from megatron_kd.metrics.sinks import MetricsConfig
 from megatron_kd.models.architecture import ModelConfig, Precision
 from megatron_kd.parallel.layout import ParallelConfig
-from megatron_kd.teachers.teacher_config import TeacherConfig
-from megatron_kd.training.distillation_config import METHODS_WITH_TEXT, DistillationConfig, LossReduction
+from megatron_kd.teachers.teacher_config import NO_TEACHER, TeacherConfig
+from megatron_kd.training.distillation_config import DistillationConfig
 from megatron_kd.training.fault_tolerance import FaultToleranceConfig
+from megatron_kd.training.methods.method_table import METHODS, Method
+
+LossReduction = Literal["token", "sequence"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class TrainingConfig:
     micro_batch_size: int = 8
     seed: int = 10
     loss_reduction: LossReduction = "token"
+    """``token``: mean over the unmasked tokens of the global batch. ``sequence``: the MiniPLM paper's, mean over its
+    sequences of each one's mean."""
     precision: Precision = "fp32"
     eval_interval: int | None = None
     """None evaluates at the end only (where ``data.eval_path`` is given)."""
@@ -55,12 +60,12 @@ class TrainingConfig:
     keep_every: int | None = None
     """Checkpoints whose step is a multiple of this remain for good."""
     async_save: bool = True
-    """Checkpoints are copied and written while training goes on; the last one is waited for."""
+    """Copy and write checkpoints while training continues; the last one is waited for."""
     allow_other_data: bool = False
-    """Go on from a checkpoint that was made with another dataset."""
+    """Resume from a checkpoint that was made with another dataset."""
 
     def validate(self) -> Iterator[str]:
-        """Faults in the values, one message each."""
+        """Yield one message for each fault in the values."""
         for name in (
             "train_iters",
             "global_batch_size",
@@ -93,7 +98,7 @@ class OptimizerConfig:
     """Largest norm of the gradient; 0 turns clipping off."""
 
     def validate(self) -> Iterator[str]:
-        """Faults in the values, one message each."""
+        """Yield one message for each fault in the values."""
         if self.lr <= 0:
             yield f"'optimizer.lr' must be above 0, not {self.lr}"
         if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
@@ -126,69 +131,52 @@ class TrainConfig:
     """Read by ``plan_run`` alone."""
 
     def validate(self) -> Iterator[str]:
-        """Faults in the values together, one message each."""
-        if self.distillation.method in METHODS_WITH_TEXT:
-            method = self.distillation.method
-            yield from self.parallel.context_parallel_faults(f"{method} generates text token by token")
-        if self.distillation.method != "none" and self.teacher.placement == "none":
-            yield f"'distillation.method' {self.distillation.method} needs 'teacher.placement' (colocated) and its path"
-        if self.teacher.where.is_sparse:
-            yield from self._sparse_faults()
+        """Yield one message for each fault in the values taken together."""
+        method, placement = METHODS[self.distillation.method], self.teacher.placement
+        if method.generates_text:
+            yield from self.parallel.context_parallel_faults(f"{method.name} generates text token by token")
+        if method.needs_teacher and placement == NO_TEACHER:
+            yield f"'distillation.method' {method.name} needs 'teacher.placement' (colocated) and its path"
+        if not method.needs_teacher and placement != NO_TEACHER:
+            yield f"'teacher.placement' is {placement}, but 'distillation.method' {method.name} uses no teacher"
         if not self.teacher.where.knows_any_text:
-            yield from self._fixed_text_faults()
-        divergence = self._divergence
-        if self.teacher.payload != "hidden" and divergence != "forward_kl":
-            yield (
-                f"'distillation.divergence' {divergence} needs the teacher's whole distribution, 'teacher.payload' "
-                f"{self.teacher.payload} sends a few ids of it: use forward_kl, or payload hidden"
-            )
-        if self.distillation.method == "none" and self.teacher.placement != "none":
-            yield f"'teacher.placement' is {self.teacher.placement}, but 'distillation.method' none uses no teacher"
-        if self.distillation.decodes_with_teacher and self.teacher.runs_a_model and not self.teacher.where.generates:
-            yield (
-                f"'distillation.method' {self.distillation.method} lets the teacher write token by token, which needs "
-                "'teacher.placement' colocated; or set minillm.teacher_mix=0, gkd.seq_kd=false"
-            )
+            yield from self._fixed_text_faults(method)
+        if self.teacher.gives_sparse_knowledge and (self.teacher.where.knows_any_text or not method.generates_text):
+            yield from self._sparse_faults(method)
+        if method.needs_heldout_loss and self.data.eval_path is None:
+            yield f"'distillation.method' {method.name} follows the held-out loss: set 'data.eval_path'"
+        yield from method.faults(self)
         if self.metrics.kd_lm_gradient_ratio_interval is not None and not self.distillation.mixes_two_terms:
             yield (
-                "'metrics.kd_lm_gradient_ratio_interval' needs a loss of an LM and a distillation term: vanilla_kd, "
-                "gkd or distillm with 'distillation.kd_ratio' between 0 and 1, and no 'distillation.pretraining_weight'"
+                "'metrics.kd_lm_gradient_ratio_interval' needs a loss of an LM and a distillation term: a method such "
+                "as vanilla_kd with 'distillation.kd_ratio' between 0 and 1, and no 'distillation.pretraining_weight'"
             )
-        if self.distillation.method == "distillm":
-            if self.data.eval_path is None:
-                yield "'distillation.method' distillm moves its threshold by the held-out loss: set 'data.eval_path'"
-            if self.distillation.distillm.replay_capacity < self.training.global_batch_size:
-                yield (
-                    f"'distillation.distillm.replay_capacity' {self.distillation.distillm.replay_capacity} is below "
-                    f"'training.global_batch_size' {self.training.global_batch_size}"
-                )
 
-    @property
-    def _divergence(self) -> str:
-        """What the teacher's distribution is for, by name; MiniLLM's is never forward_kl alone."""
-        method, asked = self.distillation.method, self.distillation.divergence
-        if method == "minillm":
-            return "of minillm"
-        return asked or ("forward_kl" if method in ("none", "vanilla_kd") else f"of {method}")
-
-    def _fixed_text_faults(self) -> Iterator[str]:
+    def _fixed_text_faults(self, method: Method) -> Iterator[str]:
         """Yield what a teacher that covers the chunks of one dataset alone cannot do."""
         if self.data.is_blend:
             yield (
                 f"'data.path' blends datasets, but 'teacher.placement' {self.teacher.placement} covers one dataset: "
                 "train on one, or use a colocated or remote teacher"
             )
-        if self.distillation.method not in ("none", "vanilla_kd"):
+        if method.generates_text:
             yield (
-                f"'distillation.method' {self.distillation.method} generates text, which 'teacher.placement' "
+                f"'distillation.method' {method.name} generates text, which 'teacher.placement' "
                 f"{self.teacher.placement} does not cover: use a colocated or remote teacher"
             )
 
-    def _sparse_faults(self) -> Iterator[str]:
+    def _sparse_faults(self, method: Method) -> Iterator[str]:
         """Yield what a few ids of the teacher's distribution are not enough for."""
-        if self.distillation.divergence not in (None, "forward_kl"):
-            yield (
-                f"'distillation.divergence' {self.distillation.divergence} needs the teacher's whole distribution, "
-                f"'teacher.placement' {self.teacher.placement} gives a few ids of it: use forward_kl, or a colocated "
-                "teacher"
-            )
+        divergence = self.distillation.resolved_divergence
+        if not method.needs_whole_distribution and divergence == "forward_kl":
+            return
+        what = f"'distillation.method' {method.name}"
+        if not method.needs_whole_distribution:
+            what = f"'distillation.divergence' {divergence}"
+        how = f"'teacher.payload' {self.teacher.payload} sends"
+        if self.teacher.where.is_sparse:
+            how = f"'teacher.placement' {self.teacher.placement} gives"
+        yield (
+            f"{what} needs the teacher's whole distribution, {how} a few ids of it: use forward_kl, or a colocated "
+            "teacher, or payload hidden"
+        )

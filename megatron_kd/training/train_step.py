@@ -1,9 +1,8 @@
 """One optimizer step: gradients of all micro-batches, their norm, a check that all is finite, the update.
 
-How much of a step's gradient is the distillation term's: its norm over that of the LM term.
-
-Gradients are linear in the loss, so a pass with the LM term alone is enough: what a step's own gradient has beyond it
-is the distillation term's. The teacher is asked once, as in any step, and the step's gradient keeps its bits.
+:class:`LmGradient` tells how much of a step's gradient is the distillation term's: its norm over that of the LM term.
+Gradients are linear in the loss, so one more pass, with the LM term alone, is enough: what the step's own gradient has
+beyond it is the distillation term's. The teacher is asked once, as in any step, and the step's gradient keeps its bits.
 """
 
 import math
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_kd.data.batch import Batch
 from megatron_kd.errors import NonFiniteLossError
 from megatron_kd.parallel.groups import is_last_stage, sum_over_group
-from megatron_kd.parallel.mcore_patches.remedies import clipped_step
+from megatron_kd.parallel.mcore_patches.remedies import clipped_step, gather_parameters
 from megatron_kd.parallel.schedule import run_schedule
 from megatron_kd.teachers.interface import Teacher
 from megatron_kd.training.objective import MicroBatchLoss
@@ -27,26 +27,33 @@ from megatron_kd.training.optimizer import set_learning_rate
 
 @dataclass(frozen=True)
 class LmGradient:
-    """The gradient of the weighted LM term over a global batch: what each main parameter of this rank's part of the
-    optimizer has of it (``None`` without a gradient), and its norm over all ranks."""
+    """The gradient of the weighted LM term over a global batch.
+
+    Attributes:
+        parts: for each main parameter of this rank's part of the optimizer; None for one without a gradient.
+        norm: over all ranks.
+    """
 
     parts: Sequence[Tensor | None]
     norm: float
 
     @classmethod
     def of_prepared(cls, optimizer: ChainedOptimizer) -> "LmGradient":
-        """After a backward pass of the LM term and ``prepare_grads``. Collective over the model's ranks."""
+        """Copy it after a backward pass of the LM term and ``prepare_grads``. Collective over the model's ranks."""
         parts = [None if p.grad is None else p.grad.clone() for p in _main_parameters(optimizer)]
         return cls(parts, float(optimizer.get_grad_norm()))
 
     def ratio(self, optimizer: ChainedOptimizer) -> float:
-        """‖prepared gradient − this‖ / ‖this‖; the prepared gradient stays. Collective over the model's ranks."""
+        """Return ‖prepared gradient − this‖ / ‖this‖; the prepared gradient stays.
+
+        Collective over the model's ranks.
+        """
         parameters = _main_parameters(optimizer)
         whole = [parameter.grad for parameter in parameters]
         try:
-            for parameter, lm in zip(parameters, self.parts, strict=True):
-                if lm is not None:
-                    parameter.grad = parameter.grad - lm
+            for parameter, gradient, lm in zip(parameters, whole, self.parts, strict=True):
+                if gradient is not None and lm is not None:
+                    parameter.grad = gradient - lm
             norm = float(optimizer.get_grad_norm())
         finally:
             for parameter, gradient in zip(parameters, whole, strict=True):
@@ -60,7 +67,11 @@ def _main_parameters(optimizer: ChainedOptimizer) -> list[torch.nn.Parameter]:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step reports: means over the global batch in nats, the gradient's norm before clipping, its tokens."""
+    """What a step reports: means over the global batch in nats, the gradient's norm before clipping, its tokens.
+
+    Attributes:
+        extra: means of what the method reports beside these; ``kd_lm_gradient_ratio`` where it was asked for.
+    """
 
     loss: float
     lm_loss: float
@@ -69,21 +80,24 @@ class StepResult:
     grad_norm: float
     tokens: int
     extra: dict[str, float] = field(default_factory=dict)
-    """Means of what the method reports beside these; ``kd_lm_gradient_ratio`` where it was asked for."""
 
 
 @dataclass(frozen=True)
 class TrainStep:
-    """The parts that every step uses; calling it performs one."""
+    """The parts that every step uses; calling it performs one.
 
-    model: Sequence[torch.nn.Module]
+    Attributes:
+        model: the student's DDP-wrapped model chunks on this rank.
+        lm_term: the LM term of ``micro_batch_loss`` alone, for the ratio of the gradients' norms.
+    """
+
+    model: Sequence[DistributedDataParallel]
     optimizer: ChainedOptimizer
     groups: ProcessGroupCollection
     micro_batch_loss: MicroBatchLoss
     teacher: Teacher | None
     clip_grad: float
     lm_term: MicroBatchLoss | None = None
-    """The LM term of ``micro_batch_loss`` alone, for the ratio of the gradients' norms."""
 
     def __call__(
         self,
@@ -97,7 +111,7 @@ class TrainStep:
 
         Args:
             scheduled: they are the next ones of the training data's schedule (see ``Teacher.begin_step``).
-            with_gradient_ratio: report ``kd_lm_gradient_ratio`` too, which takes a pass with ``lm_term`` before.
+            with_gradient_ratio: report ``kd_lm_gradient_ratio`` too, which takes a pass with ``lm_term`` first.
 
         Raises:
             NonFiniteLossError: the loss or the gradient's norm is not finite; the weights are as before.
@@ -114,24 +128,29 @@ class TrainStep:
         clipped_step(self.optimizer, result.grad_norm, self.clip_grad)
         return result
 
+    def gather_parameters(self) -> None:
+        """Bring all weights up to date on all ranks, for what reads them outside DDP's forward pass."""
+        gather_parameters(self.model)
+
     def _gradients(self, loss: MicroBatchLoss, batches: Sequence[Batch]) -> list[dict[str, torch.Tensor]]:
-        """Add the gradients of a loss; what it reports of each micro-batch."""
+        """Add the gradients of a loss, and return what it reports for each micro-batch."""
         rows, seq_length = batches[0].tokens.shape
         return run_schedule(self.model, self.groups, loss, batches, seq_length=seq_length, micro_batch_size=rows)
 
     def _lm_gradient(self, batches: Sequence[Batch]) -> LmGradient:
+        assert self.lm_term is not None  # built where the configuration asks for ratios
         self._zero_gradients()
         self._gradients(self.lm_term, batches)
         self.optimizer.prepare_grads()
         return LmGradient.of_prepared(self.optimizer)
 
     def _zero_gradients(self) -> None:
-        for chunk in self.model:
-            chunk.zero_grad_buffer()
+        for model_chunk in self.model:
+            model_chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def _reduce(self, reports: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
-        """Sums over the micro-batches of all data-parallel ranks, on every rank."""
+        """Add up the reports of all data-parallel ranks' micro-batches, on every rank."""
         device = next(self.model[0].parameters()).device
         names = self.micro_batch_loss.reported
         sums = torch.zeros(len(names), dtype=torch.float64, device=device)

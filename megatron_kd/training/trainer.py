@@ -1,33 +1,23 @@
-"""The training loop: batches in order, steps, metrics, evaluation, checkpoints, and what it does when trouble comes."""
+"""The training loop: batches in order, steps, metrics, evaluation, checkpoints, and the response to faults."""
 
 import dataclasses
 import itertools
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from pathlib import Path
-from typing import Any, Iterator, Sequence
-
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer.optimizer import ChainedOptimizer
-from megatron.core.process_groups_config import ProcessGroupCollection
+from typing import Any
 
 from megatron_kd.checkpoints.checkpoint_writer import CheckpointWriter, Retention
-from megatron_kd.checkpoints.weights import open_checkpoint
 from megatron_kd.config import to_mapping
-from megatron_kd.costs.flops import RunCost
-from megatron_kd.data.batch import Batch, make_batch
-from megatron_kd.data.chunk_dataset import ChunkDataset
+from megatron_kd.costs.flops import PRETRAINING, RunCost
+from megatron_kd.data.batch import Batch
 from megatron_kd.data.workers import prefetch
 from megatron_kd.errors import NonFiniteLossError, Preempted
 from megatron_kd.metrics.device import MemoryMeter, peak_flops
 from megatron_kd.metrics.tracker import RunTracker
-from megatron_kd.models.architecture import ModelArchitecture
-from megatron_kd.parallel.layout import ParallelLayout, as_mapping
-from megatron_kd.parallel.mcore_patches.remedies import gather_parameters
-from megatron_kd.parallel.runtime import Runtime
-from megatron_kd.scoring.chunk_losses import HeldoutLoss, heldout_loss
+from megatron_kd.parallel.layout import as_mapping
+from megatron_kd.scoring.chunk_losses import HeldoutLoss
 from megatron_kd.teachers.interface import Action, Decision
-from megatron_kd.teachers.placements import build_heldout_teacher
 from megatron_kd.training.checkpoint import (
     Progress,
     description,
@@ -35,182 +25,162 @@ from megatron_kd.training.checkpoint import (
     newest_whole_checkpoint,
     training_state,
 )
-from megatron_kd.training.distillation_config import METHODS_WITH_TEXT
 from megatron_kd.training.fault_tolerance import FaultPolicy
+from megatron_kd.training.heldout import HeldoutEvaluation
+from megatron_kd.training.methods.method_table import METHODS
 from megatron_kd.training.methods.source import BatchSource, Place, restore_source, source_files
-from megatron_kd.training.objective import build_objective, pretraining_uses_teacher
 from megatron_kd.training.optimizer import learning_rate
-from megatron_kd.training.setup import student_run, unwrap
-from megatron_kd.training.teacher_process import build_schedule
-from megatron_kd.training.train_config import TrainConfig
 from megatron_kd.training.train_step import StepResult, TrainStep
-from megatron_kd.training.validation import heldout_distillation
+from megatron_kd.training.training_run import ScheduledData, TrainingRun
 from megatron_kd.training.watchdogs import HangWatchdog, StopSignals
 
 
 class Trainer:
-    """The loop: batches in order, steps, metrics, evaluation, checkpoints."""
+    """The loop of one run.
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        runtime: Runtime,
-        folder: Path,
-        data: ChunkDataset,
-        heldout: ChunkDataset | None,
-        architecture: ModelArchitecture,
-        layout: ParallelLayout,
-        groups: ProcessGroupCollection,
-        model: list[DistributedDataParallel],
-        optimizer: ChainedOptimizer,
-        step: TrainStep,
-        source: BatchSource,
-    ):
-        self.config, self.runtime, self.folder = config, runtime, folder
-        self.data, self.heldout = data, heldout
-        self.architecture, self.layout, self.groups = architecture, layout, groups
-        self.model, self.optimizer, self.step, self.source = model, optimizer, step, source
-        self.schedule = build_schedule(config, data)
-        run = student_run(config, architecture, data, layout, runtime)
-        self.heldout_teacher = build_heldout_teacher(config.teacher, run, groups, step.teacher, heldout)
-        self.memory = MemoryMeter(runtime.device)
-        self.peak_flops = peak_flops(runtime.device, config.metrics.peak_tflops)
-        runs = config.teacher.runs_a_model
-        teacher = open_checkpoint(config.teacher.path).architecture.parameters if runs else 0
-        method = config.distillation.method if runs else "none"  # what a cache took is counted where it was made
-        self.cost = RunCost(
-            method=method,
-            student_parameters=architecture.parameters,
-            teacher_parameters=teacher,
-            positions=config.training.global_batch_size * self._seq_length,
-            seq_length=self._seq_length,
-            has_pretraining=config.distillation.pretraining_weight > 0,
-            pretraining_has_teacher=pretraining_uses_teacher(config.distillation),
+    Args:
+        run: configuration, data, layout and sizes.
+        step: one optimizer step, with the student and its teacher.
+        source: the micro-batches that a step trains on, given the dataset's.
+        progress: where the loop starts.
+    """
+
+    def __init__(self, run: TrainingRun, step: TrainStep, source: BatchSource, progress: Progress):
+        self._run, self._config = run, run.config
+        self._step, self._source, self._start = step, source, progress
+        self._method = METHODS[run.config.distillation.method]
+        self._schedule = ScheduledData(run)
+        self._heldout = (
+            None if run.heldout is None else HeldoutEvaluation(run, run.heldout, step.model, step.groups, step.teacher)
         )
+        self._cost = run_cost(run)
+        self._memory = MemoryMeter(run.device)
+        self._peak_flops = peak_flops(run.device, run.config.metrics.peak_tflops)
+        faults, training = run.config.fault_tolerance, run.config.training
+        self._fault_policy = FaultPolicy(faults, run.folder, run.runtime.is_main)
+        self._signals = StopSignals(faults.exit_within_seconds)
+        self._watchdog = HangWatchdog(60.0 * faults.hang_minutes)
+        self._writer = CheckpointWriter(
+            run.folder / "checkpoints", Retention(training.keep_checkpoints, training.keep_every)
+        )
+        self._tracker = self._open_tracker(progress)
+        self._saved_step = progress.step or None
+        self._evaluated: dict[str, float] | None = None
 
-    def run(self, progress: Progress) -> None:
-        """Train from ``progress`` to the end.
+    def train(self) -> None:
+        """Train to the end.
 
         Raises:
             Preempted: a signal asked the run to stop; a checkpoint was written.
             NonFiniteLossError: a batch that the policy does not skip.
         """
-        settings, first_position = self.config.training, progress.position
-        self._saved_step: int | None = progress.step or None
-        self._evaluated: dict[str, float] | None = None
-        self.writer = CheckpointWriter(
-            self.folder / "checkpoints", Retention(settings.keep_checkpoints, settings.keep_every)
-        )
+        progress, last = self._start, self._config.training.train_iters
         with ExitStack() as stack:
-            self.signals = stack.enter_context(StopSignals(self.config.fault_tolerance.exit_within_seconds))
-            self.fault_policy = FaultPolicy(self.config.fault_tolerance, self.folder, self.runtime.is_main)
-            self.watchdog = stack.enter_context(HangWatchdog(60.0 * self.config.fault_tolerance.hang_minutes))
-            stack.callback(self.writer.abandon)
-            stack.callback(lambda: self.tracker.close())
-            self.tracker = self._open_tracker(progress)
-            batches = stack.enter_context(closing(prefetch(lambda: self._batches(first_position), depth=2)))
-            self._tell(Action.CONTINUE if progress.step < settings.train_iters else Action.STOP, progress)
-            self._evaluate_before_the_first_step(progress)
-            while progress.step < settings.train_iters:
+            stack.enter_context(self._signals)
+            stack.enter_context(self._watchdog)
+            stack.callback(self._writer.abandon)
+            stack.callback(lambda: self._tracker.close())
+            batches = stack.enter_context(closing(prefetch(lambda: self._batches(self._start.position), depth=2)))
+            self._tell(Action.CONTINUE if progress.step < last else Action.STOP, progress)
+            if self._method.needs_heldout_loss and progress.step == 0:
+                self._source.after_evaluation(self._heldout_loss().loss)
+            while progress.step < last:
                 progress = self._advance(next(batches), progress)
 
     def _advance(self, batches: Sequence[Batch], progress: Progress) -> Progress:
-        """One global batch and whatever is due after it."""
-        settings, before = self.config.training, progress
-        self.watchdog.beat(f"step {progress.step + 1}")
+        """Train on one global batch, and do whatever is due after it."""
+        training, before = self._config.training, progress
+        self._watchdog.beat(f"step {progress.step + 1}")
         progress, rolls_back = self._train_one(batches, progress)
         if rolls_back:
             return self._rewind(progress)
         has_stepped = progress.step > before.step
-        if has_stepped and _is_due(progress.step, settings.eval_interval, settings.train_iters):
-            self.watchdog.beat(f"evaluation after step {progress.step}")
+        if has_stepped and _is_due(progress.step, training.eval_interval, training.train_iters):
+            self._watchdog.beat(f"evaluation after step {progress.step}")
             self._evaluate(progress)
-        stops, writing = self.signals.agree(self.groups.intra_dist_opt, self.runtime.device, self.writer.is_writing)
-        ended = progress.step == settings.train_iters
-        is_due = has_stepped and _is_due(progress.step, settings.save_interval, settings.train_iters)
+        group = self._step.groups.intra_dist_opt
+        stops, writing = self._signals.agree(group, self._run.device, self._writer.is_writing)
+        ended = progress.step == training.train_iters
+        is_due = has_stepped and _is_due(progress.step, training.save_interval, training.train_iters)
         if is_due or (stops and self._saved_step != progress.step):
             self._save(progress, in_background=not (stops or ended))
         elif stops or not writing:
-            self.writer.finish()
+            self._writer.finish()
         self._tell(Action.STOP if stops or ended else Action.CONTINUE, progress)
         if stops and not ended:
             raise Preempted(
-                f"told to stop: step {progress.step} of {settings.train_iters} is saved in {self.folder}, the same "
-                "command goes on from there"
+                f"told to stop: step {progress.step} of {training.train_iters} is saved in {self._run.folder}; start "
+                "the same command again to resume"
             )
         return progress
 
     def _train_one(self, batches: Sequence[Batch], progress: Progress) -> tuple[Progress, bool]:
-        """The progress after a step or a skipped batch, and whether its loss asks for a rollback."""
+        """Return the progress after a step or a skipped batch, and whether its loss asks for a rollback."""
         started = time.perf_counter()
-        rate = learning_rate(progress.step, self.config.optimizer, self.config.training.train_iters)
-        chunks = self.schedule.chunks(progress.position).tolist()
-        place = Place(progress.step, self.config.training.train_iters, progress.position)
-        self._gather_parameters_for_text()
+        rate = learning_rate(progress.step, self._config.optimizer, self._config.training.train_iters)
+        chunks = self._schedule.chunks(progress.position)
+        place = Place(progress.step, self._config.training.train_iters, progress.position)
+        if self._method.generates_text:  # by the model itself, outside DDP's forward pass
+            self._step.gather_parameters()
         try:
-            made = self.source.batches(place, [batch.to(self.runtime.device) for batch in batches])
-            measures = _is_due_now(progress.step + 1, self.config.metrics.kd_lm_gradient_ratio_interval)
-            result = self.step(made.batches, rate, scheduled=made.scheduled, with_gradient_ratio=measures)
+            made = self._source.batches(place, [batch.to(self._run.device) for batch in batches])
+            measures = _is_multiple(progress.step + 1, self._config.metrics.kd_lm_gradient_ratio_interval)
+            result = self._step(made.batches, rate, scheduled=made.scheduled, with_gradient_ratio=measures)
         except NonFiniteLossError as error:
             reason = f"{error}; chunks of the batch: {chunks}"
-            faults = self.fault_policy.skip(progress.faults, progress.step + 1, reason)
-            if faults is None:
-                self.writer.finish()  # every rank sees the same loss, so all are here
+            skipped = self._fault_policy.skip(progress.faults, progress.step + 1, reason)
+            if skipped is None:
+                self._writer.finish()  # every rank sees the same loss, so all are here
                 raise NonFiniteLossError(f"step {progress.step + 1}: {reason}") from None
-            return dataclasses.replace(progress, faults=faults), False
+            return dataclasses.replace(progress, faults=skipped), False
         seconds = time.perf_counter() - started
-        faults, rolls_back = self.fault_policy.after_loss(
-            progress.faults,
-            progress.step + 1,
-            result.loss,
-            chunks,
-            has_checkpoint=self._saved_step is not None,
+        faults, rolls_back = self._fault_policy.after_loss(
+            progress.faults, progress.step + 1, result.loss, chunks, has_checkpoint=self._saved_step is not None
         )
         progress = Progress(progress.step + 1, progress.tokens + result.tokens, progress.seconds + seconds, faults)
-        self.tracker.step(self._row(progress, result, rate, seconds) | made.facts)
+        self._tracker.step(self._row(progress, result, rate, seconds) | made.facts)
         return progress, rolls_back
 
     def _rewind(self, progress: Progress) -> Progress:
-        """Back to the newest checkpoint; the batches since then are passed over."""
+        """Return to the newest checkpoint; the batches since then are skipped."""
         self._tell(Action.REWIND, progress)
-        self.watchdog.beat(f"rollback after step {progress.step}")
-        self.writer.finish()
-        info = newest_whole_checkpoint(self.folder / "checkpoints")
-        self._saved_step = info.manifest["progress"]["step"]
-        restored = load_checkpoint(info, self.model, self.optimizer, self.groups)
-        restore_source(self.source, info)
+        self._watchdog.beat(f"rollback after step {progress.step}")
+        self._writer.finish()
+        info = newest_whole_checkpoint(self._run.folder / "checkpoints")
+        assert info is not None  # without a saved step the policy does not roll back
+        restored = load_checkpoint(info, self._step.model, self._step.optimizer, self._step.groups)
+        restore_source(self._source, info)
+        self._saved_step = restored.step
         faults = dataclasses.replace(
             progress.faults, skipped_batches=progress.position - restored.step, losses=restored.faults.losses
         )
-        self.fault_policy.record(
-            "rollback", progress.step, f"going on from step {restored.step} with global batch {progress.position}"
-        )
+        text = f"resuming from step {restored.step} with global batch {progress.position}"
+        self._fault_policy.record("rollback", progress.step, text)
         restored = dataclasses.replace(restored, faults=faults)
-        self.tracker.close()
-        self.tracker = self._open_tracker(restored)
+        self._tracker.close()
+        self._tracker = self._open_tracker(restored)
         return restored
 
     def _tell(self, action: Action, progress: Progress) -> None:
-        if self.step.teacher is not None:
-            self.step.teacher.follow(Decision(action, progress.position, progress.step))
+        if self._step.teacher is not None:
+            self._step.teacher.follow(Decision(action, progress.position, progress.step))
 
     def _open_tracker(self, progress: Progress) -> RunTracker:
         return RunTracker(
-            self.folder,
-            self.config.training.train_iters,
+            self._run.folder,
+            self._config.training.train_iters,
             progress.step,
-            self.runtime.is_main,
-            self.config.model.name,
-            self.config.metrics,
-            to_mapping(self.config),
+            self._run.runtime.is_main,
+            self._config.model.name,
+            self._config.metrics,
+            to_mapping(self._config),
         )
 
     def _row(self, progress: Progress, result: StepResult, rate: float, seconds: float) -> dict[str, Any]:
-        settings = self.config.training
-        positions = settings.global_batch_size * self._seq_length
-        flops_per_second = self.cost.flops_per_token * positions / seconds
-        devices = self.layout.world_size + self.config.teacher.own_ranks
-        mfu = {"mfu": flops_per_second / (devices * self.peak_flops)} if self.peak_flops else {}
+        positions = self._run.positions_per_step
+        flops_per_second = self._cost.flops_per_token * positions / seconds
+        devices = self._run.layout.world_size + self._config.teacher.own_ranks
+        mfu = {"mfu": flops_per_second / (devices * self._peak_flops)} if self._peak_flops else {}
         return {
             "step": progress.step,
             "tokens": progress.tokens,
@@ -224,120 +194,94 @@ class Trainer:
             "tokens_per_second": positions / seconds,
             "tflops_per_second": flops_per_second / 1e12,
             **mfu,
-            "memory_bytes": self.memory.read(),
+            "memory_bytes": self._memory.read(),
             "train_flops": self._flops(progress),
             "seconds": progress.seconds,
             **result.extra,
         }
 
     def _evaluate(self, progress: Progress) -> None:
-        if self.heldout is None:
+        if self._heldout is None:
             return
-        totals = self._heldout_totals()
-        self.source.after_evaluation(totals.loss)
+        totals = self._heldout_loss()
+        self._source.after_evaluation(totals.loss)
         self._evaluated = {"eval_loss": totals.loss, "bits_per_byte": totals.bits_per_byte, "tokens": totals.tokens}
-        self.tracker.evaluation(
+        self._tracker.evaluation(
             {
                 "step": progress.step,
                 "tokens": progress.tokens,
                 "eval_loss": totals.loss,
                 "bits_per_byte": totals.bits_per_byte,
                 "eval_tokens": totals.tokens,
-                **self._evaluate_distillation(),
+                **self._heldout.distillation(),
                 "train_flops": self._flops(progress),
             }
         )
 
-    def _evaluate_distillation(self) -> dict[str, float]:
-        if self.heldout_teacher is None:
-            return {}
-        found = heldout_distillation(
-            [unwrap(chunk) for chunk in self.model],
-            self.groups,
-            self.heldout_teacher,
-            build_objective(self.config.distillation),
-            self.heldout,
-            device=self.runtime.device,
-            micro_batch_size=self.config.training.micro_batch_size,
-            execution=self.config.distillation.loss,
-        )
-        return {
-            "eval_kd_loss": found.kd_loss,
-            "eval_teacher_entropy": found.teacher_entropy,
-            "eval_tail_mass": found.tail_mass,
-        }
+    def _heldout_loss(self) -> HeldoutLoss:
+        assert self._heldout is not None  # a method that needs the loss is refused without data.eval_path
+        self._step.gather_parameters()
+        return self._heldout.loss()
 
     def _flops(self, progress: Progress) -> int:
-        return self.cost.total(progress.step, self.source.counts.student, self.source.counts.teacher)
-
-    def _evaluate_before_the_first_step(self, progress: Progress) -> None:
-        if self.source.needs_heldout_loss and progress.step == 0:
-            self.source.after_evaluation(self._heldout_totals().loss)
-
-    def _heldout_totals(self) -> HeldoutLoss:
-        gather_parameters(self.model)
-        return heldout_loss(
-            [unwrap(chunk) for chunk in self.model],
-            self.groups,
-            self.heldout,
-            device=self.runtime.device,
-            micro_batch_size=self.config.training.micro_batch_size,
-            tile_bytes=self.config.distillation.loss.tile_bytes,
-        )
-
-    def _gather_parameters_for_text(self) -> None:
-        """Text is written by the model itself, outside DDP's forward pass."""
-        if self.config.distillation.method in METHODS_WITH_TEXT:
-            gather_parameters(self.model)
+        return self._cost.total(progress.step, self._source.counts.student, self._source.counts.teacher)
 
     def _save(self, progress: Progress, in_background: bool) -> None:
-        """Begin a checkpoint; without a background, finish it too."""
-        self.watchdog.beat(f"checkpoint of step {progress.step}")
+        """Begin a checkpoint, and finish it unless it is written in the background."""
+        self._watchdog.beat(f"checkpoint of step {progress.step}")
         self._tell(Action.SAVE, progress)
         self._saved_step = progress.step
-        self.tracker.flush()
-        gather_parameters(self.model)
-        in_background &= self.config.training.async_save
-        state = training_state(self.model, self.optimizer, self.groups, is_loading=False)
-        about = description(progress, self.architecture, self._about(progress), source_files(self.source))
-        self.writer.begin(progress.step, state, about, in_background=in_background)
+        self._tracker.flush()
+        self._step.gather_parameters()
+        in_background &= self._config.training.async_save
+        state = training_state(self._step.model, self._step.optimizer, self._step.groups, is_loading=False)
+        about = description(progress, self._run.architecture, self._about(progress), source_files(self._source))
+        self._writer.begin(progress.step, state, about, in_background=in_background)
         if not in_background:
-            self.writer.finish()
+            self._writer.finish()
 
     def _about(self, progress: Progress) -> dict[str, Any]:
-        """What a checkpoint's manifest says beside its progress."""
+        """Return what a checkpoint's manifest says beside its progress."""
+        data = self._run.data
         return {
-            "tokenizer_hash": self.data.tokenizer_hash,
-            "tokenizer_path": str(self.data.tokenizer_path.absolute()),
-            "eos_id": self.data.eos_id,
-            "dataset_fingerprint": self.data.fingerprint,
-            "dataset_path": str(self.data.path),
-            "seq_length": self._seq_length,
-            "precision": self.config.training.precision,
-            "layout": as_mapping(self.layout),
-            "config": dataclasses.asdict(self.config),
-            "dataset_parents": self.data.manifest.get("parents", []),
+            "tokenizer_hash": data.tokenizer_hash,
+            "tokenizer_path": str(data.tokenizer_path.absolute()),
+            "eos_id": data.eos_id,
+            "dataset_fingerprint": data.fingerprint,
+            "dataset_path": str(data.path),
+            "seq_length": self._run.seq_length,
+            "precision": self._config.training.precision,
+            "layout": as_mapping(self._run.layout),
+            "config": dataclasses.asdict(self._config),
+            "dataset_parents": data.manifest.get("parents", []),
             "train_flops": self._flops(progress),
             "evaluation": self._evaluated,
         }
 
     def _batches(self, first_position: int) -> Iterator[list[Batch]]:
-        """Every global batch from a position on, without end: skipped ones make the run read more than its steps."""
-        settings = self.config.training
+        """Read every global batch from a position on, without end: a run that skips some reads more than its steps."""
+        rank = self._step.groups.dp.rank()
         for position in itertools.count(first_position):
-            rows = self.schedule.micro_batches(
-                position, self.groups.dp.rank(), self.groups.dp.size(), settings.micro_batch_size
-            )
-            yield [make_batch(self.data, indices, self._seq_length, self.config.data.mask_prompt) for indices in rows]
+            yield self._schedule.read_all(position, rank)
 
-    @property
-    def _seq_length(self) -> int:
-        return self.config.data.seq_length or self.data.seq_length
+
+def run_cost(run: TrainingRun) -> RunCost:
+    """Return how the run's FLOPs are counted; a cached teacher's were counted where the cache was made."""
+    settings, teacher = run.config.distillation, run.teacher_architecture
+    return RunCost(
+        method=METHODS[settings.method].cost if teacher is not None else PRETRAINING,
+        student_parameters=run.architecture.parameters,
+        teacher_parameters=teacher.parameters if teacher is not None else 0,
+        positions=run.positions_per_step,
+        seq_length=run.seq_length,
+        has_pretraining=settings.pretraining_weight > 0,
+        pretraining_has_teacher=settings.pretraining_uses_teacher,
+    )
 
 
 def _is_due(step: int, interval: int | None, last: int) -> bool:
-    return step == last or _is_due_now(step, interval)
+    return step == last or _is_multiple(step, interval)
 
 
-def _is_due_now(step: int, interval: int | None) -> bool:
+def _is_multiple(step: int, interval: int | None) -> bool:
     return bool(interval and step % interval == 0)

@@ -20,6 +20,8 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -110,6 +112,20 @@ class StopSignals:
             extra=EVERY_RANK,
         )
         os._exit(EXIT_REQUEUE)
+
+
+@contextmanager
+def ignored_stop_signals() -> Iterator[None]:
+    """Ignore a scheduler's signals inside."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 _PREFIX = "megatron_kd/hang/"

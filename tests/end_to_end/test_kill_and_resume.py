@@ -147,7 +147,7 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_only(dataset, uninterrupted
     largest.write_bytes(data)
     ended = run("train", *arguments)
     assert ended.status == 0, ended.stderr
-    assert sum("damaged checkpoint is passed over, going on from step_6" in line for line in ended.lines) == 1
+    assert sum("skipping a damaged checkpoint, resuming from step_6" in line for line in ended.lines) == 1
     check_same_end(folder, uninterrupted("lm"))
 
 

@@ -83,7 +83,7 @@ def test_a_rollback_goes_on_from_the_checkpoint_with_the_batches_after_the_spike
     keys = ["training.save_interval=4", "fault_tolerance.spike_warmup_steps=3", "training.keep_checkpoints=9"]
     ended, folder = poisoned_run({6}, "50", *keys, "fault_tolerance.spike_action=rollback")
     assert ended.status == 0, ended.stderr
-    assert "step 7: loss spike" in ended.stderr and "going on from step 4 with global batch 7" in ended.stderr
+    assert "step 7: loss spike" in ended.stderr and "resuming from step 4 with global batch 7" in ended.stderr
     rows = read_metrics(folder)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     _, state, manifest = load_full_state(folder)

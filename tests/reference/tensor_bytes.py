@@ -46,25 +46,22 @@ class Ledger:
 def measure_step(settings: list[str]) -> dict[str, float]:
     """Bytes by category on this rank, after one step of the run that ``settings`` describe."""
     from megatron_kd.logs import silence_known_noise
-    from megatron_kd.models.architecture import architecture_by_name
     from megatron_kd.parallel.groups import create_process_groups
     from megatron_kd.parallel.runtime import distributed_runtime
 
     silence_known_noise()
     from megatron_kd.training.optimizer import build_optimizer
-    from megatron_kd.training.setup import build_student, build_teacher, open_datasets, plan_layout, unwrap
     from megatron_kd.training.train_config import TrainConfig
+    from megatron_kd.training.training_run import build_student, build_teacher, open_run
 
     config = load_config(TrainConfig, None, settings)
     with distributed_runtime() as runtime:
-        data, _ = open_datasets(config)
-        architecture = architecture_by_name(config.model.name).with_vocab_size(data.vocab_size)
-        layout = plan_layout(config, architecture, data, runtime)
-        groups = create_process_groups(layout)
-        teacher = build_teacher(config, architecture, data, layout, groups, runtime)
-        model = build_student(config, architecture, data, layout, groups, runtime)
+        run = open_run(config, runtime)
+        groups = create_process_groups(run.layout)
+        teacher = build_teacher(run, groups)
+        model = build_student(run, groups)
         optimizer = build_optimizer(config.optimizer, model, groups, bf16=config.training.precision == "bf16")
-        peaks = _one_step(config, data, groups, teacher, model, unwrap, optimizer, runtime.device)
+        peaks = _one_step(run, groups, teacher, model, optimizer)
         return {
             "weights": _bytes(p for chunk in model for p in chunk.parameters()),
             "gradients": float(
@@ -79,25 +76,25 @@ def measure_step(settings: list[str]) -> dict[str, float]:
         }
 
 
-def _one_step(
-    config: Any, data: Any, groups: Any, teacher: Any, model: Any, unwrap: Any, optimizer: Any, device: torch.device
-) -> dict:
+def _one_step(run: Any, groups: Any, teacher: Any, model: Any, optimizer: Any) -> dict:
     from megatron_kd.teachers.interface import Action, Decision
-    from megatron_kd.training.methods.method_builders import build_loss
+    from megatron_kd.training.methods.method_builders import MethodParts, build_losses
+    from megatron_kd.training.objective import FusedLoss, MicroBatchLoss
     from megatron_kd.training.train_step import TrainStep
 
-    settings = config.training
+    settings, data, device = run.config.training, run.data, run.device
     order = BatchSchedule(ChunkOrder(data.num_chunks, seed=1, shuffle=False), settings.global_batch_size)
     rows = order.micro_batches(0, groups.dp.rank(), groups.dp.size(), settings.micro_batch_size)
-    length = config.data.seq_length or data.seq_length
-    batches = [make_batch(data, indices, length).to(device) for indices in rows]
+    batches = [make_batch(data, indices, run.seq_length).to(device) for indices in rows]
+    fused = FusedLoss(groups, run.config.distillation.loss)
+    losses = build_losses(MethodParts(run, groups, model, teacher, fused))
     step = TrainStep(
         model=model,
         optimizer=optimizer,
         groups=groups,
         teacher=teacher,
         clip_grad=1.0,
-        micro_batch_loss=build_loss(config, teacher, groups),
+        micro_batch_loss=MicroBatchLoss(losses, teacher),
     )
     if teacher is not None:
         teacher.follow(Decision(Action.CONTINUE, 0, 0))
@@ -112,7 +109,7 @@ def _one_step(
         torch.cuda.reset_peak_memory_stats()
         step(batches, 1e-3)
         peak = {"peak": float(torch.cuda.max_memory_allocated())}
-    kept = step.micro_batch_loss._losses["main"]._fused._workspace._kept.values()
+    kept = fused._workspace._kept.values()
     return {"saved": float(ledger.peak), "loss_tiles": float(sum(buffer.nbytes for buffer in kept)), **peak}
 
 

@@ -1,20 +1,17 @@
-"""DistiLLM's batches (arXiv 2402.03898, §3.2, and the released ``finetune.py``).
+"""DistiLLM's micro-batches (arXiv 2402.03898, §3.2, and the released ``finetune.py``).
 
-    φ        rises by a step whenever the held-out loss has risen by a margin since it was last moved
-    r < thr  or (r < φ and the buffer is not full)   the student writes; its text goes into the buffer
+    φ        rises by a step whenever the held-out loss has risen by a margin since φ was last moved
+    r < thr  or (r < φ and the buffer is not full)   the student generates; its text goes into the buffer
     r < φ                                            text from the buffer
     else                                             the dataset
     thr      φ (1 - step / steps) decreasing | φ / 2 constant | φ step / steps increasing
 
-One draw r a step, for the whole global batch.
-
-Generated sequences of earlier steps, first in first out, drawn from without replacement.
-
-It holds the sequences of the whole run and is the same on every rank, so it depends on no layout: a sequence of 1,025
-ids takes 8 KB.
+One draw r per step, for the whole global batch. The buffer holds generated sequences of earlier steps, first in first
+out, drawn from without replacement. It spans the whole run and is the same on every rank, so it depends on no layout; a
+sequence of 1,025 ids takes 8 KB.
 """
 
-from typing import Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -23,14 +20,26 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_kd.data.batch import Batch
 from megatron_kd.data.random_numbers import sequence_seeds, uniform, uniforms
 from megatron_kd.training.methods.generated_text import PolicyMaker, Texts, TextWriter, gather_rows, own_rows, text_of
-from megatron_kd.training.methods.method_config import DistiLLMConfig
+from megatron_kd.training.methods.method_builders import MethodParts
+from megatron_kd.training.methods.method_table import DistiLLMConfig
 from megatron_kd.training.methods.source import Place, StepBatches, TextCounts
 
 
-class DistiLLMSource:
-    """Chooses and makes the batches of DistiLLM's steps."""
+def build_source(parts: MethodParts) -> "DistiLLMSource":
+    """Build the source of DistiLLM's micro-batches."""
+    training = parts.config.training
+    return DistiLLMSource(
+        parts.settings,
+        parts.text_writer(),
+        parts.student_policy(),
+        parts.groups,
+        seed=training.seed,
+        global_batch_size=training.global_batch_size,
+    )
 
-    needs_heldout_loss = True
+
+class DistiLLMSource:
+    """Chooses and makes the micro-batches of DistiLLM's steps."""
 
     def __init__(
         self,
@@ -50,13 +59,13 @@ class DistiLLMSource:
         self._reference_loss: float | None = None
 
     def fresh_probability(self, place: Place) -> float:
-        """The probability of new text at a step."""
+        """Return the probability of new text at a step."""
         done = place.step / place.steps
         factors = {"decreasing": 1 - done, "constant": 0.5, "increasing": done}
         return self.threshold * factors[self._config.replay_schedule]
 
     def origin(self, place: Place) -> str:
-        """Whose text a step trains on: ``student``, ``replay`` or ``dataset``."""
+        """Return whose text a step trains on: ``student``, ``replay`` or ``dataset``."""
         draw = uniform(self._seed, "distillm", place.position)
         if draw < self.fresh_probability(place) or (draw < self.threshold and not self.buffer.is_full):
             return "student"
@@ -71,12 +80,12 @@ class DistiLLMSource:
         if origin == "replay":
             drawn = self.buffer.draw(self._global_batch_size, place.position)
             own = own_rows(drawn, len(dataset), self._groups)
-            return StepBatches(list(self._writer.cut(own, dataset)), facts)
+            return StepBatches(self._writer.cut(own, dataset), facts)
         self.counts.student += self._global_batch_size
         made = self._writer.write(self._student, dataset, place.position, "student text")
         texts = Texts.joined([text_of(batch).texts for batch in made])
         self.buffer.push(gather_rows(texts, len(made), self._groups))
-        return StepBatches(list(made), facts)
+        return StepBatches(made, facts)
 
     def after_evaluation(self, loss: float) -> None:
         """Raise φ if the held-out loss has risen."""
@@ -87,24 +96,28 @@ class DistiLLMSource:
             self._reference_loss = loss
 
     def state(self) -> Mapping[str, np.ndarray]:
-        """Counts, φ, the loss that it was last moved at, the buffer."""
+        """Return the counts, φ, the held-out loss at which φ was last moved, and the buffer."""
         reference = np.nan if self._reference_loss is None else self._reference_loss
         return {
-            "texts": np.array([self.counts.student, self.counts.teacher]),
+            "texts": self.counts.to_array(),
             "threshold": np.array([self.threshold, reference]),
             **self.buffer.state(),
         }
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """See :class:`~megatron_kd.training.methods.source.BatchSource`."""
-        self.counts = TextCounts(*map(int, state["texts"]))
+        self.counts = TextCounts.from_array(state["texts"])
         self.threshold, reference = map(float, state["threshold"])
         self._reference_loss = None if np.isnan(reference) else reference
         self.buffer.restore(state)
 
 
 class ReplayBuffer:
-    """At most ``capacity`` sequences; ``seed`` is that of the draws."""
+    """A queue of at most ``capacity`` sequences.
+
+    Args:
+        seed: of the draws.
+    """
 
     def __init__(self, capacity: int, seed: int) -> None:
         self._capacity, self._seed = capacity, seed
@@ -125,19 +138,19 @@ class ReplayBuffer:
         self._texts = whole.rows(slice(max(0, len(whole) - self._capacity), None))
 
     def draw(self, count: int, global_batch: int) -> Texts:
-        """``count`` different sequences; which ones is a function of the seed and ``global_batch``.
+        """Return ``count`` different sequences; which ones is a function of the seed and ``global_batch``.
 
         Raises:
             ValueError: there are fewer.
         """
-        if count > len(self):
+        if self._texts is None or count > len(self):
             raise ValueError(f"{count} sequences asked of a buffer of {len(self)}")
         seeds = sequence_seeds(self._seed, "replay buffer", np.array([global_batch]))
         order = torch.argsort(uniforms(seeds, np.arange(len(self))), stable=True)
         return self._texts.rows(order[:count])
 
     def state(self) -> Mapping[str, np.ndarray]:
-        """What a checkpoint keeps."""
+        """Return what a checkpoint keeps."""
         if self._texts is None:
             return {}
         texts = self._texts
@@ -148,7 +161,7 @@ class ReplayBuffer:
         }
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from a checkpoint's state."""
+        """Take over a checkpoint's state."""
         self._texts = None
         if "replay_tokens" in state:
             names = ("replay_tokens", "replay_lengths", "replay_prompt_lengths")

@@ -1,21 +1,21 @@
-"""From a configuration to a method's batch source and loss."""
+"""Build what differs between methods: the source of a step's micro-batches, and the losses by role."""
 
 import dataclasses
-from typing import Sequence
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
-import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.generation.decoder import Decoder
 from megatron_kd.generation.generate import MixedPolicy, ModelPolicy
 from megatron_kd.losses.types import LM_ONLY
 from megatron_kd.teachers.interface import Teacher
-from megatron_kd.training.distillation_config import METHODS_WITH_TEXT
-from megatron_kd.training.methods.distillm import DistiLLMSource
 from megatron_kd.training.methods.generated_text import PolicyMaker, TextWriter
-from megatron_kd.training.methods.gkd import GKDSource
-from megatron_kd.training.methods.minillm import MiniLLMLoss, MiniLLMSource, main_count
+from megatron_kd.training.methods.method_table import METHODS, Method
 from megatron_kd.training.methods.pretraining import PretrainingBeside, PretrainingLoss
 from megatron_kd.training.methods.source import BatchSource, DatasetSource
 from megatron_kd.training.objective import (
@@ -24,121 +24,127 @@ from megatron_kd.training.objective import (
     FusedLoss,
     MicroBatchLoss,
     build_objective,
-    token_weights,
+    unwrap,
 )
-from megatron_kd.training.setup import unwrap
 from megatron_kd.training.train_config import TrainConfig
+from megatron_kd.training.training_run import TrainingRun
 
 
-def build_loss(config: TrainConfig, teacher: Teacher | None, groups: ProcessGroupCollection) -> MicroBatchLoss:
-    """Build the loss of a micro-batch under ``distillation.method``."""
+@dataclass(frozen=True)
+class MethodParts:
+    """What a method builds its source and its loss from.
+
+    Attributes:
+        run: configuration, data, layout and sizes.
+        groups: the student's.
+        model: the student's DDP-wrapped model chunks on this rank.
+        fused: the fused loss, shared by all losses of the run.
+    """
+
+    run: TrainingRun
+    groups: ProcessGroupCollection
+    model: list[DistributedDataParallel]
+    teacher: Teacher | None
+    fused: FusedLoss
+
+    @property
+    def config(self) -> TrainConfig:
+        """The configuration of the run."""
+        return self.run.config
+
+    @property
+    def settings(self) -> Any:
+        """The method's own section, of the class that its record names."""
+        return self.config.distillation.settings
+
+    def text_writer(self) -> TextWriter:
+        """Return a writer of responses to the prompts of the dataset."""
+        return TextWriter(
+            self.config.distillation.rollout,
+            self.run.data,
+            self.groups,
+            seq_length=self.run.seq_length,
+            seed=self.config.training.seed,
+            device=self.run.device,
+        )
+
+    def student_policy(self, record: bool = False) -> PolicyMaker:
+        """Return the student as a policy; ``record`` keeps the log-probability of every drawn id."""
+        return lambda rows, length: ModelPolicy(self._student(rows, length), record)
+
+    def teacher_policy(self) -> PolicyMaker:
+        """Return the teacher as a policy.
+
+        Raises:
+            LayoutError: its layout is not the student's.
+        """
+        self._teacher(1, 1)
+        return lambda rows, length: ModelPolicy(self._teacher(rows, length))
+
+    def mixed_policy(self, teacher_share: float) -> PolicyMaker:
+        """Return the mixture of teacher and student as a policy that records both.
+
+        Raises:
+            LayoutError: the teacher's layout is not the student's.
+        """
+        self._teacher(1, 1)
+        return lambda rows, length: MixedPolicy(self._student(rows, length), self._teacher(rows, length), teacher_share)
+
+    def _student(self, rows: int, length: int) -> Decoder:
+        model_chunks = [unwrap(model_chunk) for model_chunk in self.model]
+        return Decoder(model_chunks, self.groups, rows, length, vocab_size=self.run.data.vocab_size)
+
+    def _teacher(self, rows: int, length: int) -> Decoder:
+        assert self.teacher is not None  # the method needs one: checked with the configuration
+        return self.teacher.decoder(self.groups, rows, length, self.run.data.vocab_size)
+
+
+def build_losses(parts: MethodParts) -> dict[str, BatchLoss]:
+    """Build the loss of every role that the method's micro-batches have."""
+    config, module = parts.config, _module_of(_method(parts))
     settings, reduction = config.distillation, config.training.loss_reduction
-    objective, fused = build_objective(settings), FusedLoss(groups, settings.loss)
+    objective = build_objective(settings)
     losses: dict[str, BatchLoss] = {}
-    if settings.method == "minillm":
-        losses["main"] = MiniLLMLoss(settings.minillm, fused)
+    if module is not None and hasattr(module, "build_loss"):
+        losses["main"] = module.build_loss(parts)
     else:
-        sparse = config.teacher.gives_sparse_knowledge
-        losses["main"] = DistillationLoss(objective, fused, reduction, reports_tail_mass=sparse)
+        losses["main"] = DistillationLoss(
+            objective, parts.fused, reduction, reports_tail_mass=config.teacher.gives_sparse_knowledge
+        )
     if settings.pretraining_weight > 0:
-        pretraining = objective if settings.method == "minillm" else LM_ONLY
-        losses["pretraining"] = PretrainingLoss(pretraining, fused, reduction)
-    return MicroBatchLoss(losses, teacher, unwrap)
+        beside = objective if settings.pretraining_uses_teacher else LM_ONLY
+        losses["pretraining"] = PretrainingLoss(beside, parts.fused, reduction)
+    return losses
 
 
-def build_lm_term(config: TrainConfig, groups: ProcessGroupCollection) -> MicroBatchLoss | None:
-    """The LM term of the loss with its weight, without a teacher; None unless ``metrics`` asks for gradient ratios."""
+def build_source(parts: MethodParts, losses: Mapping[str, BatchLoss]) -> BatchSource:
+    """Build the source of the micro-batches that a step trains on.
+
+    Raises:
+        LayoutError: the method generates with a teacher whose layout is not the student's.
+        ConfigError: prompts leave no room for responses.
+    """
+    module = _module_of(_method(parts))
+    if module is None or not hasattr(module, "build_source"):
+        return DatasetSource()
+    source: BatchSource = module.build_source(parts)
+    weight = parts.config.distillation.pretraining_weight
+    if weight == 0:
+        return source
+    return PretrainingBeside(source, weight, parts.groups, losses["main"].count, losses["pretraining"].count)
+
+
+def build_lm_term(config: TrainConfig, fused: FusedLoss) -> MicroBatchLoss | None:
+    """Build the LM term of the loss with its weight, without a teacher; None unless ``metrics`` asks for ratios."""
     if config.metrics.kd_lm_gradient_ratio_interval is None:
         return None
     objective = dataclasses.replace(build_objective(config.distillation), kd_weight=0.0)
-    fused = FusedLoss(groups, config.distillation.loss)
-    return MicroBatchLoss({"main": DistillationLoss(objective, fused, config.training.loss_reduction)}, None, unwrap)
+    return MicroBatchLoss({"main": DistillationLoss(objective, fused, config.training.loss_reduction)}, None)
 
 
-def build_source(
-    config: TrainConfig,
-    data: ChunkDataset,
-    groups: ProcessGroupCollection,
-    model: Sequence[torch.nn.Module],
-    teacher: Teacher | None,
-    device: torch.device,
-) -> BatchSource:
-    """Where the batches of ``distillation.method`` come from.
-
-    Raises:
-        LayoutError: the method decodes with a teacher that is laid out otherwise than the student.
-    """
-    settings = config.distillation
-    if settings.method not in METHODS_WITH_TEXT:
-        return DatasetSource()
-    writer = TextWriter(
-        settings.rollout,
-        data,
-        groups,
-        seq_length=config.data.seq_length or data.seq_length,
-        seed=config.training.seed,
-        device=device,
-    )
-    source = _text_source(config, writer, data.vocab_size, groups, [unwrap(chunk) for chunk in model], teacher)
-    if settings.pretraining_weight == 0:
-        return source
-    reduction = config.training.loss_reduction
-
-    def auxiliary_count(batch):
-        return token_weights(batch, reduction)[1]
-
-    def count(batch):
-        return main_count(batch, settings.minillm) if settings.method == "minillm" else auxiliary_count(batch)
-
-    return PretrainingBeside(source, settings.pretraining_weight, groups, count, auxiliary_count)
+def _method(parts: MethodParts) -> Method:
+    return METHODS[parts.config.distillation.method]
 
 
-def _text_source(
-    config: TrainConfig,
-    writer: TextWriter,
-    ids: int,
-    groups: ProcessGroupCollection,
-    chunks: Sequence[torch.nn.Module],
-    teacher: Teacher | None,
-) -> BatchSource:
-    """The batches of generated text; ``ids`` is how many of the vocabulary may be drawn."""
-    settings, size, seed = config.distillation, config.training.global_batch_size, config.training.seed
-
-    def student(rows: int, length: int) -> Decoder:
-        return Decoder(chunks, groups, rows, length, vocab_size=ids)
-
-    def speaks(rows: int, length: int) -> ModelPolicy:
-        return ModelPolicy(student(rows, length))
-
-    if settings.method == "gkd":
-        teacher_speaks = _teacher_policy(teacher, groups, ids) if settings.gkd.seq_kd else None
-        return GKDSource(settings.gkd, writer, speaks, teacher_speaks, seed=seed, global_batch_size=size)
-    if settings.method == "distillm":
-        return DistiLLMSource(settings.distillm, writer, speaks, groups, seed=seed, global_batch_size=size)
-    policy = _rollout_policy(settings.minillm.teacher_mix, student, teacher, groups, ids)
-    return MiniLLMSource(
-        settings.minillm, writer, policy, teacher, groups, global_batch_size=size, execution=settings.loss
-    )
-
-
-def _teacher_decoder(
-    teacher: Teacher | None, groups: ProcessGroupCollection, rows: int, length: int, ids: int
-) -> Decoder:
-    assert teacher is not None
-    return teacher.decoder(groups, rows, length, ids)
-
-
-def _teacher_policy(teacher: Teacher | None, groups: ProcessGroupCollection, ids: int) -> PolicyMaker:
-    _teacher_decoder(teacher, groups, 1, 1, ids)
-    return lambda rows, length: ModelPolicy(_teacher_decoder(teacher, groups, rows, length, ids))
-
-
-def _rollout_policy(
-    mix: float, student, teacher: Teacher | None, groups: ProcessGroupCollection, ids: int
-) -> PolicyMaker:
-    if mix == 0:
-        return lambda rows, length: ModelPolicy(student(rows, length), record=True)
-    _teacher_decoder(teacher, groups, 1, 1, ids)
-    return lambda rows, length: MixedPolicy(
-        student(rows, length), _teacher_decoder(teacher, groups, rows, length, ids), mix
-    )
+def _module_of(method: Method) -> ModuleType | None:
+    return None if method.module is None else importlib.import_module(method.module)

@@ -1,18 +1,16 @@
-"""MiniLLM: rollouts from the student (mixed with the teacher), and their loss.
+"""MiniLLM (arXiv 2306.08543): rollouts of the student, mixed with the teacher, and their loss.
 
-    source      prompts of the dataset's batches -> responses, with log q, log p and log p̃ of every token as drawn
+    source      prompts of the dataset's micro-batches -> responses, with log q, log p and log p̃ of every drawn id
                 -> (``teacher_mix`` 0: log p by a scoring pass of the teacher) -> PolicyTerms
-    loss        fused reverse KL with the single-step weights, fused LM loss with the policy gradient's weights,
-                and for the dataset's batches beside them the pre-training loss
+    loss        fused reverse KL with the single-step weights, fused LM loss with the policy gradient's weights
 
 A token costs two student forward passes (drawing, training) and two of the teacher (drawing or scoring, training); with
-``inner_epochs`` the drawing is shared by as many steps.
-
-Rollouts that several steps train on, as a checkpoint keeps them: whole, in the order of the global batch.
+``inner_epochs`` the drawing is shared by as many steps, and the rollouts are part of the checkpoint.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Mapping, Sequence, cast
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -20,10 +18,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_kd.data.batch import Batch, moved
-from megatron_kd.errors import ConfigError
 from megatron_kd.losses.divergences import ReverseKL
 from megatron_kd.losses.fused_linear import linear_distillation_loss
-from megatron_kd.losses.types import DenseKnowledge, DistillationObjective, LossOutput
+from megatron_kd.losses.types import LM_ONLY, DenseKnowledge, DistillationObjective, LossOutput
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import is_last_stage, sum_over_group
 from megatron_kd.teachers.interface import Teacher
@@ -39,9 +36,32 @@ from megatron_kd.training.methods.generated_text import (
     own_row_numbers,
     text_of,
 )
-from megatron_kd.training.methods.method_config import MiniLLMConfig
+from megatron_kd.training.methods.method_builders import MethodParts
+from megatron_kd.training.methods.method_table import MiniLLMConfig
 from megatron_kd.training.methods.source import Place, StepBatches, TextCounts
 from megatron_kd.training.objective import FusedLoss, Knowledge, LossSums, sequence_major
+
+
+def build_source(parts: MethodParts) -> "MiniLLMSource":
+    """Build the source of MiniLLM's micro-batches."""
+    settings: MiniLLMConfig = parts.settings
+    mix = settings.teacher_mix
+    policy = parts.mixed_policy(mix) if mix > 0 else parts.student_policy(record=True)
+    assert parts.teacher is not None  # the method needs one: checked with the configuration
+    return MiniLLMSource(
+        settings,
+        parts.text_writer(),
+        policy,
+        parts.teacher,
+        parts.groups,
+        global_batch_size=parts.config.training.global_batch_size,
+        execution=parts.config.distillation.loss,
+    )
+
+
+def build_loss(parts: MethodParts) -> "MiniLLMLoss":
+    """Build the loss of MiniLLM's micro-batches."""
+    return MiniLLMLoss(parts.settings, parts.fused)
 
 
 @dataclass(frozen=True)
@@ -65,9 +85,13 @@ class Rollout:
 
 
 class MiniLLMSource:
-    """Rolls out every step, or once for every block of ``inner_epochs`` global batches."""
+    """Rolls out every step, or once for every block of ``inner_epochs`` global batches.
 
-    needs_heldout_loss = False
+    Args:
+        policy: draws the responses and records ``log_q``; a mixture also ``log_p`` and ``log_mixed``.
+        teacher: scores the responses where the student alone drew them (``teacher_mix`` 0).
+        execution: how the fused loss runs in that scoring pass.
+    """
 
     def __init__(
         self,
@@ -86,7 +110,7 @@ class MiniLLMSource:
         self._global_batch_size = global_batch_size
         self.counts = TextCounts()
         self._rollouts: list[Batch] | None = None
-        self._kept: dict[str, np.ndarray] | None = None
+        self._kept: dict[str, np.ndarray] = {}
         self._block: int | None = None
 
     def batches(self, place: Place, dataset: Sequence[Batch]) -> StepBatches:
@@ -95,9 +119,9 @@ class MiniLLMSource:
         if block != self._block:
             self._rollouts, self._block = self._roll_out(place, dataset), block
             if self._config.inner_epochs > 1:
-                self._kept = gathered(self._rollouts, block, self._groups)
+                self._kept = gather_rollouts(self._rollouts, block, self._groups)
         elif self._rollouts is None:
-            self._rollouts = restored(self._kept, self._writer, dataset, self._groups)
+            self._rollouts = split_rollouts(self._kept, self._writer, dataset, self._groups)
         made = self._with_terms(self._rollouts) if is_last_stage(self._groups) else self._rollouts
         return StepBatches(list(made), {"origin": "mixed" if self._config.teacher_mix else "student"})
 
@@ -108,7 +132,7 @@ class MiniLLMSource:
         return self._scored(made) if self._config.teacher_mix == 0 else made
 
     def _scored(self, made: Sequence[Batch]) -> list[Batch]:
-        """With the teacher's log-probabilities, by a forward pass over the whole sequences."""
+        """Add the teacher's log-probabilities, by a forward pass over the whole sequences."""
         self._teacher.begin_step(made, scheduled=False)
         scored = []
         for batch in made:
@@ -116,74 +140,77 @@ class MiniLLMSource:
             text = text_of(batch)
             known = dict(text.log_probabilities)
             if is_last_stage(self._groups):
-                known |= {"log_p": teacher_log_probabilities(batch, knowledge, self._groups, self._execution)}
+                whole = cast(DenseKnowledge, knowledge)  # the method refuses any other with the configuration
+                known |= {"log_p": teacher_log_probabilities(batch, whole, self._groups, self._execution)}
                 known |= {"log_mixed": known["log_q"]}
             scored.append(replace(batch, payload=GeneratedText(text.texts, known)))
         return scored
 
     def _with_terms(self, made: Sequence[Batch]) -> list[Batch]:
-        texts = [text_of(batch) for batch in made]
-        known = [
-            (*(text.log_probabilities[name] for name in ("log_p", "log_q", "log_mixed")), batch.loss_mask)
-            for batch, text in zip(made, texts)
+        drawn = [
+            pg.Drawn(**{name: text_of(batch).log_probabilities[name] for name in RECORDED}, mask=batch.loss_mask)
+            for batch in made
         ]
         if self._config.variant == "paper":
-            terms = [pg.paper_terms(*values, self._config) for values in known]
+            terms = [pg.paper_terms(one, self._config) for one in drawn]
         else:
-            terms = self._released_terms(made, known)
+            terms = self._released_terms(made, drawn)
         return [
-            replace(batch, payload=Rollout(text, term, pg.rewards(log_p, log_q, mask)))
-            for batch, text, term, (log_p, log_q, _, mask) in zip(made, texts, terms, known)
+            replace(batch, payload=Rollout(text_of(batch), term, pg.rewards(one)))
+            for batch, term, one in zip(made, terms, drawn)
         ]
 
-    def _released_terms(
-        self, made: Sequence[Batch], known: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]
-    ) -> list[pg.PolicyTerms]:
-        """Advantages whitened over the global batch, the places after a response's end among them."""
-        advantages = [pg.released_rewards_to_come(p, q, mask, self._config) for p, q, _, mask in known]
+    def _released_terms(self, made: Sequence[Batch], drawn: Sequence[pg.Drawn]) -> list[pg.PolicyTerms]:
+        """Whiten the advantages over the global batch, the places after a response's end among them."""
+        advantages = [pg.released_rewards_to_come(one, self._config) for one in drawn]
         sums, places = torch.zeros(2, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for values, batch in zip(advantages, made):
             part, count = pg.moments(values, batch.loss_mask, self._writer.response_places(text_of(batch).texts))
             sums, places = sums + part.cpu(), places + count
-        together = torch.cat([sums, places.unsqueeze(0)]).to(known[0][0].device)
+        together = torch.cat([sums, places.unsqueeze(0)]).to(drawn[0].mask.device)
         together = sum_over_group(together, self._groups.dp)
         mean, variance = pg.mean_and_variance(together[:2], together[2])
         return [
             pg.PolicyTerms(
-                ratio=pg.importance_ratio(q, drawn, mask, self._config.importance),
-                advantages=pg.whitened(values, mean, variance).to(values) * mask,
-                single_step_weights=mask,
+                ratio=pg.importance_ratio(one.log_q, one.log_mixed, one.mask, self._config.importance),
+                advantages=pg.whitened(values, mean, variance).to(values) * one.mask,
+                single_step_weights=one.mask,
             )
-            for values, (_, q, drawn, mask) in zip(advantages, known)
+            for values, one in zip(advantages, drawn)
         ]
 
     def after_evaluation(self, loss: float) -> None:
-        """Of no interest."""
+        """Do nothing: MiniLLM does not depend on the held-out loss."""
 
     def state(self) -> Mapping[str, np.ndarray]:
-        """The counts, and rollouts that may be needed again; other ones follow from weights and position."""
-        return {"texts": np.array([self.counts.student, self.counts.teacher]), **(self._kept or {})}
+        """Return the counts, and the rollouts that later steps need; others follow from weights and position."""
+        return {"texts": self.counts.to_array(), **self._kept}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """See :class:`~megatron_kd.training.methods.source.BatchSource`."""
-        self.counts = TextCounts(*map(int, state["texts"]))
-        self._rollouts, self._kept = None, kept_in(state)
-        self._block = block_of(self._kept)
+        self.counts = TextCounts.from_array(state["texts"])
+        self._rollouts = None
+        self._kept = {name: values for name, values in state.items() if name.startswith(_PREFIX)}
+        self._block = int(self._kept[_BLOCK]) if self._kept else None
 
 
 class MiniLLMLoss:
-    """The loss of a rollout micro-batch: policy gradient and, of each next token, the reverse KL.
+    """The loss of a rollout micro-batch: policy gradient and, for each next token, the reverse KL.
 
     Reports beside the usual sums: the policy term, the reward, how much of the policy term was clipped.
     """
 
-    extra = ("policy", "reward", "clipped")
+    extra: tuple[str, ...] = ("policy", "reward", "clipped")
     uses_teacher = True
 
     def __init__(self, config: MiniLLMConfig, fused: FusedLoss) -> None:
         self._config, self._fused = config, fused
         self._single_step = DistillationObjective(lm_weight=0.0, kd_weight=1.0, divergence=ReverseKL())
-        self._policy = DistillationObjective(lm_weight=1.0, kd_weight=0.0)
+
+    def count(self, batch: Batch) -> Tensor:
+        """Return what a micro-batch adds to the divisor: responses (``paper``) or their tokens (``released``)."""
+        responses = batch.loss_mask.sum(1) > 0
+        return responses.sum() if self._config.variant == "paper" else (batch.loss_mask > 0).sum()
 
     def __call__(
         self, batch: Batch, model: HiddenStateGPTModel, hidden: Tensor, knowledge: Knowledge | None
@@ -192,9 +219,10 @@ class MiniLLMLoss:
         rollout = cast(Rollout, batch.payload)
         terms, mask = self._terms(batch, rollout, model, hidden), batch.loss_mask
         value, coefficient = pg.surrogate(terms.ratio, terms.advantages, self._config.clip)
-        policy = self._fused(batch, model, hidden, _weights(coefficient, mask), self._policy)
-        weights = _weights(terms.single_step_weights, mask)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._config.single_step):  # main_grad is added to now
+        policy = self._fused(batch, model, hidden, sequence_major(coefficient * mask), LM_ONLY)
+        weights = sequence_major(terms.single_step_weights * mask)
+        # The fused loss adds to main_grad at once, so a term that is only reported is computed without gradients.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._config.single_step):
             exact = self._fused(batch, model, hidden, weights, self._single_step, knowledge)
         assert exact.kd_sum is not None and exact.teacher_entropy_sum is not None  # the teacher gives all of p
         policy_value = -(value * mask).sum()
@@ -210,7 +238,7 @@ class MiniLLMLoss:
             "reward": rollout.rewards.sum(),
             "clipped": ((coefficient == 0) & (terms.ratio * terms.advantages != 0)).sum(),
         }
-        return LossSums(loss, main_count(batch, self._config), reported)
+        return LossSums(loss, self.count(batch), reported)
 
     def _terms(self, batch: Batch, rollout: Rollout, model: HiddenStateGPTModel, hidden: Tensor) -> pg.PolicyTerms:
         """Return the rollout's terms; with inner epochs, weighted by the policy that is being trained."""
@@ -218,16 +246,12 @@ class MiniLLMLoss:
             return rollout.terms
         mask = batch.loss_mask
         with torch.no_grad():
-            result = self._fused(batch, model, hidden, sequence_major(mask), self._policy)
+            result = self._fused(batch, model, hidden, sequence_major(mask), LM_ONLY)
         log_q = label_log_probabilities(result, batch)
         log_drawn = rollout.text.log_probabilities["log_mixed"]
         ratio = pg.importance_ratio(log_q, log_drawn, mask, self._config.importance)
         weights = ratio if self._config.variant == "paper" else 1.0
         return pg.PolicyTerms(ratio, rollout.terms.advantages, weights * mask)
-
-
-def _weights(weights: Tensor, mask: Tensor) -> Tensor:
-    return sequence_major(weights * mask)
 
 
 def label_log_probabilities(result: LossOutput, batch: Batch) -> Tensor:
@@ -237,23 +261,11 @@ def label_log_probabilities(result: LossOutput, batch: Batch) -> Tensor:
     return -result.token_lm_losses.view(length, rows).transpose(0, 1)
 
 
-def main_count(batch: Batch, config: MiniLLMConfig) -> Tensor:
-    """What a micro-batch adds to the denominator: responses (``paper``) or their tokens (``released``)."""
-    responses = batch.loss_mask.sum(1) > 0
-    return responses.sum() if config.variant == "paper" else (batch.loss_mask > 0).sum()
-
-
 @torch.no_grad()
 def teacher_log_probabilities(
-    batch: Batch, knowledge: Knowledge | None, groups: ProcessGroupCollection, execution: LossConfig
+    batch: Batch, knowledge: DenseKnowledge, groups: ProcessGroupCollection, execution: LossConfig
 ) -> Tensor:
-    """log p of every label [b, s], 0 outside the mask, from the teacher's hidden states.
-
-    Raises:
-        ConfigError: the teacher sends ids and weights instead of hidden states.
-    """
-    if not isinstance(knowledge, DenseKnowledge):
-        raise ConfigError("distillation.method minillm needs the teacher's whole distribution: teacher.payload=hidden")
+    """Return log p of every label [b, s], 0 outside the mask, from the teacher's hidden states."""
     result = linear_distillation_loss(
         knowledge.hidden,
         knowledge.head,
@@ -272,9 +284,11 @@ _PREFIX = "rollout_"
 _BLOCK = _PREFIX + "block"
 
 
-def gathered(made: Sequence[Batch], block: int, groups: ProcessGroupCollection) -> dict[str, np.ndarray]:
-    """The rollouts of all ranks, the same on every one, and which steps they are for. Collective over the model's
-    ranks."""
+def gather_rollouts(made: Sequence[Batch], block: int, groups: ProcessGroupCollection) -> dict[str, np.ndarray]:
+    """Return the rollouts of all ranks in the order of the global batch, and the number of the block they serve.
+
+    Equal on every rank: what a checkpoint keeps. Collective over the model's ranks.
+    """
     texts = gather_rows(Texts.joined([text_of(batch).texts for batch in made]), len(made), groups)
     arrays = {_BLOCK: np.array(block)}
     arrays |= {_PREFIX + name: getattr(texts, name).int().cpu().numpy() for name in _TEXTS}
@@ -285,7 +299,7 @@ def gathered(made: Sequence[Batch], block: int, groups: ProcessGroupCollection) 
 
 
 def _recorded(made: Sequence[Batch], name: str, groups: ProcessGroupCollection) -> Tensor:
-    """fp32 [rows, s] from the last pipeline stage, where they are recorded, to all."""
+    """Send fp32 [rows, s] from the last pipeline stage, where it was recorded, to all."""
     if is_last_stage(groups):
         values = torch.cat([text_of(batch).log_probabilities[name] for batch in made]).float().contiguous()
     else:
@@ -295,10 +309,10 @@ def _recorded(made: Sequence[Batch], name: str, groups: ProcessGroupCollection) 
     return values
 
 
-def restored(
+def split_rollouts(
     arrays: Mapping[str, np.ndarray], writer: TextWriter, dataset: Sequence[Batch], groups: ProcessGroupCollection
 ) -> list[Batch]:
-    """This rank's micro-batches of :func:`gathered` arrays, in the places of ``dataset``'s."""
+    """Return this rank's micro-batches of :func:`gather_rollouts`' arrays, one for each of ``dataset``'s."""
     index = own_row_numbers(len(arrays[_PREFIX + "lengths"]), len(dataset), groups)
     texts = Texts(*(torch.from_numpy(arrays[_PREFIX + name]).long() for name in _TEXTS))
     made = writer.cut(texts.rows(index), dataset)
@@ -314,13 +328,3 @@ def restored(
         )
         for batch, a, b in zip(made, starts, starts[1:])
     ]
-
-
-def kept_in(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
-    """The rollouts in a checkpoint's state, if there are any."""
-    return {name: values for name, values in state.items() if name.startswith(_PREFIX)} or None
-
-
-def block_of(arrays: Mapping[str, np.ndarray] | None) -> int | None:
-    """Which steps kept rollouts are for; None without any."""
-    return None if arrays is None else int(arrays[_BLOCK])

@@ -1,7 +1,8 @@
 """The pre-training loss of the dataset's micro-batches, beside a method's own micro-batches of generated text."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Callable, ClassVar, Mapping, Sequence, cast
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -12,9 +13,9 @@ from megatron_kd.data.batch import Batch
 from megatron_kd.losses.types import DistillationObjective
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import sum_over_group
-from megatron_kd.training.distillation_config import LossReduction
 from megatron_kd.training.methods.source import BatchSource, Place, StepBatches, TextCounts
 from megatron_kd.training.objective import FusedLoss, Knowledge, LossSums, token_weights
+from megatron_kd.training.train_config import LossReduction
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,6 @@ class PretrainingBeside:
     ) -> None:
         self._source, self._weight, self._groups = source, weight, groups
         self._count, self._pretraining_count = count, pretraining_count
-        self.needs_heldout_loss = source.needs_heldout_loss
 
     @property
     def counts(self) -> TextCounts:
@@ -92,11 +92,15 @@ class PretrainingBeside:
 class PretrainingLoss:
     """The loss of micro-batches with a :class:`PretrainingShare`: scaled, and not counted in the denominator."""
 
-    extra = ("pretraining",)
+    extra: tuple[str, ...] = ("pretraining",)
 
     def __init__(self, objective: DistillationObjective, fused: FusedLoss, reduction: LossReduction) -> None:
         self._objective, self._fused, self._reduction = objective, fused, reduction
         self.uses_teacher = objective.kd_weight > 0
+
+    def count(self, batch: Batch) -> Tensor:
+        """Return what the micro-batch would add to the divisor if it were a main one."""
+        return token_weights(batch, self._reduction, self._fused.groups.cp)[1]
 
     def __call__(
         self, batch: Batch, model: HiddenStateGPTModel, hidden: Tensor, knowledge: Knowledge | None

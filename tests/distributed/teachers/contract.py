@@ -38,9 +38,8 @@ def two_steps_here(settings: list[str], stash_bytes: int | None = None) -> dict[
     from megatron_kd.logs import silence_known_noise
     from megatron_kd.models.parameters import global_indices, global_parameter_name, global_shape
     from megatron_kd.teachers import colocated
-    from megatron_kd.training import teacher_process as teacher_ranks
     from megatron_kd.training import train as module
-    from megatron_kd.training.setup import unwrap
+    from megatron_kd.training.objective import unwrap
     from megatron_kd.training.trainer import Trainer
 
     silence_known_noise()
@@ -73,7 +72,7 @@ def two_steps_here(settings: list[str], stash_bytes: int | None = None) -> dict[
         patch.object(colocated, "ColocatedTeacher", with_stash),
         patch.object(module, "build_student", capture("student", module.build_student)),
         patch.object(module, "build_teacher", capture("teacher", module.build_teacher)),
-        patch.object(teacher_ranks, "build_teacher_ranks", capture("teacher", teacher_ranks.build_teacher_ranks)),
+        patch.object(module, "build_teacher_ranks", capture("teacher", module.build_teacher_ranks)),
         patch.object(Trainer, "_save", lambda *_, **__: None),
     ):
         module.run(load_config(module.TrainConfig, None, settings))

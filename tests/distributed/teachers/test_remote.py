@@ -21,35 +21,28 @@ def serve_or_ask(settings, ask):
     from megatron_kd.config import load_config
     from megatron_kd.parallel.groups import create_process_groups
     from megatron_kd.parallel.runtime import distributed_runtime
-    from megatron_kd.training import teacher_process as teacher_ranks
-    from megatron_kd.training.setup import (
-        build_teacher,
-        open_datasets,
-        plan_layout,
-        student_architecture,
-        student_run,
-    )
+    from megatron_kd.training import train
     from megatron_kd.training.train_config import TrainConfig
+    from megatron_kd.training.training_run import ScheduledData, build_teacher, open_run
 
     config = load_config(TrainConfig, None, settings)
     with distributed_runtime(teacher_ranks=1) as runtime:
+        run = open_run(config, runtime)
         if runtime.is_teacher:
             server = []
-            build = teacher_ranks.build_teacher_ranks
-            teacher_ranks.build_teacher_ranks = lambda *a, **k: server.append(build(*a, **k)) or server[0]
+            build = train.build_teacher_ranks
+            train.build_teacher_ranks = lambda *a, **k: server.append(build(*a, **k)) or server[0]
             try:
-                teacher_ranks.run_teacher_ranks(config, runtime)
+                train.serve_student(run)
             finally:
-                teacher_ranks.build_teacher_ranks = build
+                train.build_teacher_ranks = build
             return server[0].started
-        data, _ = open_datasets(config)
-        architecture = student_architecture(config, data)
-        layout = plan_layout(config, architecture, data, runtime)
-        groups = create_process_groups(layout)
-        teacher = build_teacher(config, architecture, data, layout, groups, runtime)
-        batches = teacher_ranks.StudentsBatches(config, data, layout)
-        run = student_run(config, architecture, data, layout, runtime)
-        return ask(SimpleNamespace(config=config, teacher=teacher, data=data, groups=groups, batches=batches, run=run))
+        groups = create_process_groups(run.layout)
+        teacher = build_teacher(run, groups)
+        return ask(
+            SimpleNamespace(config=config, teacher=teacher, data=run.data, groups=groups, batches=ScheduledData(run),
+                            run=run.as_student())
+        )  # fmt: skip
 
 
 def step_of(parts, position):

@@ -69,7 +69,7 @@ def test_trouble_with_a_teacher_that_is_ahead(payload, dataset, teacher, tmp_pat
     assert run_in_fresh_world(2, troubled_run_here, keys, False)[0] == "ended"
     events = (folder / "events.jsonl").read_text()
     assert events == (whole / "events.jsonl").read_text()
-    assert events.count("skipped batch") == 1 and "going on from step 6 with global batch 9" in events
+    assert events.count("skipped batch") == 1 and "resuming from step 6 with global batch 9" in events
     ours, expected = (read_metrics(path) for path in (folder, whole))
     for key in ("step", "tokens", "loss", "lm_loss", "kd_loss", "grad_norm"):
         assert [row[key] for row in ours] == [row[key] for row in expected], key

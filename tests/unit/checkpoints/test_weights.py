@@ -17,9 +17,10 @@ from megatron_kd.checkpoints.weights import (
 from megatron_kd.errors import CheckpointError
 from megatron_kd.models.parameters import weights_fingerprint
 from megatron_kd.parallel.runtime import distributed_runtime
-from megatron_kd.training.checkpoint import Progress, save_checkpoint
+from megatron_kd.training.checkpoint import Progress
 from tests.distributed.training.runs import make_dataset
 from tests.reference.one_rank import TINY, TrainingParts, tiny_model
+from tests.reference.saved_checkpoint import save_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ from megatron_kd.errors import CheckpointError, ConfigError
 from megatron_kd.evaluation.evaluate import run
 from megatron_kd.evaluation.evaluate_config import EvaluateConfig
 from megatron_kd.parallel.runtime import distributed_runtime
-from megatron_kd.training.checkpoint import Progress, save_checkpoint
+from megatron_kd.training.checkpoint import Progress
 from tests.distributed.training.runs import VOCABULARY, make_dataset
 from tests.reference.one_rank import TrainingParts
+from tests.reference.saved_checkpoint import save_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -212,7 +212,7 @@ def test_the_command_answers_in_two_seconds_without_torch():
         (["plan.numgpus=8"], ConfigError, "plan.num_gpus"),
         (["parallel.tensor_model_parallel_sise=2"], ConfigError, "tensor_model_parallel_size"),
         (["training.global_batch_sise=2"], ConfigError, "global_batch_size"),
-        (["distillation.method=telepathy"], ConfigError, "no cost formula"),
+        (["distillation.method=telepathy"], ConfigError, "must be one of none, vanilla_kd, .*, not 'telepathy'"),
         (["distillation.loss.tile_megabytes=0"], ConfigError, "'distillation.loss.tile_megabytes' must be at least"),
         (["distillation.loss.chunk_megabytes=0"], ConfigError, "'distillation.loss.tile_megabytes' must be at least"),
         (["parallel.tensor_model_parallel_size=3", "plan.num_gpus=3"], LayoutError, "student under TP3"),

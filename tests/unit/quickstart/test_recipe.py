@@ -13,7 +13,8 @@ from megatron_kd.quickstart import recipe as plan
 from megatron_kd.quickstart.step_runner import step_keys
 from megatron_kd.scoring.score_corpus import ScoreCorpusConfig
 from megatron_kd.selection.sample_by_difference import SampleByDifferenceConfig
-from megatron_kd.training.train import TrainConfig
+from megatron_kd.training.methods.method_table import METHODS
+from megatron_kd.training.train_config import TrainConfig
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 CONFIGS = REPOSITORY / "examples/quickstart"
@@ -69,7 +70,7 @@ def test_students_cost_what_the_baseline_costs(name: str) -> None:
     baseline, config = training_config("student_pretrain"), training_config(name)
     student = architecture_by_name(config.model.name).with_vocab_size(plan.VOCAB_SIZE).parameters
     teacher = architecture_by_name(training_config("teacher").model.name).with_vocab_size(plan.VOCAB_SIZE).parameters
-    expected = matched_steps(baseline.training.train_iters, student, teacher, config.distillation.method)
+    expected = matched_steps(baseline.training.train_iters, student, teacher, METHODS[config.distillation.method].cost)
     assert config.training.train_iters == expected
     assert config.training.global_batch_size == baseline.training.global_batch_size
     assert config.model == baseline.model and config.optimizer == baseline.optimizer

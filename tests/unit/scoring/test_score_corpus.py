@@ -17,9 +17,10 @@ from megatron_kd.scoring.journal import ScoreJournal
 from megatron_kd.scoring.leakage import refuse_reference_trained_on
 from megatron_kd.scoring.score_corpus import ScoreCorpusConfig, run
 from megatron_kd.scoring.score_file import ScoreFile
-from megatron_kd.training.checkpoint import Progress, save_checkpoint
+from megatron_kd.training.checkpoint import Progress
 from tests.distributed.training.runs import make_dataset
 from tests.reference.one_rank import TrainingParts
+from tests.reference.saved_checkpoint import save_checkpoint
 
 UNITS = 10
 

@@ -11,12 +11,12 @@ from megatron_kd.models.gpt import full_logits
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.teachers.colocated import ColocatedTeacher, Stash
 from megatron_kd.teachers.routing import Routing
-from megatron_kd.training.checkpoint import Progress, save_checkpoint
-from megatron_kd.training.methods.method_builders import build_loss
+from megatron_kd.training.checkpoint import Progress
 from megatron_kd.training.train_step import TrainStep
 from tests.distributed.training.runs import make_dataset
 from tests.reference.full_state import load_full_state
 from tests.reference.one_rank import TINY, TrainingParts, tiny_model
+from tests.reference.saved_checkpoint import save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,7 @@ def step_with(parts, teacher):
         groups=parts.groups,
         teacher=teacher,
         clip_grad=1.0,
-        micro_batch_loss=build_loss(
-            dataclasses.replace(parts.config, distillation=distillation), teacher, parts.groups
-        ),
+        micro_batch_loss=parts.micro_batch_loss(teacher, dataclasses.replace(parts.config, distillation=distillation)),
     )
 
 

@@ -9,9 +9,10 @@ from megatron_kd.checkpoints import checkpoint_writer
 from megatron_kd.checkpoints.weights import LATEST_NAME, checkpoint_folders, open_checkpoint
 from megatron_kd.errors import CheckpointError, UserError
 from megatron_kd.parallel.runtime import distributed_runtime
-from megatron_kd.training.checkpoint import Progress, load_checkpoint, newest_whole_checkpoint, save_checkpoint
+from megatron_kd.training.checkpoint import Progress, load_checkpoint, newest_whole_checkpoint
 from tests.reference.full_state import load_full_state
 from tests.reference.one_rank import TrainingParts
+from tests.reference.saved_checkpoint import save_checkpoint
 
 
 def save(parts, dataset, folder, step, keep=None):
@@ -105,7 +106,7 @@ def test_damage_to_any_file_is_noticed_and_the_previous_checkpoint_taken(checkpo
         damage(checkpoints / "step_2" / name, how)
         assert newest(checkpoints).path.name == "step_1", name
         said = capsys.readouterr().err
-        assert said.count("\n") == 1 and f"step_2/{name}" in said and "going on from step_1" in said
+        assert said.count("\n") == 1 and f"step_2/{name}" in said and "resuming from step_1" in said
         (checkpoints / "step_2" / name).write_bytes(kept)
     assert newest(checkpoints).path.name == "step_2"
     assert capsys.readouterr().err == ""

@@ -11,7 +11,8 @@ from megatron_kd.models.gpt import full_logits
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.teachers.colocated import ColocatedTeacher
 from megatron_kd.teachers.routing import Routing
-from megatron_kd.training.methods.method_builders import build_lm_term, build_loss
+from megatron_kd.training.methods.method_builders import build_lm_term
+from megatron_kd.training.objective import FusedLoss
 from megatron_kd.training.train_config import TrainConfig
 from megatron_kd.training.train_step import TrainStep
 from tests.distributed.training.runs import VOCABULARY
@@ -43,8 +44,8 @@ def make_step(parts, teacher):
     )
     return TrainStep(
         model=parts.model, optimizer=parts.optimizer, groups=parts.groups, teacher=placed, clip_grad=1.0,
-        micro_batch_loss=build_loss(parts.config, placed, parts.groups),
-        lm_term=build_lm_term(parts.config, parts.groups),
+        micro_batch_loss=parts.micro_batch_loss(placed),
+        lm_term=build_lm_term(parts.config, FusedLoss(parts.groups)),
     )  # fmt: skip
 
 

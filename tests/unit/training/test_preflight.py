@@ -3,7 +3,6 @@
 import dataclasses
 
 import pytest
-import torch
 
 from megatron_kd.config import from_mapping
 from megatron_kd.errors import ConfigError
@@ -11,6 +10,7 @@ from megatron_kd.models.architecture import architecture_by_name
 from megatron_kd.parallel.layout import ParallelLayout
 from megatron_kd.training import preflight
 from megatron_kd.training.train_config import TrainConfig
+from tests.reference.one_rank import training_run
 
 STUDENT, TEACHER = architecture_by_name("qwen_500m"), architecture_by_name("qwen_1.8b")
 
@@ -28,8 +28,14 @@ def config(**teacher):
     )  # fmt: skip
 
 
+def run_of(layout, architecture=STUDENT, teacher=TEACHER, seq_length=1024, **keys):
+    return training_run(
+        config(**keys), architecture=architecture, layout=layout, teacher_architecture=teacher, seq_length=seq_length
+    )
+
+
 def memory(layout, rank, **teacher):
-    return preflight.rank_memory(config(**teacher), STUDENT, layout, rank, TEACHER, 1024, "cuda")
+    return preflight.rank_memory(run_of(layout, **teacher), rank, "cuda")
 
 
 def test_the_teachers_weights_and_waiting_hidden_states():
@@ -50,23 +56,24 @@ def test_what_does_not_fit_is_refused_with_the_numbers(monkeypatch):
     monkeypatch.setattr(preflight, "device_bytes", lambda _: 10e9)
     layout = ParallelLayout(1, 1, 1, 1)
     with pytest.raises(ConfigError, match=r"stage 0\) needs .* \(weights 9\d\d, .*teacher weights 3,67\d.*9,500"):
-        preflight.check_memory(config(placement="colocated"), STUDENT, layout, TEACHER, 1024, torch.device("cpu"))
+        preflight.check_memory(run_of(layout, placement="colocated"))
     small = dataclasses.replace(STUDENT, num_layers=1, vocab_size=1024)
-    preflight.check_memory(config(placement="colocated"), small, layout, None, 64, torch.device("cpu"))
+    preflight.check_memory(run_of(layout, small, None, 64, placement="colocated"))
 
 
 def test_a_remote_teachers_own_ranks(monkeypatch):
-    settings, own = config(placement="remote", num_ranks=2, prefetch_depth=3), ParallelLayout(1, 2, 1, 1)
-    first, last = (preflight.teacher_rank_memory(settings, own, rank, TEACHER, 1024) for rank in (0, 1))
+    own = ParallelLayout(1, 2, 1, 1)
+    run = run_of(ParallelLayout(1, 1, 1, 1), placement="remote", num_ranks=2, prefetch_depth=3)
+    first, last = (preflight.teacher_rank_memory(run, own, rank, TEACHER) for rank in (0, 1))
     assert first.teacher_weights + last.teacher_weights == pytest.approx(2 * TEACHER.parameters, rel=1e-3)
     assert first.weights == first.optimizer == first.loss == 0
     hand_off = 8 * 1024 * 2048 * 2
     assert last.teacher_activations - first.teacher_activations == 3 * hand_off
     monkeypatch.setattr(preflight, "device_bytes", lambda _: 2e9)
     with pytest.raises(ConfigError, match=r"teacher rank 0 .*stage 0\) needs .*teacher weights .*1,900: use a larger"):
-        preflight.check_teacher_ranks(settings, own, TEACHER, 1024, torch.device("cpu"))
+        preflight.check_teacher_ranks(run, own, TEACHER)
     monkeypatch.setattr(preflight, "device_bytes", lambda _: 10e9)
-    preflight.check_teacher_ranks(settings, own, TEACHER, 1024, torch.device("cpu"))
+    preflight.check_teacher_ranks(run, own, TEACHER)
 
 
 def test_a_cached_teacher_covers_one_dataset():

@@ -6,11 +6,12 @@ import pytest
 
 from megatron_kd.errors import CheckpointError, ConfigError
 from megatron_kd.parallel.runtime import distributed_runtime
-from megatron_kd.training.checkpoint import Progress, save_checkpoint
+from megatron_kd.training.checkpoint import Progress
 from megatron_kd.training.run_folder import checkpoint_to_resume, prepare_run_folder, sole_writer
 from tests.distributed.training.runs import make_dataset
 from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
-from tests.reference.one_rank import TrainingParts, train_config
+from tests.reference.one_rank import TrainingParts, train_config, training_run
+from tests.reference.saved_checkpoint import save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +39,7 @@ def run_folder(dataset, tmp_path_factory):
 
 def resumed(dataset, folder, **keys):
     with distributed_runtime() as runtime:
-        architecture = TrainingParts(dataset, runtime).architecture
-        return checkpoint_to_resume(train_config(dataset, folder, **keys), architecture, dataset)
+        return checkpoint_to_resume(training_run(train_config(dataset, folder, **keys), dataset, runtime))
 
 
 def test_the_same_settings_go_on(dataset, run_folder, tmp_path):
@@ -92,7 +92,7 @@ def test_another_model_is_refused(dataset, run_folder):
     with distributed_runtime() as runtime:
         architecture = dataclasses.replace(TrainingParts(dataset, runtime).architecture, num_layers=1, rope_theta=5.0)
         with pytest.raises(CheckpointError, match="num_layers 2 where 1 is asked for, rope_theta 10000.0 where 5.0"):
-            checkpoint_to_resume(train_config(dataset, run_folder), architecture, dataset)
+            checkpoint_to_resume(training_run(train_config(dataset, run_folder), dataset, architecture=architecture))
 
 
 def test_output_that_is_a_file(dataset, tmp_path):
@@ -101,7 +101,7 @@ def test_output_that_is_a_file(dataset, tmp_path):
         resumed(dataset, tmp_path / "file")
     with distributed_runtime():
         with pytest.raises(ConfigError, match="cannot be a run folder"):
-            prepare_run_folder(train_config(dataset, tmp_path / "file" / "below"))
+            prepare_run_folder(training_run(train_config(dataset, tmp_path / "file" / "below"), dataset))
         for folder, reason in ((tmp_path / "file", "is not a folder"), (tmp_path / "file" / "a", "cannot be a run")):
             with pytest.raises(ConfigError, match=reason), sole_writer(folder):
                 pass
@@ -110,7 +110,7 @@ def test_output_that_is_a_file(dataset, tmp_path):
 
 def test_the_folder_holds_the_resolved_configuration(dataset, tmp_path):
     with distributed_runtime():
-        folder = prepare_run_folder(train_config(dataset, tmp_path / "a" / "run"))
+        prepare_run_folder(training_run(train_config(dataset, folder := tmp_path / "a" / "run"), dataset))
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]
     assert "method: none" in (folder / "config.yaml").read_text()
 

@@ -13,9 +13,7 @@ from megatron_kd.models.gpt import full_logits
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.training import objective
 from megatron_kd.training.distillation_config import LossConfig
-from megatron_kd.training.methods.method_builders import build_loss
 from megatron_kd.training.objective import DistillationLoss, FusedLoss, MicroBatchLoss, build_objective
-from megatron_kd.training.setup import unwrap
 from megatron_kd.training.train_step import TrainStep
 from tests.reference.one_rank import TrainingParts
 
@@ -26,7 +24,7 @@ def make_step(parts, reduction="token"):
         model=parts.model,
         optimizer=parts.optimizer,
         groups=parts.groups,
-        micro_batch_loss=MicroBatchLoss({"main": main}, None, unwrap),
+        micro_batch_loss=MicroBatchLoss({"main": main}, None),
         teacher=None,
         clip_grad=1.0,
     )
@@ -115,7 +113,7 @@ def test_the_keys_of_how_the_loss_runs_reach_it(dataset, monkeypatch):
         loss = LossConfig(backend="torch", tile_megabytes=3)
         config = replace(parts.config, distillation=replace(parts.config.distillation, loss=loss))
         batch = micro_batches(dataset)[0]
-        build_loss(config, None, parts.groups)(iter([batch]), parts.model[0])[1](hidden_of(parts, batch))
+        parts.micro_batch_loss(config=config)(iter([batch]), parts.model[0])[1](hidden_of(parts, batch))
     assert [(call["tile_bytes"], call["backend"]) for call in calls] == [(3 << 20, "torch")]
 
 

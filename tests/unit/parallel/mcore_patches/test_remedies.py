@@ -8,10 +8,11 @@ from megatron_kd.checkpoints.weights import open_checkpoint
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.parallel.mcore_patches.remedies import clipped_step
 from megatron_kd.parallel.runtime import distributed_runtime
-from megatron_kd.training.checkpoint import Progress, load_checkpoint, save_checkpoint, training_state
+from megatron_kd.training.checkpoint import Progress, load_checkpoint, training_state
 from megatron_kd.training.optimizer import build_optimizer
 from megatron_kd.training.train_config import OptimizerConfig
 from tests.reference.one_rank import one_rank_groups, tiny_model
+from tests.reference.saved_checkpoint import save_checkpoint
 
 ODD = ModelArchitecture(2, 40, 44, 4, 2, vocab_size=300, rope_theta=10_000.0)
 ABOUT = {"tokenizer_hash": "x", "seq_length": 32, "precision": "fp32"}

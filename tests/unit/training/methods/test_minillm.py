@@ -11,8 +11,8 @@ from megatron_kd.losses import LM_ONLY, DenseKnowledge, DistillationObjective, O
 from megatron_kd.training.distillation_config import DistillationConfig
 from megatron_kd.training.methods import policy_gradient as pg
 from megatron_kd.training.methods.generated_text import GeneratedText, Texts, text_of
-from megatron_kd.training.methods.method_config import MiniLLMConfig
-from megatron_kd.training.methods.minillm import MiniLLMLoss, Rollout, main_count
+from megatron_kd.training.methods.method_table import MiniLLMConfig
+from megatron_kd.training.methods.minillm import MiniLLMLoss, Rollout
 from megatron_kd.training.methods.pretraining import PretrainingLoss, PretrainingShare
 from megatron_kd.training.objective import DistillationLoss, FusedLoss, MicroBatchLoss, build_objective
 from tests.reference import naive_losses
@@ -53,9 +53,9 @@ class Case:
     def rollout(self, config, alpha=0.3):
         log_q, log_p = (self.of_labels(values).detach() for values in self.log_probabilities())
         drawn = torch.log(alpha * log_p.exp() + (1 - alpha) * log_q.exp())
-        terms = pg.paper_terms(log_p, log_q, drawn, self.mask, config)
+        known = pg.Drawn(log_q, log_p, drawn, self.mask)
         text = GeneratedText(text_of(self.batch).texts, {"log_mixed": drawn})
-        rollout = Rollout(text, terms, pg.rewards(log_p, log_q, self.mask))
+        rollout = Rollout(text, pg.paper_terms(known, config), pg.rewards(known))
         return dataclasses.replace(self.batch, payload=rollout), drawn
 
     def gradients(self, loss):
@@ -171,7 +171,7 @@ def test_a_batch_of_empty_responses_has_loss_and_gradient_0(variant):
     case = Case(lengths=(7, 7, 7), prompts=(7, 7, 7))
     config = MiniLLMConfig(variant=variant)
     batch, _ = case.rollout(config)
-    assert not batch.loss_mask.any() and int(main_count(batch, config)) == 0
+    assert not batch.loss_mask.any() and int(minillm_loss(config).count(batch)) == 0
     loss, _, sums = sums_of(minillm_loss(config), batch, case)
     assert float(loss) == 0 and all(float(value) == 0 for value in sums.values())
     assert not any(gradient.any() for gradient in case.gradients(loss))
@@ -185,7 +185,7 @@ def test_the_pretraining_loss_beside_is_scaled_and_not_counted():
     log_q, _ = case.log_probabilities()
     expected = -0.25 * (case.of_labels(log_q) * case.mask).sum()
     assert int(count) == 0 and float(scaled) == pytest.approx(float(expected), rel=1e-9) == float(sums["pretraining"])
-    whole = MicroBatchLoss({"main": minillm_loss(MiniLLMConfig()), "pretraining": loss}, None, None)
+    whole = MicroBatchLoss({"main": minillm_loss(MiniLLMConfig()), "pretraining": loss}, None)
     assert not whole.needs_knowledge(beside) and whole.needs_knowledge(case.batch)
     assert whole.extra == ("policy", "reward", "clipped", "pretraining")
     assert PretrainingLoss(DistillationObjective(kd_weight=0.5), FusedLoss(GROUPS), "token").uses_teacher

@@ -9,7 +9,7 @@ from megatron_kd.generation.generate import MixedPolicy
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.training.distillation_config import RolloutConfig
 from megatron_kd.training.methods.generated_text import Texts, TextWriter
-from megatron_kd.training.methods.method_config import MiniLLMConfig
+from megatron_kd.training.methods.method_table import MiniLLMConfig
 from megatron_kd.training.methods.minillm import MiniLLMSource
 from megatron_kd.training.methods.source import Place
 from tests.reference import naive_minillm as naive

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_kd.training.methods import policy_gradient as pg
-from megatron_kd.training.methods.method_config import MiniLLMConfig
+from megatron_kd.training.methods.method_table import MiniLLMConfig
 from tests.reference import naive_minillm as naive
 
 EXACT = MiniLLMConfig(importance="sequence", clip=None, length_norm=False)
@@ -24,7 +24,7 @@ def expected_gradient(student, teacher, alpha, config):
         log_p[0, :length] = naive.token_log_probabilities(teacher, sequence)
         mask[0, :length] = 1
         drawn = naive.mixed_log_probabilities(log_p, log_q, alpha) * mask
-        terms = pg.paper_terms(log_p, log_q, drawn, mask, config)
+        terms = pg.paper_terms(pg.Drawn(log_q, log_p, drawn, mask), config)
         _, coefficient = pg.surrogate(terms.ratio, terms.advantages, config.clip)
         probability = drawn.sum().exp()
         for t, token in enumerate(sequence):
@@ -72,7 +72,7 @@ def test_released_advantages_against_the_written_out_formula():
         mask[row, start : start + length] = 1
     log_p, log_q = (torch.randn(mask.shape, generator=generator, dtype=torch.float64) for _ in range(2))
     config = MiniLLMConfig(variant="released", reward_scaling=0.5, reward_clip=1.5, discount=0.9)
-    values = pg.released_rewards_to_come(log_p, log_q, mask, config)
+    values = pg.released_rewards_to_come(pg.Drawn(log_q, log_p, log_q, mask), config)
     sums, count = pg.moments(values, mask, 3 * places)
     ours = pg.whitened(values, *pg.mean_and_variance(sums, count)) * mask
     rewards = [(log_p - log_q)[row, start : start + n].tolist() for row, n in enumerate(lengths)]
@@ -99,9 +99,9 @@ def test_nothing_but_padding_gives_zeros_and_no_nan():
     zeros, mask = torch.zeros(2, 4), torch.zeros(2, 4)
     minus = torch.full((2, 4), -torch.inf)
     for config in (MiniLLMConfig(), EXACT):
-        terms = pg.paper_terms(minus, zeros, minus, mask, config)
+        terms = pg.paper_terms(pg.Drawn(zeros, minus, minus, mask), config)
         assert torch.equal(terms.ratio, torch.ones(2, 4)) and not terms.advantages.any()
         assert not terms.single_step_weights.any()
-    values = pg.released_rewards_to_come(zeros, zeros, mask, MiniLLMConfig(variant="released"))
+    values = pg.released_rewards_to_come(pg.Drawn(zeros, zeros, zeros, mask), MiniLLMConfig(variant="released"))
     moments = pg.moments(values, mask, 0.0)
     assert torch.isfinite(pg.whitened(values, *pg.mean_and_variance(*moments))).all()

@@ -10,7 +10,7 @@ from megatron_kd.data.random_numbers import uniform
 from megatron_kd.training.methods.distillm import DistiLLMSource, ReplayBuffer
 from megatron_kd.training.methods.generated_text import Texts, own_rows
 from megatron_kd.training.methods.gkd import GKDSource
-from megatron_kd.training.methods.method_config import DistiLLMConfig, GKDConfig
+from megatron_kd.training.methods.method_table import DistiLLMConfig, GKDConfig
 from megatron_kd.training.methods.pretraining import PretrainingBeside
 from megatron_kd.training.methods.source import DatasetSource, Place, StepBatches
 from megatron_kd.training.objective import token_weights
@@ -48,7 +48,8 @@ def dataset_batches():
 
 def gkd(**keys):
     writer = Writer()
-    source = GKDSource(GKDConfig(**keys), writer, "student", "teacher", seed=3, global_batch_size=4)
+    policies = {"student": "student", "teacher": "teacher"}
+    source = GKDSource(GKDConfig(**keys), writer, policies, seed=3, global_batch_size=4)
     return source, writer
 
 
@@ -173,7 +174,6 @@ def test_mask_of_a_generated_batch():
 class Main:
     """A source that gives the same batch whatever the dataset's."""
 
-    needs_heldout_loss = False
     after_evaluation = state = restore = None
 
     def __init__(self, batch):

@@ -6,7 +6,7 @@ import torch
 from megatron_kd.errors import LayoutError
 from megatron_kd.models.architecture import architecture_by_name
 from megatron_kd.parallel.runtime import Runtime
-from megatron_kd.training.setup import plan_layout
+from megatron_kd.training.training_run import plan_layout
 from tests.reference.one_rank import train_config
 
 
@@ -30,4 +30,4 @@ def test_a_layout_that_does_not_divide(dataset, world_size, parallel, batch, mes
     architecture = architecture_by_name("qwen_toy_student").with_vocab_size(dataset.vocab_size)
     runtime = Runtime(device=torch.device("cpu"), rank=0, world_size=world_size)
     with pytest.raises(LayoutError, match=message):
-        plan_layout(config, architecture, dataset, runtime)
+        plan_layout(config, architecture, dataset.seq_length, runtime)

@@ -1,6 +1,6 @@
 """Everything in Megatron-Core that this project works around: what is wrong, in which versions, where it is remedied.
 
-``tests/distributed/parallel/test_patch_table.py`` has one check an entry, which fails as soon as the installed
+``tests/distributed/parallel/test_patch_table.py`` has one check per entry, which fails as soon as the installed
 Megatron-Core no longer has the fault: the entry and its remedy can then go once no supported version has it.
 ``docs/architecture.md`` holds the table that this prints:
 
@@ -115,7 +115,7 @@ PATCHES: dict[str, Patch] = {
         f"{_HERE}/remedies.py: make_torch_adam_checkpointable",
     ),
     "adam_shared_step": Patch(
-        "After loading, all parameters of torch's AdamW share one step count, which then advances once a parameter",
+        "After loading, all parameters of torch's AdamW share one step count, which then advances once per parameter",
         "silently wrong",
         f"{_HERE}/remedies.py: make_torch_adam_checkpointable",
     ),

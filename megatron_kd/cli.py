@@ -60,7 +60,7 @@ VERBS: dict[str, Verb] = {
     "convert_from_hf": Verb("conversion.conversion_config.ConvertFromHFConfig", "Hugging Face folder to checkpoint"),
     "convert_to_hf": Verb("conversion.conversion_config.ConvertToHFConfig", "checkpoint to Hugging Face folder"),
     "evaluate": Verb("evaluation.evaluate_config.EvaluateConfig", "held-out loss, bits per byte, zero-shot tasks"),
-    "plan_run": Verb("planning.plan_config.PlanRunConfig", "memory, time and storage of a run, before it starts"),
+    "plan_run": Verb("planning.plan_run.PlanRunConfig", "memory, time and storage of a run, before it starts"),
     "fit_scaling_law": Verb(
         "evaluation.fit_scaling_law.FitScalingLawConfig", "loss over FLOPs, extrapolated", positional="runs"
     ),

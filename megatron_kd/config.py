@@ -8,9 +8,7 @@ type, and raises one :class:`~megatron_kd.errors.ConfigError` that lists every f
 A dataclass may define
 
 - ``validate(self) -> Iterable[str]``, which yields one message for each fault in its values;
-- ``RENAMED = {"old": "new"}``: an old key still works, with a warning that gives its new name;
-- ``READS_A_PART = True``, to read some keys of a file that belongs to another verb: the others are skipped, unless they
-  look like a misspelt key of its own.
+- ``RENAMED = {"old": "new"}``: an old key still works, with a warning that gives its new name.
 """
 
 import dataclasses
@@ -31,8 +29,6 @@ from megatron_kd.errors import ConfigError
 logger = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT")
 MAX_BASE_DEPTH = 8
-MISSPELT = 0.88
-"""Similarity of two keys from which one is taken for a misspelling of the other."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -143,7 +139,7 @@ def _build(schema: type[Any], tree: Any, prefix: str, faults: list[str]) -> Any:
     hints = typing.get_type_hints(schema)
     fields = {field.name: field for field in dataclasses.fields(schema)}
     for key in tree:
-        if key not in fields and not (getattr(schema, "READS_A_PART", False) and not _nearly(str(key), fields)):
+        if key not in fields:
             faults.append(f"unknown key '{prefix}{key}'" + _nearest(str(key), schema, prefix))
     values = {}
     for name, field in fields.items():
@@ -259,10 +255,6 @@ def _nearest(key: str, schema: type, prefix: str) -> str:
             candidates[leaf] = full  # where several sections have the key: the shallowest, then the first
     match = difflib.get_close_matches(key, candidates, n=1, cutoff=0.5)
     return f" (did you mean '{candidates[match[0]]}'?)" if match else ""
-
-
-def _nearly(key: str, fields: Mapping[str, Any]) -> bool:
-    return bool(difflib.get_close_matches(key, fields, n=1, cutoff=MISSPELT))
 
 
 def _first_line(error: Exception) -> str:

@@ -26,10 +26,10 @@ from megatron_kd.planning.overheads import (
     layer_split,
     step_traffic,
 )
-from megatron_kd.planning.plan_config import PlanRunConfig
 from megatron_kd.planning.recommend import Recommendation, memory_limit, recommend
 from megatron_kd.planning.setting import RemoteBalance, Setting, remote_balance, setting_of
 from megatron_kd.training.methods.method_table import METHODS
+from megatron_kd.training.train_config import TrainConfig
 
 ID_BYTES, WIDE_ID_BYTES = 2, 4
 SMALLEST_WIDE_VOCABULARY = 65_500
@@ -125,7 +125,7 @@ class Plan:
         return dataclasses.asdict(self)
 
 
-def make_plan(config: PlanRunConfig) -> Plan:
+def make_plan(config: TrainConfig) -> Plan:
     """Plan the run of a configuration.
 
     Raises:
@@ -174,12 +174,12 @@ def _remote_stages(setting: Setting) -> Iterator[RankMemory]:
         yield remote_rank_memory(placed, placed.layout.rank_at(tensor=0, data=0, pipeline=stage), **batch_sizes)
 
 
-def _tokens(config: PlanRunConfig) -> int:
+def _tokens(config: TrainConfig) -> int:
     seq_length = config.data.seq_length or config.plan.seq_length
     return config.training.train_iters * config.training.global_batch_size * seq_length
 
 
-def _assumptions(config: PlanRunConfig, sizes: dict[str, Any]) -> dict[str, Any]:
+def _assumptions(config: TrainConfig, sizes: dict[str, Any]) -> dict[str, Any]:
     gpu = GPUS[config.plan.gpu]
     return {
         "gpu": gpu.name,
@@ -199,7 +199,7 @@ def _assumptions(config: PlanRunConfig, sizes: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def _models(config: PlanRunConfig, setting: Setting) -> Iterator[ModelSize]:
+def _models(config: TrainConfig, setting: Setting) -> Iterator[ModelSize]:
     named = (
         ("student", config.model.name, setting.student),
         ("teacher", config.plan.teacher, setting.teacher),
@@ -210,7 +210,7 @@ def _models(config: PlanRunConfig, setting: Setting) -> Iterator[ModelSize]:
             yield ModelSize(role, name, model.parameters, model.non_embedding_parameters, model.embedding_parameters)
 
 
-def _budgets(config: PlanRunConfig, setting: Setting) -> Iterator[MethodBudget]:
+def _budgets(config: TrainConfig, setting: Setting) -> Iterator[MethodBudget]:
     steps = config.plan.baseline_steps or config.training.train_iters
     student = setting.student.parameters
     teacher = setting.teacher.parameters if setting.teacher else 0
@@ -226,7 +226,7 @@ def _budgets(config: PlanRunConfig, setting: Setting) -> Iterator[MethodBudget]:
         )
 
 
-def _costs(config: PlanRunConfig, setting: Setting, training: float, slowdown: float) -> list[Cost]:
+def _costs(config: TrainConfig, setting: Setting, training: float, slowdown: float) -> list[Cost]:
     plan = config.plan
     rate = plan.num_gpus * GPUS[plan.gpu].peak_tflops * 1e12 * plan.mfu * 3600
 

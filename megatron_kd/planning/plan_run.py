@@ -8,15 +8,18 @@ file. Imports neither torch nor Megatron-Core, so that a plan takes a second on 
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_kd.costs.gpus import GIB
 from megatron_kd.costs.memory import RankMemory
+from megatron_kd.models.architecture import ARCHITECTURES, AS_INIT_FROM
 from megatron_kd.planning.plan import Plan, make_plan
-from megatron_kd.planning.plan_config import PlanRunConfig
 from megatron_kd.planning.recommend import Candidate
+from megatron_kd.teachers.teacher_config import NO_TEACHER, TeacherConfig
 from megatron_kd.training.methods.method_table import METHODS
+from megatron_kd.training.train_config import TrainConfig, TrainingDataConfig
 
 PARTS = {
     "weights": "weights",
@@ -30,6 +33,43 @@ PARTS = {
 SAME_COST = "also miniplm, seqkd"
 """Methods that train like plain pre-training on a corpus made before: their cost is offline."""
 UNITS = ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+@dataclass(frozen=True)
+class PlannedDataConfig(TrainingDataConfig):
+    """The ``data.*`` keys of training, without a dataset: a plan reads none."""
+
+    path: str | tuple[str, ...] = ""
+    eval_path: str | None = ""
+
+
+@dataclass(frozen=True)
+class PlannedTeacherConfig(TeacherConfig):
+    """The ``teacher.*`` keys of training; a plan needs no checkpoint or cache of the teacher."""
+
+    def placement_faults(self, but: Container[str] = ()) -> Iterator[str]:
+        """Yield a fault for an unknown placement and for each missing key except the teacher's path."""
+        yield from super().placement_faults(but=(self.where.source,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRunConfig(TrainConfig):
+    """The configuration of ``train`` with its ``plan.*`` keys; what a plan does not read need not be given."""
+
+    data: PlannedDataConfig = field(default_factory=PlannedDataConfig)
+    output: str = ""
+    teacher: PlannedTeacherConfig = field(default_factory=PlannedTeacherConfig)
+
+    def validate(self) -> Iterator[str]:
+        """Yield one message for each fault in the values together."""
+        yield from super().validate()
+        if self.model.name == AS_INIT_FROM:
+            yield f"'model.name' {AS_INIT_FROM} gives a plan no sizes: choose one of {', '.join(ARCHITECTURES)}"
+        if self.teacher.placement != NO_TEACHER and self.plan.teacher is None:
+            yield (
+                f"'plan.teacher' (an architecture's name) is required, since teacher.placement is "
+                f"{self.teacher.placement}"
+            )
 
 
 def run(config: PlanRunConfig) -> Plan:

@@ -9,8 +9,8 @@ from megatron_kd.errors import LayoutError
 from megatron_kd.models.architecture import ModelArchitecture
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_kd.planning.overheads import LayerSplit, balanced_split, bubble_fraction, step_traffic
-from megatron_kd.planning.plan_config import PlanRunConfig
 from megatron_kd.planning.setting import Setting
+from megatron_kd.training.train_config import TrainConfig
 
 TENSOR_SIZES, PIPELINE_SIZES, MICRO_BATCHES = (1, 2, 4, 8), (1, 2, 3, 4, 6, 8, 12), (1, 2, 4, 8, 16, 32)
 AS_GOOD = 0.03
@@ -70,7 +70,7 @@ class Recommendation:
     reasons: tuple[str, ...]
 
 
-def recommend(config: PlanRunConfig, setting: Setting) -> Recommendation:
+def recommend(config: TrainConfig, setting: Setting) -> Recommendation:
     """Search the layouts and choose where the teacher runs."""
     found = list(candidates(config, setting))
     placement, reasons = "none", []
@@ -104,7 +104,7 @@ def recommend(config: PlanRunConfig, setting: Setting) -> Recommendation:
     return Recommendation(best, placement, payload, tuple(reasons))
 
 
-def candidates(config: PlanRunConfig, setting: Setting, teacher_is_colocated: bool = True) -> Iterator[Candidate]:
+def candidates(config: TrainConfig, setting: Setting, teacher_is_colocated: bool = True) -> Iterator[Candidate]:
     """Yield every layout of ``plan.num_gpus`` that divides model and batch, with the best micro-batch that fits.
 
     The GPUs of a remote teacher are not subtracted: the reasons say how many it should get.
@@ -127,7 +127,7 @@ def candidates(config: PlanRunConfig, setting: Setting, teacher_is_colocated: bo
 
 
 def evaluate_layout(
-    config: PlanRunConfig,
+    config: TrainConfig,
     setting: Setting,
     layout: ParallelLayout,
     split: LayerSplit,
@@ -189,7 +189,7 @@ def simplest(found: list[Candidate]) -> Candidate:
     )
 
 
-def memory_limit(config: PlanRunConfig) -> float:
+def memory_limit(config: TrainConfig) -> float:
     """Return the bytes of a GPU that a layout may fill."""
     return GPUS[config.plan.gpu].memory_bytes * config.plan.usable_memory
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from megatron_kd.config import load_config
 from megatron_kd.costs.gpus import GIB
 from megatron_kd.planning.plan import Plan, make_plan
-from megatron_kd.planning.plan_config import PlanRunConfig
-from megatron_kd.planning.plan_run import amount
+from megatron_kd.planning.plan_run import PlanRunConfig, amount
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 WORLDS = {8: 8, 64: 8, 512: 1}

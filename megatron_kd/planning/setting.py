@@ -9,9 +9,9 @@ from megatron_kd.errors import ConfigError, LayoutError
 from megatron_kd.models.architecture import ModelArchitecture, architecture_by_name
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout
 from megatron_kd.planning.overheads import teacher_head_flops
-from megatron_kd.planning.plan_config import PlanRunConfig
 from megatron_kd.teachers.teacher_config import NO_TEACHER
 from megatron_kd.training.methods.method_table import METHODS
+from megatron_kd.training.train_config import TrainConfig
 
 TOY_VOCABULARY = 512
 
@@ -79,7 +79,7 @@ class RemoteBalance:
     balanced_ranks: int
 
 
-def setting_of(config: PlanRunConfig) -> Setting:
+def setting_of(config: TrainConfig) -> Setting:
     """Return the setting that a configuration describes.
 
     Raises:
@@ -140,7 +140,7 @@ def _architecture(name: str) -> ModelArchitecture:
     return architecture_by_name(name).with_vocab_size(TOY_VOCABULARY)
 
 
-def _cost(config: PlanRunConfig, teacher: ModelArchitecture | None) -> MethodCost:
+def _cost(config: TrainConfig, teacher: ModelArchitecture | None) -> MethodCost:
     """Return the cost of the run's method; a cached teacher costs nothing while training."""
     method = METHODS[config.distillation.method]
     if method.needs_teacher and teacher is None:
@@ -149,9 +149,7 @@ def _cost(config: PlanRunConfig, teacher: ModelArchitecture | None) -> MethodCos
     return PRETRAINING if costs_nothing else method.cost
 
 
-def _place(
-    config: PlanRunConfig, teacher: ModelArchitecture, layout: ParallelLayout, remote_ranks: int
-) -> PlacedTeacher:
+def _place(config: TrainConfig, teacher: ModelArchitecture, layout: ParallelLayout, remote_ranks: int) -> PlacedTeacher:
     keys = config.teacher
     tensor, pipeline = keys.tensor_model_parallel_size, keys.pipeline_model_parallel_size
     if not remote_ranks:

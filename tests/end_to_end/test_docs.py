@@ -10,7 +10,7 @@ from megatron_kd.cli import VERBS
 from megatron_kd.config import load_config
 from megatron_kd.data.tokenize_corpus import TokenizeCorpusConfig
 from megatron_kd.planning.plan import make_plan
-from megatron_kd.planning.plan_config import PlanRunConfig
+from megatron_kd.planning.plan_run import PlanRunConfig
 from megatron_kd.selection.sample_by_difference import SampleByDifferenceConfig
 from megatron_kd.training.train_config import TrainConfig
 from tests.end_to_end.commands import REPOSITORY

@@ -1,7 +1,7 @@
-"""GPUs by name: dense bf16 peak, memory and links, from NVIDIA's data sheets; MFU and time refer to them."""
+"""GPUs by name (dense bf16 peak, memory and links, from NVIDIA's data sheets), and what a plan assumes beside them."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator
 
 from megatron_kd.models.architecture import ARCHITECTURES
 
@@ -10,12 +10,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class GPU:
-    """One accelerator.
+    """An accelerator.
 
     Attributes:
         peak_tflops: dense bf16, without sparsity.
-        memory_bytes: what a process can allocate, a little below the nominal size.
-        link_gb_per_second: to GPUs of the same node, one direction (NVLink, or PCIe where there is none).
+        memory_bytes: bytes that a process can allocate, a little below the nominal size.
+        link_gb_per_second: bandwidth to GPUs of the same node, one direction (NVLink, or PCIe without it).
     """
 
     name: str
@@ -34,9 +34,9 @@ GPUS: dict[str, GPU] = {
 
 
 def peak_tflops_of(device_name: str) -> float | None:
-    """Peak of the device that calls itself ``device_name`` (``NVIDIA H100 80GB HBM3``); None where it is not listed.
+    """Return the peak of the device with this name (``NVIDIA H100 80GB HBM3``); None if it is not listed.
 
-    The PCIe and NVL boards of a listed GPU are slower, and not listed.
+    The PCIe and NVL boards of a listed GPU are slower, and are not listed.
     """
     lowered = device_name.lower()
     if "h100" in lowered and ("pcie" in lowered or "nvl" in lowered):
@@ -46,24 +46,24 @@ def peak_tflops_of(device_name: str) -> float | None:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """The ``plan.*`` keys: hardware, models and corpus that a training configuration does not name by itself."""
+    """The ``plan.*`` keys: hardware, models and corpus, which a training configuration does not name."""
 
     gpu: str = "h100"
     num_gpus: int = 8
     gpus_per_node: int = 8
     mfu: float = 0.4
-    """Share of the peak that the whole job keeps, the teacher's FLOPs counted; time follows from it."""
+    """Share of the peak that the whole job reaches, the teacher's FLOPs counted; time follows from it."""
     network_gb_per_second: float = 50.0
-    """A GPU's share of the network between nodes, one direction (400 Gb/s InfiniBand a GPU is 50)."""
+    """A GPU's share of the network between nodes, one direction (50 for 400 Gb/s InfiniBand per GPU)."""
     usable_memory: float = 0.9
-    """Share of a GPU's memory that a layout may fill; the rest is fragmentation, NCCL and cuBLAS."""
+    """Share of a GPU's memory that a layout may fill; the rest is for fragmentation, NCCL and cuBLAS."""
     teacher: str | None = None
-    """Architecture of the teacher by name; None means no teacher in the plan."""
+    """Architecture of the teacher, by name; None for a plan without a teacher."""
     reference: str = "qwen_104m"
     baseline_steps: int | None = None
-    """Steps of plain pre-training that the budgets are matched to; None means training.train_iters."""
+    """Steps of plain pre-training that other methods' budgets match; None for ``training.train_iters``."""
     seq_length: int = 1024
-    """Positions of a row where data.seq_length leaves it to the dataset."""
+    """Positions of a row, where ``data.seq_length`` leaves them to the dataset."""
     corpus_tokens: float = 100e9
     reference_tokens: float = 5e9
     ratio: float = 0.5
@@ -71,7 +71,7 @@ class PlanConfig:
     """A JSON file for the whole plan."""
 
     def validate(self) -> Iterator[str]:
-        """Faults in the values, one message each."""
+        """Yield one message for each fault in the values."""
         if self.gpu not in GPUS:
             yield f"'plan.gpu' is '{self.gpu}', not one of {', '.join(GPUS)}"
         for name in ("teacher", "reference"):

@@ -1,11 +1,11 @@
-"""Token files that are there already, used as they are: a manifest, checksums and an index beside links to them.
+"""``adopt_dataset``: existing token files as a chunk dataset: links, an index, checksums and a manifest.
 
     python tools/adopt_dataset.py input='pile/data_*.bin' sequences=chunks tokenizer=… output=… data.seq_length=1024
 
 No id is copied: ``chunks-00000.bin`` is a symbolic link. ``sequences=chunks``: every sequence of the file is a chunk
-(MiniPLM's released shards). ``sequences=documents``: it is a stock Megatron document dataset; its chunks are the
-windows of ``seq_length + 1`` ids, one after another, as ``chunking: packed`` cuts them. Only the lengths and places of
-the old index are read, so one whose document part is not Megatron's (MiniPLM's) is as good.
+(MiniPLM's released shards). ``sequences=documents``: the file is a stock Megatron document dataset, and its chunks are
+consecutive windows of ``seq_length + 1`` ids, as ``chunking: packed`` cuts them. Only lengths and offsets of the old
+index are read, so one whose document part is not Megatron's (MiniPLM's) serves as well.
 """
 
 import logging
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from megatron_kd.artefacts.artefact_folder import building
 from megatron_kd.artefacts.checksums import BLOCK_BYTES, ChecksumStream, FileChecksums
@@ -26,12 +25,13 @@ from megatron_kd.artefacts.manifest import already_made, recipe_of
 from megatron_kd.config import to_mapping
 from megatron_kd.data.chunk_dataset import KIND, ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
-from megatron_kd.data.documents import expand_inputs
+from megatron_kd.data.corpus_files import expand_inputs
 from megatron_kd.data.indexed_dataset import ForeignIndex, write_index
 from megatron_kd.data.tokenization import LoadedTokenizer, load_tokenizer
 from megatron_kd.data.tokenize_corpus import ChunkLengthConfig
 from megatron_kd.data.workers import cpu_count
 from megatron_kd.errors import DataError
+from megatron_kd.logs import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ _EOS_SAMPLE = 1000
 
 @dataclass(frozen=True)
 class AdoptDatasetConfig:
-    """Keys of ``adopt_dataset``: files or globs of ``.bin`` files, what their sequences are, whose ids they hold."""
+    """Keys of ``adopt_dataset``: ``.bin`` files or globs, what their sequences are, and the tokenizer of their ids."""
 
     input: tuple[str, ...]
     sequences: Literal["chunks", "documents"]
@@ -52,7 +52,7 @@ class AdoptDatasetConfig:
 
 
 def run(config: AdoptDatasetConfig) -> str:
-    """Write the manifest and indices; returns the path of the dataset.
+    """Write the manifest and indices, and return the path of the dataset.
 
     Raises:
         DataError: a file is missing or does not fit its index, the tokenizer or ``data.seq_length``.
@@ -62,7 +62,7 @@ def run(config: AdoptDatasetConfig) -> str:
     recipe = _recipe(config, paths, tokenizer)
     if already_made(config.output, KIND, recipe):
         ChunkDataset.open(config.output)
-        logger.info(f"{config.output}: already adopted from these files, nothing to do")
+        logger.info(f"{config.output}: already adopted from these files")
         return config.output
     sources = [_Source(config, Path(path)) for path in paths]
     with (
@@ -70,7 +70,7 @@ def run(config: AdoptDatasetConfig) -> str:
         closing(ChunkDatasetWriter(folder, tokenizer.info, config.data.seq_length)) as writer,
     ):
         total = sum(len(source.index.buffer) for source in sources)
-        with tqdm(total=total, unit="B", unit_scale=True, desc="adopt", disable=None) as bar:
+        with progress_bar(total, "adopt") as bar:
             for source in sources:
                 source.add_to(writer, tokenizer, bar)
         facts = {
@@ -82,7 +82,7 @@ def run(config: AdoptDatasetConfig) -> str:
         if not writer.num_chunks:
             raise DataError(f"{', '.join(config.input)}: no whole chunk of {config.data.seq_length + 1} ids in it")
         fingerprint = writer.finish(producer)
-    doubt = "" if facts["share_with_eos"] else "; no end of a document was found: is it the right tokenizer?"
+    doubt = "" if facts["share_with_eos"] else "; no end of a document was found: is this the right tokenizer?"
     logger.info(
         f"{config.output} has {writer.num_chunks} chunks, {writer.num_tokens} tokens in {len(sources)} adopted files, "
         f"fingerprint {fingerprint[:12]}{doubt}"
@@ -101,25 +101,25 @@ class _Source:
         lengths = self.index.lengths
         if not self._windows and len(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= self._length:
             raise DataError(
-                f"{self.index.index_path}: sequences of {lengths.min()} to {lengths.max()} ids, chunks have 1 to "
+                f"{self.index.index_path}: sequences of {lengths.min()} to {lengths.max()} ids, where chunks have 1 to "
                 f"{self._length}; set data.seq_length, or sequences=documents if they are documents"
             )
         num_tokens = int(lengths.sum(dtype=np.int64))
         self.unused = num_tokens % self._length if self._windows else 0
 
     def chunk_lengths(self) -> np.ndarray:
-        """int32 ``[chunks]``."""
+        """Return the ids per chunk, int32 ``[chunks]``."""
         if not self._windows:
             return self.index.lengths
         count = int(self.index.lengths.sum(dtype=np.int64)) // self._length
         return np.full(count, self._length, dtype=np.int32)
 
     def add_to(self, writer: ChunkDatasetWriter, tokenizer: LoadedTokenizer, bar: Any) -> None:
-        """Link the file into the dataset under construction, index and checksum it."""
+        """Link the file into the dataset under construction; index and checksum it."""
         if self.index.dtype != writer.dtype:
             raise DataError(
-                f"{self.bin_path}: ids of {self.index.dtype}; a vocabulary of {tokenizer.info.vocab_size} is kept in "
-                f"{writer.dtype}, so these files are of another tokenizer or have to be rewritten"
+                f"{self.bin_path}: ids of {self.index.dtype}, where a vocabulary of {tokenizer.info.vocab_size} is "
+                f"stored as {writer.dtype}: give the tokenizer that the file was made with, or rewrite the file"
             )
         prefix = writer.next_shard_prefix()
         link = prefix.with_name(f"{prefix.name}.bin")
@@ -131,7 +131,7 @@ class _Source:
         writer.add_shard(files, len(lengths), int(lengths.sum(dtype=np.int64)), unused)
 
     def _checksum(self, vocab_size: int, bar: Any) -> FileChecksums:
-        """Block checksums of the file, every id of which must be in the vocabulary."""
+        """Compute the file's block checksums, and make sure that every id is in the vocabulary."""
         buffer = self.index.buffer
         starts = range(0, len(buffer), SEGMENT_BYTES)
 
@@ -140,7 +140,7 @@ class _Source:
             ids = piece.view(self.index.dtype)
             if int(ids.max()) >= vocab_size or int(ids.min()) < 0:
                 raise DataError(
-                    f"{self.bin_path}: ids from {ids.min()} to {ids.max()} near byte {start}, the tokenizer has "
+                    f"{self.bin_path}: ids from {ids.min()} to {ids.max()} near byte {start}, but the tokenizer has "
                     f"{vocab_size}; give the tokenizer that the file was made with"
                 )
             stream = ChecksumStream()
@@ -154,7 +154,7 @@ class _Source:
 
 
 def _share_with_eos(sources: Sequence[_Source], eos_id: int, sequences: str) -> float:
-    """Share, of up to 1,000 sequences of each file, of documents that end with eos, or of chunks that have one."""
+    """Return the share, among up to 1,000 sequences a file, of documents that end with eos or chunks that hold one."""
     found = total = 0
     for source in sources:
         for number in np.unique(np.linspace(0, len(source.index) - 1, _EOS_SAMPLE).astype(np.int64)).tolist():

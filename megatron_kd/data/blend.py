@@ -1,10 +1,10 @@
 """Several chunk datasets as one, mixed by weight; the mix is a pure function of the position.
 
-    position p  →  cycle p // 16,384, slot p % 16,384  →  dataset of that slot, its how-many-th sample  →  chunk
+    position p  →  cycle p // 16,384, slot p % 16,384  →  dataset of that slot, rank among its samples  →  chunk
 
-In every cycle a dataset has its weight's share of the slots, spread evenly; how often a dataset has been seen before a
-position is arithmetic, so a run resumes at any position without replaying, and nothing grows with the datasets' sizes.
-Each dataset has an order, and epochs, of its own.
+In every cycle each dataset has its weight's share of the slots, spread evenly. How often a dataset was seen before a
+position is arithmetic, so a run resumes at any position without a replay, and no memory grows with the datasets. Each
+dataset has an order, and epochs, of its own.
 """
 
 from collections.abc import Sequence
@@ -16,21 +16,21 @@ import numpy as np
 from megatron_kd.artefacts.manifest import recipe_of
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_order import ChunkOrder
-from megatron_kd.data.random_numbers import mix_int
+from megatron_kd.data.random_numbers import hash_int
 from megatron_kd.errors import ConfigError, DataError
 
 CYCLE = 16_384
 
 
 class BlendedDataset:
-    """What training reads of a :class:`ChunkDataset`, over several: chunk indices count on from one to the next.
+    """Several datasets with the interface of a :class:`ChunkDataset`; chunk indices continue from one to the next.
 
     Args:
-        datasets: of one tokenizer.
-        weights: share of the samples of each, any positive scale.
+        datasets: all with one tokenizer.
+        weights: share of the samples from each, on any positive scale.
 
     Raises:
-        DataError: the tokenizers differ, or whether prompts are left out.
+        DataError: the tokenizers differ, or only some of the datasets leave their prompts out of the loss.
         ConfigError: the weights do not fit.
     """
 
@@ -42,12 +42,15 @@ class BlendedDataset:
             if other.tokenizer_hash != first.tokenizer_hash:
                 raise DataError(
                     f"{other.path} has tokenizer {other.tokenizer_hash}, {first.path} has {first.tokenizer_hash}: "
-                    "datasets of a blend have one tokenizer"
+                    "tokenise the datasets of a blend with one tokenizer"
                 )
         self.masks_prompts = any(dataset.masks_prompts for dataset in self.datasets)
         for other in self.datasets:
             if self.masks_prompts and other.prompt_lengths is not None and not other.masks_prompts:
-                raise DataError(f"{other.path}: its prompts count in the loss, those of another dataset do not")
+                raise DataError(
+                    f"{other.path}: its prompts count in the loss, those of another dataset of the blend do not; blend "
+                    "datasets that treat prompts alike"
+                )
         self.path: Path = first.path
         self.tokenizer_hash, self.tokenizer_path = first.tokenizer_hash, first.tokenizer_path
         self.vocab_size, self.eos_id, self.pad_id = first.vocab_size, first.eos_id, first.pad_id
@@ -70,12 +73,12 @@ class BlendedDataset:
         return self.num_chunks
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """The ids of one chunk, int64 ``[length]``."""
+        """Return the ids of one chunk, int64 ``[length]``."""
         owner = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.datasets[owner][index - int(self.starts[owner])]
 
     def gather(self, indices: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """See :meth:`ChunkDataset.gather`."""
+        """Return chunks as the rows of a matrix; see :meth:`ChunkDataset.gather`."""
         indices = np.asarray(indices, dtype=np.int64)
         ids = np.full((len(indices), width), self.pad_id, dtype=np.int64)
         lengths = np.zeros(len(indices), dtype=np.int64)
@@ -86,20 +89,24 @@ class BlendedDataset:
         return ids, lengths
 
     def root_ids(self, indices: np.ndarray) -> np.ndarray:
-        """A blend's chunks are identified by their own indices."""
+        """Return the indices themselves: a blend's chunks are identified by their index in it."""
         return np.asarray(indices, dtype=np.int64)
 
     @property
     def prompt_lengths(self) -> "_BlendedPrompts | None":
-        """See :attr:`ChunkDataset.prompt_lengths`; 0 for chunks of a dataset without prompts."""
+        """Ids of each chunk's prompt, as :attr:`ChunkDataset.prompt_lengths`; 0 in a dataset without prompts."""
         return _BlendedPrompts(self) if any(d.prompt_lengths is not None for d in self.datasets) else None
+
+    def order(self, seed: int, shuffle: bool) -> "BlendedOrder":
+        """Return the order in which training sees the chunks."""
+        return BlendedOrder(self, seed, shuffle)
 
     def _owners(self, indices: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.starts, indices, side="right") - 1
 
 
 class _BlendedPrompts:
-    """Prompt lengths of a blend's chunks, looked up where they are asked for."""
+    """Prompt lengths of a blend's chunks, looked up on demand."""
 
     def __init__(self, blend: BlendedDataset) -> None:
         self._blend = blend
@@ -116,12 +123,12 @@ class _BlendedPrompts:
 
 
 class BlendedOrder:
-    """Sample position → chunk index of a blend.
+    """Maps sample positions to chunk indices of a blend.
 
     Args:
         blend: the datasets.
-        seed: of every dataset's own shuffle.
-        shuffle: without it, each dataset's own order.
+        seed: of each dataset's shuffle.
+        shuffle: use permutations, instead of each dataset's own order.
     """
 
     def __init__(self, blend: BlendedDataset, seed: int = 0, shuffle: bool = True) -> None:
@@ -129,17 +136,17 @@ class BlendedOrder:
         self._starts = blend.starts
         self._counts = np.array(blend.counts, dtype=np.int64)
         self._orders = [
-            ChunkOrder(dataset.num_chunks, mix_int(seed + number) if number else seed, shuffle)
+            ChunkOrder(dataset.num_chunks, hash_int(seed + number) if number else seed, shuffle)
             for number, dataset in enumerate(blend.datasets)
         ]
         self._owner, self._rank = _pattern(blend.counts)
 
     def chunk_at(self, position: int) -> int:
-        """The chunk index of one position."""
+        """Return the chunk index at one position."""
         return int(self.chunks_at(np.array([position], dtype=np.int64))[0])
 
     def chunks_at(self, positions: np.ndarray) -> np.ndarray:
-        """Chunk indices int64 of sample positions ``≥ 0``, any shape."""
+        """Return the chunk indices at sample positions ``≥ 0``, int64 of the same shape."""
         positions = np.asarray(positions, dtype=np.int64)
         cycles, slots = np.divmod(positions, CYCLE)
         owners = self._owner[slots]
@@ -152,10 +159,10 @@ class BlendedOrder:
 
 
 def slots_per_cycle(weights: Sequence[float], num_datasets: int) -> list[int]:
-    """How many of a cycle's slots each dataset has: its share, rounded by largest remainder.
+    """Return how many of a cycle's slots each dataset has: its share, rounded by largest remainder.
 
     Raises:
-        ConfigError: not one positive weight a dataset, or a share below one slot.
+        ConfigError: there is not one positive weight per dataset, or a share is below one slot.
     """
     if len(weights) != num_datasets:
         raise ConfigError(f"data.weights has {len(weights)} values for {num_datasets} datasets in data.path")
@@ -165,12 +172,14 @@ def slots_per_cycle(weights: Sequence[float], num_datasets: int) -> list[int]:
     counts = np.floor(shares).astype(np.int64)
     counts[np.argsort(counts - shares, kind="stable")[: CYCLE - int(counts.sum())]] += 1
     if counts.min() < 1:
-        raise ConfigError(f"data.weights {list(weights)}: the smallest is below 1/{CYCLE} of all; leave that out")
+        raise ConfigError(
+            f"data.weights {list(weights)}: the smallest is below 1/{CYCLE} of all; leave that dataset out"
+        )
     return counts.tolist()
 
 
 def _pattern(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(dataset, how-many-th sample of it) of every slot, ``[CYCLE]`` each: sample k of n stands at (k + ½) / n."""
+    """Return (dataset, rank among its samples) of every slot, ``[CYCLE]`` each: sample k of n is at (k + ½) / n."""
     owners = np.repeat(np.arange(len(counts)), counts)
     ranks = np.concatenate([np.arange(count) for count in counts])
     order = np.argsort((ranks + 0.5) / np.asarray(counts)[owners], kind="stable")
@@ -178,20 +187,13 @@ def _pattern(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def open_data(path: str | Sequence[str], weights: Sequence[float] | None = None) -> ChunkDataset | BlendedDataset:
-    """One dataset, or a blend of several; without weights, in proportion to their chunks.
+    """Open one dataset, or a blend of several; without weights, in proportion to their chunks.
 
     Raises:
-        DataError: one is missing or damaged; they do not go together.
+        DataError: a dataset is missing or damaged, or they cannot be blended.
     """
     paths = [path] if isinstance(path, str) else list(path)
     datasets = [ChunkDataset.open(one) for one in paths]
     if len(datasets) == 1 and weights is None:
         return datasets[0]
     return BlendedDataset(datasets, weights or [float(dataset.num_chunks) for dataset in datasets])
-
-
-def order_of(data: ChunkDataset | BlendedDataset, seed: int, shuffle: bool) -> ChunkOrder | BlendedOrder:
-    """The order in which training sees the chunks of ``data``."""
-    if isinstance(data, BlendedDataset):
-        return BlendedOrder(data, seed, shuffle)
-    return ChunkOrder(data.num_chunks, seed, shuffle)

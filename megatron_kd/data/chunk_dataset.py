@@ -1,7 +1,7 @@
 """A chunk dataset: a folder with ``manifest.json`` and shards ``chunks-00000.bin/.idx``, …, of chunks of token ids.
 
 A chunk is a training instance of at most ``seq_length + 1`` ids. Its identity is (root fingerprint, root chunk id): a
-dataset selected from another keeps in ``chunk_ids.npy`` the id that each of its chunks has in the root, so what was
+dataset selected from another keeps the id that each chunk has in the root (``chunk_ids.npy``), so that what was
 computed for the root serves the selection. See ``docs/file_formats.md``.
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_kd.artefacts.checksums import Checksums, LazyBlocks
 from megatron_kd.artefacts.manifest import open_artefact
+from megatron_kd.data.chunk_order import ChunkOrder
 from megatron_kd.data.indexed_dataset import IndexedDatasetReader
 from megatron_kd.errors import DataError
 
@@ -29,14 +30,14 @@ TOKENIZER_FOLDER = "tokenizer"
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """Identity and facts of a tokenizer.
+    """What a dataset records of its tokenizer; free of tokenizer libraries, so that training needs none.
 
     Attributes:
         hash: content hash (``data/tokenization.py``).
         vocab_size: largest id + 1.
         eos_id: ends a document.
-        pad_id: fills the right of short rows; equal to ``eos_id``, as in the Qwen, Llama 3.1 and Mamba recipes, which
-            is what makes the loss mask leave out positions whose input is eos (``data/batch.py``).
+        pad_id: fills short rows on the right; equal to ``eos_id``, as in the Qwen, Llama 3.1 and Mamba recipes, so that
+            the loss mask leaves out positions whose input is eos (``data/batch.py``).
         token_byte_lengths: UTF-8 bytes per id, int32 ``[vocab_size]``, 0 for special tokens.
         files: name → contents of the files that make it up; empty for synthetic data.
     """
@@ -49,7 +50,7 @@ class TokenizerInfo:
     files: Mapping[str, bytes] = field(default_factory=dict)
 
     def copy_files(self, dataset_folder: Path) -> list[str]:
-        """Write its files into ``<dataset_folder>/tokenizer/``; returns their names relative to the dataset."""
+        """Write its files into ``<dataset_folder>/tokenizer/``, and return their names relative to the dataset."""
         if not self.files:
             return []
         (dataset_folder / TOKENIZER_FOLDER).mkdir()
@@ -67,7 +68,7 @@ class ChunkDataset:
         num_chunks, num_tokens: totals over the shards.
         seq_length: a chunk has at most ``seq_length + 1`` ids.
         vocab_size, eos_id, pad_id: of the tokenizer.
-        tokenizer_hash, tokenizer_path: its content hash, and the copy of its files (may be absent).
+        tokenizer_hash, tokenizer_path: content hash of the tokenizer, and the copy of its files (may be absent).
         fingerprint, root_fingerprint: content identity of this dataset and of the one its chunk ids refer to.
     """
 
@@ -114,11 +115,11 @@ class ChunkDataset:
         return self.num_chunks
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """The ids of one chunk, int64 ``[length]``.
+        """Return the ids of one chunk, int64 ``[length]``.
 
         Raises:
-            IndexError: not in ``[0, num_chunks)``.
-            DataError: its block on disk is damaged.
+            IndexError: ``index`` is not in ``[0, num_chunks)``.
+            DataError: a block on disk is damaged.
         """
         if not 0 <= index < self.num_chunks:
             raise IndexError(f"chunk {index} of a dataset with {self.num_chunks} chunks ({self.path})")
@@ -132,7 +133,7 @@ class ChunkDataset:
         return reader.buffer[start:stop].view(self.dtype)
 
     def verified_ranges(self, shard: int, starts: np.ndarray, stops: np.ndarray) -> list[np.ndarray]:
-        """Views of byte ranges of one shard's ``.bin``, uint8; every block between the first and the last is verified.
+        """Return byte ranges of one shard's ``.bin``, uint8 views; every block from first to last is verified.
 
         Args:
             shard: number of the shard.
@@ -146,7 +147,7 @@ class ChunkDataset:
         return [buffer[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
 
     def gather(self, indices: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Several chunks as the rows of a matrix, right-padded with ``pad_id``.
+        """Return chunks as the rows of a matrix, right-padded with ``pad_id``.
 
         Args:
             indices: ``[n]`` chunk indices.
@@ -176,8 +177,12 @@ class ChunkDataset:
             lengths[row] = len(chunk)
         return ids, lengths
 
+    def order(self, seed: int, shuffle: bool) -> ChunkOrder:
+        """Return the order in which training sees the chunks."""
+        return ChunkOrder(self.num_chunks, seed, shuffle)
+
     def has_unmasked_position(self, index: int) -> bool:
-        """Whether any position of a chunk counts in a loss (``MASK_RULE``: the input is real and not pad).
+        """Whether any position of a chunk counts in a loss: its input is real and not pad (``MASK_RULE``).
 
         Where ``masks_prompts``, positions whose label belongs to the prompt do not count either.
         """
@@ -186,7 +191,7 @@ class ChunkDataset:
 
     @property
     def masks_prompts(self) -> bool:
-        """Whether prompts are left out of every loss and score of this dataset, not only where that is asked for."""
+        """Whether prompts are left out of every loss and score of this dataset, not only on request."""
         return bool(self.manifest.get("mask_prompts", False))
 
     @cached_property
@@ -196,7 +201,7 @@ class ChunkDataset:
         return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
 
     def lengths_between(self, start: int, stop: int) -> np.ndarray:
-        """Ids of the chunks in ``[start, stop)``, int32, read from the indices that they are in."""
+        """Return the lengths of the chunks in ``[start, stop)``, int32, reading only the indices of their shards."""
         parts = [
             shard.lengths[max(0, start - first) : max(0, stop - first)]
             for shard, first in zip(self.shards, self._starts.tolist(), strict=False)
@@ -206,31 +211,31 @@ class ChunkDataset:
 
     @cached_property
     def chunk_ids(self) -> np.ndarray:
-        """The id of each chunk in the root dataset, int64 ``[num_chunks]``."""
+        """Id of each chunk in the root dataset, int64 ``[num_chunks]``."""
         if self.is_root:
             return np.arange(self.num_chunks, dtype=np.int64)
         return np.load(self.path / CHUNK_IDS_NAME, mmap_mode="r")
 
     def root_ids(self, indices: np.ndarray) -> np.ndarray:
-        """The ids in the root dataset of some chunks, int64 ``[n]``."""
+        """Return the ids that some chunks have in the root dataset, int64 ``[n]``."""
         indices = np.asarray(indices, dtype=np.int64)
         return indices if self.is_root else np.asarray(self.chunk_ids[indices])
 
     @property
     def is_root(self) -> bool:
-        """Whether the chunks are identified by their own position here."""
+        """Whether chunks are identified by their position in this dataset."""
         return CHUNK_IDS_NAME not in self.checksums.files
 
     @cached_property
     def prompt_lengths(self) -> np.ndarray | None:
-        """How many ids of each chunk are a prompt, int32 ``[num_chunks]``; None where chunks are not divided so."""
+        """Ids of each chunk's prompt, int32 ``[num_chunks]``; None in a dataset without prompts."""
         if PROMPT_LENGTHS_NAME not in self.checksums.files:
             return None
         return np.load(self.path / PROMPT_LENGTHS_NAME, mmap_mode="r")
 
     @property
     def domain_names(self) -> list[str]:
-        """Labels of the domains that chunks come from; empty where the corpus names none."""
+        """Labels of the domains; empty if the corpus names none."""
         return list(self.manifest.get("domains", []))
 
     @cached_property
@@ -255,7 +260,7 @@ class ChunkDataset:
             self.checksums.verify_file(self.path, name, on_bytes)
 
     def tokenizer_info(self) -> TokenizerInfo:
-        """What a writer of a derived dataset needs to know of the tokenizer."""
+        """Return the tokenizer, as a writer of a derived dataset needs it."""
         prefix = f"{TOKENIZER_FOLDER}/"
         names = [name.removeprefix(prefix) for name in self.checksums.files if name.startswith(prefix)]
         files = {name: (self.tokenizer_path / name).read_bytes() for name in names}

@@ -1,4 +1,4 @@
-"""Writes chunk datasets: shards as chunks arrive, then arrays beside them, the tokenizer's files and the manifest."""
+"""Write chunk datasets: shards as chunks arrive, then arrays beside them, the tokenizer's files and the manifest."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ class ChunkDatasetWriter:
         folder: where.
         tokenizer: of the ids.
         seq_length: chunks have at most ``seq_length + 1`` ids.
-        chunks_per_shard: a new ``.bin``/``.idx`` pair after this many.
+        chunks_per_shard: a new ``.bin``/``.idx`` pair is begun after this many.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ChunkDatasetWriter:
         self._extra_files: list[str] = []
         self._domain_names: list[str] = []
         self.mask_prompts = False
-        """Set where every loss and score is to leave the prompts out."""
+        """Set to leave prompts out of every loss and score."""
         self.num_chunks = 0
         self.num_tokens = 0
 
@@ -61,7 +61,7 @@ class ChunkDatasetWriter:
         self.add_bytes(np.ascontiguousarray(ids, dtype=self.dtype).view(np.uint8), lengths)
 
     def add_bytes(self, data: np.ndarray, lengths: np.ndarray) -> None:
-        """Append chunks already encoded in ``dtype``: uint8 ``[sum(lengths) * itemsize]``."""
+        """Append chunks whose ids are already bytes of ``dtype``: uint8 ``[sum(lengths) * itemsize]``."""
         lengths = np.asarray(lengths, dtype=np.int64)
         if lengths.size and not 1 <= lengths.min() <= lengths.max() <= self.seq_length + 1:
             raise ValueError(f"chunk lengths {lengths.min()}…{lengths.max()} outside 1…{self.seq_length + 1}")
@@ -82,7 +82,7 @@ class ChunkDatasetWriter:
         return self._shard
 
     def next_shard_prefix(self) -> Path:
-        """Where the files of the next shard go, for one that is written elsewhere and added by :meth:`add_shard`."""
+        """Return where the next shard's files go, for one that the caller writes and adds with :meth:`add_shard`."""
         return self.folder / f"chunks-{len(self._shards):05d}"
 
     def add_shard(
@@ -113,18 +113,18 @@ class ChunkDatasetWriter:
         self._shards.append({"name": shard.prefix.name, "chunks": shard.num_chunks, "tokens": shard.num_tokens})
 
     def close(self) -> None:
-        """Close what is open, whether finished or given up."""
+        """Close what is open, whether the dataset is finished or not."""
         shard, self._shard = self._shard, None
         if shard is not None:
             shard.abort()
 
     def add_extra_file(self, name: str, contents: bytes) -> None:
-        """Write a further small file into the dataset and checksum it; it is no part of the fingerprint."""
+        """Write another small file into the dataset; it has a checksum but is not part of the fingerprint."""
         (self.folder / name).write_bytes(contents)
         self._extra_files.append(name)
 
     def add_array(self, name: str, values: np.ndarray) -> None:
-        """Write an array into the dataset; it is part of the fingerprint."""
+        """Write an array into the dataset, as part of its fingerprint."""
         write_array(self.folder / name, values)
         self._checksums.add_file(self.folder, name)
 
@@ -135,12 +135,13 @@ class ChunkDatasetWriter:
         root_fingerprint: str | None = None,
         chunk_ids: np.ndarray | None = None,
     ) -> str:
-        """Close the shards and write the rest; returns the dataset's fingerprint.
+        """Close the shards, write the rest, and return the dataset's fingerprint.
 
         Args:
             producer: what made it: ``tool``, its resolved ``config``, and whatever else is worth recording.
             parents: ``{"kind", "path", "fingerprint"}`` of the artefacts it was made from.
-            root_fingerprint, chunk_ids: for a selection, the root and the ids int64 ``[num_chunks]`` in it.
+            root_fingerprint, chunk_ids: of a selection, the root dataset and the chunks' ids in it, int64
+                ``[num_chunks]``.
         """
         self._close_shard()
         facts = self._facts()
@@ -164,7 +165,7 @@ class ChunkDatasetWriter:
         return fingerprint
 
     def _facts(self) -> dict[str, Any]:
-        """What the manifest says of the chunks themselves."""
+        """Return what the manifest says about the chunks themselves."""
         facts: dict[str, Any] = {
             "seq_length": self.seq_length,
             "vocab_size": self.tokenizer.vocab_size,

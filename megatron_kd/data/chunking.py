@@ -1,16 +1,16 @@
-"""Documents' ids to chunks of at most L = ``seq_length + 1`` ids.
+"""Cut documents' ids into chunks of at most L = ``seq_length + 1`` ids.
 
-``packed``: documents one after another, cut every L ids; windows do not overlap.
+``packed``: documents are concatenated and cut every L ids; windows do not overlap.
 
-``sentence_end``: MiniPLM's rule (arXiv 2410.17215, its released ``tokenize_pile``). From the front of the buffer take L
-ids, look from their end for a sentence end, keep up to and including it, push the rest back; none found keeps all L.
-Sentence end at i: the id is eos; or it is in ``end_sent`` and its text has a line break; or it is in ``end_sent`` and
-the text of ids i and i + 1 together has a space. ``end_sent``: ids whose text has one of ``. ! ? ; \\n`` and no opening
-bracket without its closing one. BOS models start every chunk with bos, counted in L.
+``sentence_end``: MiniPLM's rule (arXiv 2410.17215, its released ``tokenize_pile``). Take L ids from the front of the
+buffer, search backwards for a sentence end, keep the ids up to and including it and push the rest back; without one,
+keep all L. There is a sentence end at i if the id is eos; or if it is in ``end_sent`` and its text has a line break; or
+if it is in ``end_sent`` and the text of ids i and i + 1 together has a space. ``end_sent``: ids whose text has one of
+``. ! ? ; \\n`` and no opening bracket without its closing one. With ``prepend_bos`` a chunk starts with bos, within L.
 
-``prompt_response``: one chunk a document, its prompt, response and eos; what goes beyond L is cut off.
+``prompt_response``: one chunk per document, its prompt, response and eos; what exceeds L is cut off.
 
-The first two keep one buffer per domain, so a chunk never mixes domains, and give chunks in the order in which the
+The first two keep one buffer per domain, so a chunk never mixes domains, and yield chunks in the order in which the
 documents that complete them arrive: the result does not depend on how the documents are cut into blocks.
 """
 
@@ -25,7 +25,7 @@ from megatron_kd.data.tokenization import LoadedTokenizer
 
 SENTENCE_END_CHARACTERS = ".!?;\n"
 # MiniPLM's third pair is literally a backslash and an opening brace; kept, so that chunks equal the released ones.
-BRACKET_PAIRS = ("[]", "()", "\\{", "<>")
+BRACKET_PAIRS = (("[", "]"), ("(", ")"), ("\\", "{"), ("<", ">"))
 MAX_CHUNKS_PER_DOCUMENT = 2000
 _LOOK_BACK = 64
 _CLEAN_UPS = (" .", " ?", " !", " ,", " n't", " 'm", " 's", " 've", " 're")
@@ -38,8 +38,8 @@ class Chunks:
     Attributes:
         ids: the chunks' ids one after another, ``[sum(lengths)]``.
         lengths: int64 ``[n]``.
-        domains: uint16 ``[n]``, numbers in the chunker's ``domain_names``; None in a chunker of one domain.
-        prompt_lengths: int32 ``[n]``, how many of a chunk's first ids are its prompt; None where there are no prompts.
+        domains: uint16 ``[n]``, numbers in the chunker's ``domain_names``; None from a chunker of one domain.
+        prompt_lengths: int32 ``[n]``, ids of each chunk's prompt; None without prompts.
     """
 
     ids: np.ndarray
@@ -48,20 +48,20 @@ class Chunks:
     prompt_lengths: np.ndarray | None = None
 
     def select(self, members: np.ndarray) -> "Chunks":
-        """Those where ``members``, bool ``[n]``, is true."""
+        """Return the chunks where ``members``, bool ``[n]``, is true."""
         domains = None if self.domains is None else self.domains[members]
         prompts = None if self.prompt_lengths is None else self.prompt_lengths[members]
         return Chunks(self.ids[np.repeat(members, self.lengths)], self.lengths[members], domains, prompts)
 
 
 class SentenceEnds:
-    """Finds the sentence ends of a stream of ids.
+    """Finds sentence ends in a stream of ids.
 
     Args:
         token_texts: decoded text of every id, ``[vocab_size]``.
         eos_id: always ends a sentence.
-        pair_has_space: (id, next id) → whether their text together has a space; None where that is so exactly if one
-            of the two texts has one (byte-level vocabularies).
+        pair_has_space: (id, next id) → whether their text together has a space; None if it has one exactly where one of
+            the two texts has (byte-level vocabularies).
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class SentenceEnds:
 
     @classmethod
     def of(cls, tokenizer: LoadedTokenizer) -> "SentenceEnds":
-        """For a tokenizer; decodes its whole vocabulary once."""
+        """Build the finder for a tokenizer, decoding its whole vocabulary once."""
         texts = tokenizer.token_texts
         if tokenizer.is_byte_level and not tokenizer.cleans_up_spaces:
             return cls(texts, tokenizer.info.eos_id)
@@ -94,7 +94,7 @@ class SentenceEnds:
         return cls(texts, tokenizer.info.eos_id, pair_has_space)
 
     def last_in(self, stream: np.ndarray, start: int, stop: int) -> int:
-        """Place of the last sentence end of a stream of ids in ``[start, stop)``, or -1; looks back from ``stop``."""
+        """Return the index of the last sentence end in ``stream[start:stop]``, or -1; searches backwards."""
         while start < stop:
             first = max(start, stop - _LOOK_BACK)
             found = self._last_near(stream, first, stop)
@@ -120,12 +120,12 @@ class SentenceEnds:
 
 
 class DomainChunker:
-    """The buffer of one domain.
+    """Chunks the documents of one domain, with a buffer.
 
     Args:
         length: L, ids per chunk at most.
         sentence_ends: None for ``packed``.
-        bos_id: put before every chunk and counted in L; None for none.
+        bos_id: put at the start of every chunk and counted in L; None for none.
     """
 
     def __init__(self, length: int, sentence_ends: SentenceEnds | None = None, bos_id: int | None = None) -> None:
@@ -143,7 +143,7 @@ class DomainChunker:
             lengths: ids per document, ``[n]``.
 
         Returns:
-            the chunks that they complete, and for each the index in ``[0, n)`` of the document that completed it.
+            the chunks that they complete, and for each chunk the index in ``[0, n)`` of the document that completed it.
         """
         stream = np.concatenate([self._buffer.astype(ids.dtype), ids]) if len(self._buffer) else ids
         document_ends = len(self._buffer) + np.cumsum(lengths)
@@ -156,7 +156,7 @@ class DomainChunker:
         return self._assemble(stream, starts, stops), completed_by
 
     def flush(self) -> Chunks:
-        """What is left, as one chunk; a single id, which would predict nothing, stays in no chunk."""
+        """Return what is left as one chunk; a single id, which would predict nothing, stays in the buffer."""
         stream = self._buffer
         ends = np.array([len(stream)] if len(stream) + self._prefix > 1 and len(stream) else [], dtype=np.int64)
         if len(ends):
@@ -192,7 +192,7 @@ class DomainChunker:
             before = np.arange(len(starts)) < first_dropped
             kept_starts.append(starts[kept & before])
             kept_stops.append(stops[kept & before])
-            position = int(document_ends[documents[first_dropped]])  # the rest of the buffer is thrown away
+            position = int(document_ends[documents[first_dropped]])  # the rest of the document is dropped
 
     def _walk(self, position: int, stream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         assert self._sentence_ends is not None
@@ -216,30 +216,37 @@ class DomainChunker:
 
 
 class Chunker:
-    """Chunks documents of several domains, a buffer each.
+    """Chunks documents of several domains, with a buffer for each.
 
     Args:
         length: L, ids per chunk at most.
         sentence_ends: None for ``packed``.
-        bos_id: put before every chunk; None for none.
+        bos_id: put at the start of every chunk; None for none.
     """
 
     def __init__(self, length: int, sentence_ends: SentenceEnds | None = None, bos_id: int | None = None) -> None:
         self._domains: dict[str, DomainChunker] = defaultdict(lambda: DomainChunker(length, sentence_ends, bos_id))
+        self.num_dropped = 0
+        """Documents that went into no chunk: never any."""
 
     @property
     def domain_names(self) -> list[str]:
-        """In order of first appearance."""
+        """Labels of the domains, in order of first appearance."""
         return list(self._domains)
 
-    def add(self, ids: np.ndarray, lengths: np.ndarray, domains: Sequence[str]) -> Chunks:
-        """Append documents that end in eos; returns the chunks that they complete.
+    def add(
+        self, ids: np.ndarray, lengths: np.ndarray, domains: Sequence[str], prompt_lengths: object = None
+    ) -> Chunks:
+        """Append documents that end in eos, and return the chunks that they complete.
 
         Args:
             ids: ``[sum(lengths)]``.
             lengths: ids per document, ``[n]``.
             domains: label per document, n of them.
+            prompt_lengths: ignored; for ``PromptResponseChunker``'s interface.
         """
+        if not len(lengths):
+            return Chunks(ids, lengths)
         labels = list(dict.fromkeys(domains))
         if len(labels) == 1:
             chunks = self._domains[labels[0]].add(ids, lengths)[0]
@@ -261,7 +268,7 @@ class Chunker:
         return self._labelled(chunks, np.concatenate(owners)[order] if owners else order)
 
     def flush(self) -> Chunks:
-        """The leftovers, domain after domain in order of first appearance."""
+        """Return the leftovers, domain after domain in order of first appearance."""
         flushed = [domain.flush() for domain in self._domains.values()]
         owners = np.repeat(np.arange(len(flushed)), [len(chunks.lengths) for chunks in flushed])
         return self._labelled(_join([part for chunks in flushed for part in _split(chunks)], np.uint32), owners)
@@ -277,7 +284,7 @@ class Chunker:
 
 
 class PromptResponseChunker:
-    """One chunk a document: its prompt, its response and eos, cut after ``length`` ids.
+    """Makes one chunk per document: its prompt, its response and eos, cut after ``length`` ids.
 
     Args:
         length: L, ids per chunk at most.
@@ -287,15 +294,17 @@ class PromptResponseChunker:
         self._length = length
         self._domains: dict[str, int] = {}
         self.num_dropped = 0
-        """Documents without an id of a response inside the first L ids."""
+        """Documents without an id of a response within the first L ids."""
+        self.num_buffered = 0
+        """Ids in no chunk yet: never any."""
 
     @property
     def domain_names(self) -> list[str]:
-        """In order of first appearance."""
+        """Labels of the domains, in order of first appearance."""
         return list(self._domains)
 
     def add(self, ids: np.ndarray, lengths: np.ndarray, domains: Sequence[str], prompt_lengths: np.ndarray) -> Chunks:
-        """The chunks of documents: ``ids`` ``[sum(lengths)]``, the others of n documents."""
+        """Return a chunk for each of n documents that has room for a response; ``ids`` is ``[sum(lengths)]``."""
         place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         shorter = np.minimum(lengths, self._length)
         kept = (prompt_lengths < shorter) & (shorter > 1)
@@ -303,6 +312,10 @@ class PromptResponseChunker:
         inside = (place < self._length) & np.repeat(kept, lengths)
         owners = np.array([self._domains.setdefault(domain, len(self._domains)) for domain in domains], np.uint16)
         return Chunks(ids[inside], shorter[kept], owners[kept], prompt_lengths[kept].astype(np.int32))
+
+    def flush(self) -> Chunks:
+        """Return no chunks: nothing is left over."""
+        return Chunks(np.zeros(0, dtype=np.uint32), np.zeros(0, dtype=np.int64))
 
 
 def _is_end_sent(text: str) -> bool:
@@ -312,7 +325,7 @@ def _is_end_sent(text: str) -> bool:
 
 
 def _first_overlong(documents: np.ndarray, kept: np.ndarray) -> int | None:
-    """Index of the first chunk that is the 2,001st kept one of its document, or None."""
+    """Return the index of the first chunk that is the 2,001st kept one of its document, or None."""
     counted = documents[kept]
     if len(counted) <= MAX_CHUNKS_PER_DOCUMENT:
         return None

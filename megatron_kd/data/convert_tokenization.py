@@ -1,10 +1,12 @@
-"""A chunk dataset from one tokenizer to another, chunk by chunk: what lets a Llama or Mamba student learn from chunks
-that a Qwen teacher chose (MiniPLM, arXiv 2410.17215, and its released ``convert_tokenization``).
+"""``convert_tokenization``: a chunk dataset in the ids of another tokenizer, chunk by chunk.
+
+A Llama or Mamba student can so learn from chunks that a Qwen teacher chose (MiniPLM, arXiv 2410.17215, and its released
+``convert_tokenization``).
 
     chunk → pieces between the old eos → text → new ids → joined by the new eos → (bos in front) → cut to L
 
-Chunk i of the result is chunk i of the input. ``source_chunk_ids.npy`` holds each chunk's id in the input's root: ids
-of another tokenizer are another root, so that scores and caches of the old ids are never taken for theirs.
+Chunk i of the result is chunk i of the input. ``source_chunk_ids.npy`` holds each chunk's id in the input's root: the
+result is a root of its own, so that scores and caches of the old ids are never used for the new ones.
 """
 
 import logging
@@ -15,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from megatron_kd.artefacts.artefact_folder import building
 from megatron_kd.artefacts.manifest import already_made, recipe_of
@@ -25,6 +26,7 @@ from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.tokenization import LoadedTokenizer, load_tokenizer
 from megatron_kd.data.workers import cpu_count, worker_pool
 from megatron_kd.errors import DataError
+from megatron_kd.logs import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -45,18 +47,18 @@ class ConvertTokenizationConfig:
 
     data: ConvertedDataConfig
     tokenizer: str
-    """The new one: a Hugging Face folder or tokenizer.json."""
+    """The new tokenizer: a Hugging Face folder or tokenizer.json."""
     output: str
     seq_length: int | None = None
     """A chunk has at most one id more; None for the input's."""
     prepend_bos: bool = False
-    """For models that were trained with a bos in front (Llama, Mistral); it counts in the length."""
+    """Put bos in front, for models that were trained with it (Llama, Mistral); it counts in the length."""
     eos_token: str | None = None
     workers: int = 0
-    """Processes; 0 for one a core."""
+    """Processes; 0 for one per core."""
 
     def validate(self) -> Iterator[str]:
-        """Yield what is wrong."""
+        """Yield one message for each fault in the values."""
         if self.seq_length is not None and self.seq_length < 1:
             yield f"seq_length must be at least 1, not {self.seq_length}"
         if self.workers < 0:
@@ -64,7 +66,7 @@ class ConvertTokenizationConfig:
 
 
 class ChunkConverter:
-    """Converts chunks of ids.
+    """Converts chunks of ids from one tokenizer to another.
 
     Args:
         old, new: the tokenizers.
@@ -77,11 +79,11 @@ class ChunkConverter:
         self._bos = [new.bos_id] if prepend_bos else []
 
     def __call__(self, chunks: list[np.ndarray]) -> tuple[list[np.ndarray], int]:
-        """The converted chunks, as many; and how many ids were cut off."""
+        """Return the converted chunks, one for each, and how many ids were cut off."""
         pieces = [_split_at(chunk, self._old.info.eos_id) for chunk in chunks]
         flat = [piece.tolist() for of_chunk in pieces for piece in of_chunk]
         texts = self._old.backend.decode_batch(flat, skip_special_tokens=True)
-        encoded = iter(self._new.backend.encode_batch_fast(texts, add_special_tokens=False))
+        encoded: Iterator[Any] = iter(self._new.backend.encode_batch_fast(texts, add_special_tokens=False))
         results, num_cut = [], 0
         for of_chunk in pieces:
             ids = list(self._bos)
@@ -97,12 +99,11 @@ class ChunkConverter:
 
 
 def run(config: ConvertTokenizationConfig) -> str:
-    """Convert a dataset; returns the path of the result.
+    """Convert a dataset and return the path of the result.
 
     Raises:
-        DataError: the dataset is missing, damaged, carries no tokenizer or leaves prompts out of the loss; the new
-            tokenizer is unreadable or has no bos that ``prepend_bos`` could put; the output exists and is something
-            else.
+        DataError: the dataset is missing, damaged, has no tokenizer or leaves prompts out of the loss; the new
+            tokenizer is unreadable, or has no bos for ``prepend_bos``; the output exists and is something else.
     """
     dataset = ChunkDataset.open(config.data.path)
     old, new = _tokenizers(config, dataset)
@@ -113,7 +114,7 @@ def run(config: ConvertTokenizationConfig) -> str:
     })  # fmt: skip
     if already_made(config.output, KIND, recipe):
         ChunkDataset.open(config.output)
-        logger.info(f"{config.output}: already made from this dataset with this tokenizer, nothing to do")
+        logger.info(f"{config.output}: already made from this dataset with this tokenizer")
         return config.output
     with building(config.output) as folder, closing(_writer(folder, dataset, new, seq_length)) as writer:
         num_cut = _convert(config, dataset, seq_length, writer)
@@ -133,7 +134,7 @@ def run(config: ConvertTokenizationConfig) -> str:
 
 
 def source_chunk_ids(dataset: ChunkDataset) -> np.ndarray | None:
-    """The id that each chunk has in the root of the dataset that it was converted from, int64; None if it was not."""
+    """Return the id of each chunk in the root of the dataset it was converted from, int64; None if it was not."""
     if SOURCE_IDS_NAME not in dataset.checksums.files:
         return None
     return np.load(dataset.path / SOURCE_IDS_NAME, mmap_mode="r")[dataset.chunk_ids]
@@ -141,17 +142,19 @@ def source_chunk_ids(dataset: ChunkDataset) -> np.ndarray | None:
 
 def _tokenizers(config: ConvertTokenizationConfig, dataset: ChunkDataset) -> tuple[LoadedTokenizer, LoadedTokenizer]:
     if not dataset.tokenizer_path.is_dir():
-        raise DataError(f"{dataset.path}: carries no tokenizer, so its ids cannot be decoded")
+        raise DataError(f"{dataset.path}: has no tokenizer folder, so its ids cannot be decoded; convert one that has")
     if dataset.masks_prompts:
         raise DataError(
-            f"{dataset.path}: leaves prompts out of the loss, and where they end is not carried over; make "
-            "it again from its text with tokenize_corpus and the new tokenizer"
+            f"{dataset.path}: leaves prompts out of the loss, and where they end cannot be converted; tokenise its "
+            "text with tokenize_corpus and the new tokenizer"
         )
     old, new = load_tokenizer(dataset.tokenizer_path), load_tokenizer(config.tokenizer, config.eos_token)
     if config.prepend_bos and new.bos_id is None:
-        raise DataError(f"{config.tokenizer}: names no bos_token, which prepend_bos=true needs")
+        raise DataError(f"{config.tokenizer}: names no bos_token, which prepend_bos=true needs; set prepend_bos=false")
     if old.info.hash == new.info.hash:
-        raise DataError(f"{config.tokenizer}: is the tokenizer that {dataset.path} already has ({new.info.hash})")
+        raise DataError(
+            f"{config.tokenizer}: is the tokenizer of {dataset.path} itself ({new.info.hash}); give another one"
+        )
     return old, new
 
 
@@ -161,13 +164,13 @@ def _writer(folder: Path, dataset: ChunkDataset, new: LoadedTokenizer, seq_lengt
 
 
 def _convert(config: ConvertTokenizationConfig, dataset: ChunkDataset, seq_length: int, writer: Any) -> int:
-    """Write all chunks in order; how many ids were cut off."""
+    """Write all chunks in order, and return how many ids were cut off."""
     settings = (str(dataset.path), config.tokenizer, config.eos_token, seq_length + 1, config.prepend_bos)
     total = len(dataset)
     blocks = [(start, min(start + BLOCK_CHUNKS, total)) for start in range(0, total, BLOCK_CHUNKS)]
     workers = min(config.workers or cpu_count(), len(blocks))
     num_cut = 0
-    with tqdm(total=total, unit="chunk", unit_scale=True, desc="convert", disable=None) as bar:
+    with progress_bar(total, "convert", "chunk") as bar:
         for ids, lengths, cut in _in_order(settings, blocks, workers):
             writer.add(ids, lengths)
             num_cut += cut
@@ -178,7 +181,7 @@ def _convert(config: ConvertTokenizationConfig, dataset: ChunkDataset, seq_lengt
 def _in_order(
     settings: tuple[Any, ...], blocks: list[tuple[int, int]], workers: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Converted blocks in order, at most a few a worker ahead."""
+    """Yield converted blocks in order, a few per worker ahead at most."""
     if workers <= 1:
         _start_worker(*settings)
         yield from map(_convert_block, blocks)
@@ -197,7 +200,7 @@ _worker: dict[str, Any] = {}
 
 
 def _start_worker(path: str, tokenizer: str, eos_token: str | None, length: int, prepend_bos: bool) -> None:
-    """What every block of a process shares."""
+    """Open what every block of this process shares."""
     dataset = ChunkDataset.open(path)
     new = load_tokenizer(tokenizer, eos_token)
     _worker["dataset"] = dataset
@@ -211,7 +214,7 @@ def _convert_block(block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, int]
 
 
 def _split_at(chunk: np.ndarray, eos_id: int) -> list[np.ndarray]:
-    """What stands between the eos ids, empty pieces included, as text.split does."""
+    """Split a chunk at its eos ids, empty pieces included, as ``str.split`` does."""
     places = np.flatnonzero(chunk == eos_id)
     bounds = zip([0, *(places + 1).tolist()], [*places.tolist(), len(chunk)], strict=True)
     return [chunk[start:stop] for start, stop in bounds]

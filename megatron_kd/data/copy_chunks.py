@@ -1,10 +1,10 @@
-"""Chunks of one dataset copied into another, in parallel: contiguous byte ranges, nothing is decoded.
+"""Copy chunks of one dataset into another, in parallel: contiguous byte ranges, nothing is decoded.
 
     output shard → segments of 16 MiB, one task each:
         input blocks verified → runs of neighbouring chunks gathered → block checksums → written at its own offset
 
-Tasks do not wait for each other; what they produce depends on the chunks alone. Checksumming, copying and writing
-release Python's lock, so threads are enough.
+Tasks do not wait for each other, and their output depends on the chunks alone. Checksums, copies and writes release
+Python's lock, so threads are enough.
 """
 
 import os
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from megatron_kd.artefacts.checksums import BLOCK_BYTES, ChecksumStream, FileChecksums
+from megatron_kd.artefacts.checksums import BLOCK_BYTES, ChecksumStream, FileChecksums, as_bytes
 from megatron_kd.data.chunk_dataset import PROMPT_LENGTHS_NAME, ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.indexed_dataset import write_index
 from megatron_kd.data.workers import cpu_count
+from megatron_kd.logs import progress_bar
 
 SEGMENT_BYTES = 16 * BLOCK_BYTES
 MAX_THREADS = 16
@@ -30,10 +30,10 @@ def copy_chunks(dataset: ChunkDataset, kept: np.ndarray, writer: ChunkDatasetWri
     """Append chunks of a dataset, with their prompt lengths and domains, to an empty ``writer``.
 
     Args:
-        dataset: where from; what is read is verified against its checksums.
+        dataset: the source; what is read is verified against its checksums.
         kept: chunk indices, ascending.
-        writer: takes the dtype of the dataset, which may be wider than its vocabulary needs.
-        threads: 0 for one a core, at most 16.
+        writer: takes over the dtype of the dataset, which may be wider than its vocabulary needs.
+        threads: 0 for one per core, at most 16.
 
     Raises:
         DataError: a block of the dataset is damaged.
@@ -43,7 +43,7 @@ def copy_chunks(dataset: ChunkDataset, kept: np.ndarray, writer: ChunkDatasetWri
     threads = threads or min(MAX_THREADS, cpu_count())
     with (
         ThreadPoolExecutor(threads) as pool,
-        tqdm(total=len(kept), unit="chunk", unit_scale=True, desc="copy", disable=None) as bar,
+        progress_bar(len(kept), "copy", "chunk") as bar,
     ):
         for start in range(0, len(kept), per_shard):
             shard = _Shard.of(dataset, kept[start : start + per_shard])
@@ -61,7 +61,11 @@ def copy_chunks(dataset: ChunkDataset, kept: np.ndarray, writer: ChunkDatasetWri
 class _Shard:
     """One output shard: where its chunks come from, and where they go.
 
-    ``owners`` int32 input shard of each chunk, ``sources`` and ``targets`` int64 byte offsets, ``lengths`` int32 ids.
+    Attributes:
+        owners: input shard of each chunk, int32.
+        sources, targets: byte offset of each chunk in the input and in the output shard, int64.
+        lengths: ids of each chunk, int32.
+        itemsize: bytes of an id.
     """
 
     owners: np.ndarray
@@ -94,7 +98,7 @@ class _Shard:
         return int(self.targets[-1]) + int(self.lengths[-1]) * self.itemsize
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(input shard, first bytes, last bytes) of the runs that make up output bytes [start, stop)."""
+        """Yield (input shard, first bytes, last bytes) of the runs that make up output bytes [start, stop)."""
         first = int(np.searchsorted(self.targets, start, side="right")) - 1
         last = int(np.searchsorted(self.targets, stop, side="left"))
         owners, begins = self.owners[first:last], self.sources[first:last].copy()
@@ -111,7 +115,7 @@ class _Shard:
 def _copy_shard(
     dataset: ChunkDataset, shard: _Shard, prefix: Path, pool: ThreadPoolExecutor
 ) -> dict[str, FileChecksums]:
-    """Write ``prefix``.bin and .idx; their checksums by file name."""
+    """Write ``prefix``.bin and .idx, and return their checksums by file name."""
     bin_path, index_path = prefix.with_name(f"{prefix.name}.bin"), prefix.with_name(f"{prefix.name}.idx")
     descriptor = os.open(bin_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     futures: list[Future[np.ndarray]] = []
@@ -134,14 +138,14 @@ def _copy_shard(
 
 
 def _copy_segment(dataset: ChunkDataset, shard: _Shard, start: int, stop: int, descriptor: int) -> np.ndarray:
-    """Gather, checksum and write output bytes [start, stop); the CRC-32 of their blocks."""
+    """Gather, checksum and write output bytes [start, stop), and return the CRC-32 of their blocks."""
     pieces: list[np.ndarray] = []
     for owner, begins, ends in shard.runs(start, stop):
         pieces += dataset.verified_ranges(owner, begins, ends)
     data = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
     checksums = ChecksumStream()
     checksums.update(data)
-    view, offset = memoryview(data), start
+    view, offset = as_bytes(data), start
     while len(view):
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written

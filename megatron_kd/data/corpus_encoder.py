@@ -1,15 +1,15 @@
-"""Files of documents to ids: units → parts → blocks, in this process or in several, in the same order whoever works.
+"""Encode a corpus: files → units → parts → blocks of ids, in the order of the corpus, whoever works.
 
-    units of a corpus  →  blocks of a few MiB  →  workers: parse, encode, append eos  →  parts on disk, and the blocks
+    unit  →  blocks of a few MiB  →  workers: load, parse, encode, append eos  →  parts on disk, and the encoded blocks
 
-Workers parse and encode; this process reads, decompresses and receives, with a bounded number of blocks under way.
-Parts that are on disk already are read instead of made again.
+Workers are processes, or this one; it decompresses and receives, with a bounded number of blocks in flight. Parts that
+are on disk already are read instead of made again.
 """
 
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,21 +17,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from megatron_kd.data.document_format import (
-    Block,
-    DocumentFormat,
-    LoadedBlock,
-    RangeBlock,
-    RowBlock,
-    is_divisible,
-    load,
-    parse,
-    read_blocks,
-)
-from megatron_kd.data.documents import BadLine, Documents
+from megatron_kd.data.corpus_files import BadLine, Block, DocumentFormat, Documents, LoadedBlock
+from megatron_kd.data.document_formats import is_divisible, read_blocks
 from megatron_kd.data.encoded_parts import EncodedBlock, EncodedParts, PartWriter, Unit
-from megatron_kd.data.encoder import DocumentEncoder
-from megatron_kd.data.tokenization import documents_of, load_tokenizer
+from megatron_kd.data.tokenization import load_tokenizer
+from megatron_kd.data.tokenizer_engine import DocumentEncoder, join_documents
 from megatron_kd.data.workers import prefetch, worker_pool
 from megatron_kd.errors import DataError
 
@@ -41,13 +31,13 @@ _BLOCKS_PER_WORKER = 4
 
 @dataclass(frozen=True)
 class EncodingJob:
-    """All that a worker needs to know.
+    """Everything that a worker needs to know.
 
     Attributes:
         tokenizer, eos_token: see ``load_tokenizer``.
         engine: see ``choose_engine``.
         form: what the files hold.
-        dtype: of the ids handed back.
+        dtype: of the ids.
         split_seed: of the documents' split hashes; None for none.
     """
 
@@ -60,28 +50,22 @@ class EncodingJob:
 
 
 @dataclass(frozen=True)
-class _Work:
+class _Step:
+    """What comes next in the order of the corpus: a block to encode, the end of a part, or a part that is there."""
+
     unit: Unit
-    block: Block
+    block: Block | None = None
+    ended_part: int | None = None
+    is_last: bool = False
+    found: str | None = None
 
 
-@dataclass(frozen=True)
-class _PartEnd:
-    unit: Unit
-    part: int
-    is_last: bool
-
-
-@dataclass(frozen=True)
-class _Found:
-    name: str
-
-
-_Event = _Work | _PartEnd | _Found
+_Encoded = Generator[tuple[_Step, EncodedBlock | None], None, None]
+"""Every step in order, with the encoded block of those that have one."""
 
 
 def units_of(paths: Sequence[str], form: DocumentFormat) -> list[Unit]:
-    """The corpus cut into what one task can take: ranges of ``PART_BYTES`` where a file allows it, else whole files."""
+    """Cut a corpus into what one task can take: ranges of ``PART_BYTES`` where a file allows it, else whole files."""
     units: list[Unit] = []
     for path in paths:
         size = os.path.getsize(path)
@@ -94,30 +78,30 @@ def units_of(paths: Sequence[str], form: DocumentFormat) -> list[Unit]:
 
 
 def encode_corpus(units: Sequence[Unit], job: EncodingJob, parts: EncodedParts, workers: int) -> Iterator[EncodedBlock]:
-    """Encode units in order, part by part; each part is on disk once its blocks have been handed on.
+    """Encode units in order, part by part; each part is on disk once its blocks have been yielded.
 
     Args:
         units: some of ``units_of``.
-        job: how.
-        parts: where parts are kept; those that are there are handed on whole.
+        job: how to encode.
+        parts: where parts are kept; each that is there already is yielded as one block.
         workers: processes; 1 encodes in this one.
 
     Raises:
         DataError: a file is damaged, or a document too long to hold.
     """
     writer: PartWriter | None = None
-    encoded = _encode_here if workers == 1 else _encode_in_processes
+    encode = _encode_here if workers == 1 else _encode_in_processes
     try:
-        with closing(encoded(_events(units, job.form, parts), job, workers)) as results:
-            for event, block in results:
-                if isinstance(event, _Found):
-                    yield parts.read(event.name)
-                elif isinstance(event, _PartEnd):
-                    writer = writer or parts.new_part(event.unit)
-                    writer.finish(event.part, event.is_last)
+        with closing(encode(_steps(units, job.form, parts), job, workers)) as encoded:
+            for step, block in encoded:
+                if step.found is not None:
+                    yield parts.read(step.found)
+                elif step.ended_part is not None:
+                    writer = writer or parts.new_part(step.unit)
+                    writer.finish(step.ended_part, step.is_last)
                     writer = None
                 elif block is not None:
-                    writer = writer or parts.new_part(event.unit)
+                    writer = writer or parts.new_part(step.unit)
                     writer.add(block)
                     yield block
     finally:
@@ -126,10 +110,10 @@ def encode_corpus(units: Sequence[Unit], job: EncodingJob, parts: EncodedParts, 
 
 
 def read_parts(units: Sequence[Unit], parts: EncodedParts) -> Iterator[EncodedBlock]:
-    """The parts that tasks have left, in order.
+    """Yield the parts that tasks have made, in order, each as one block.
 
     Raises:
-        DataError: one is missing or damaged.
+        DataError: a part is missing or damaged.
     """
     missing = [unit for unit in units if not parts.finished(unit).is_complete]
     if missing:
@@ -143,71 +127,58 @@ def read_parts(units: Sequence[Unit], parts: EncodedParts) -> Iterator[EncodedBl
             yield parts.read(name)
 
 
-def _events(units: Sequence[Unit], form: DocumentFormat, parts: EncodedParts) -> Iterator[_Event]:
+def _steps(units: Sequence[Unit], form: DocumentFormat, parts: EncodedParts) -> Iterator[_Step]:
     for unit in units:
-        found = parts.usable(unit)
-        for name in found.names:
-            yield _Found(name)
-        if found.is_complete:
+        usable = parts.usable(unit)
+        for name in usable.names:
+            yield _Step(unit, found=name)
+        if usable.is_complete:
             continue
         part, size = 0, 0
         for block in read_blocks(unit.path, form, start=unit.start, stop=unit.stop):
             if size >= PART_BYTES:
-                if part >= len(found.names):
-                    yield _PartEnd(unit, part, is_last=False)
+                if part >= len(usable.names):
+                    yield _Step(unit, ended_part=part)
                 part, size = part + 1, 0
-            size += _size_of(block)
-            if part >= len(found.names):
-                yield _Work(unit, block)
-        yield _PartEnd(unit, part, is_last=True)
+            size += block.size
+            if part >= len(usable.names):
+                yield _Step(unit, block)
+        yield _Step(unit, ended_part=part, is_last=True)
 
 
-def _size_of(block: Block) -> int:
-    if isinstance(block, RangeBlock):
-        return block.stop - block.start
-    if not isinstance(block, RowBlock):
-        return len(block.data)
-    return sum(len(value) for column in block.columns.values() for value in column if isinstance(value, str))
+def _encode_here(steps: Iterator[_Step], job: EncodingJob, workers: int) -> _Encoded:
+    def parsed() -> Iterator[tuple[_Step, tuple[Documents, LoadedBlock] | None]]:
+        for step in steps:
+            block = None if step.block is None else step.block.load()
+            yield step, None if block is None else (block.parse(job.form), block)
+
+    for step, found in prefetch(parsed, depth=2):
+        yield step, None if found is None else _encode_documents(*found, step.unit.start, job)
 
 
-def _encode_here(
-    events: Iterator[_Event], job: EncodingJob, workers: int
-) -> Iterator[tuple[_Event, EncodedBlock | None]]:
-    def parsed() -> Iterator[tuple[_Event, LoadedBlock | None, Documents | None]]:
-        for event in events:
-            block = load(event.block) if isinstance(event, _Work) else None
-            yield event, block, None if block is None else parse(block, job.form)
-
-    for event, block, documents in prefetch(parsed, depth=2):
-        is_work = isinstance(event, _Work) and block is not None and documents is not None
-        yield event, _encode_documents(documents, block, event.unit.start, job) if is_work else None
-
-
-def _encode_in_processes(
-    events: Iterator[_Event], job: EncodingJob, workers: int
-) -> Iterator[tuple[_Event, EncodedBlock | None]]:
+def _encode_in_processes(steps: Iterator[_Step], job: EncodingJob, workers: int) -> _Encoded:
     with worker_pool(workers) as pool:
-        under_way: deque[tuple[_Event, Future[EncodedBlock] | None]] = deque()
+        in_flight: deque[tuple[_Step, Future[EncodedBlock] | None]] = deque()
 
-        def oldest() -> tuple[_Event, EncodedBlock | None]:
-            event, future = under_way.popleft()
-            return event, future.result() if future is not None else None
+        def oldest() -> tuple[_Step, EncodedBlock | None]:
+            step, future = in_flight.popleft()
+            return step, None if future is None else future.result()
 
         try:
-            for event in events:
-                is_work = isinstance(event, _Work)
-                under_way.append((event, pool.submit(_encode_block, event, job) if is_work else None))
-                while len(under_way) > _BLOCKS_PER_WORKER * workers or (under_way and under_way[0][1] is None):
+            for step in steps:
+                future = None if step.block is None else pool.submit(_encode_block, step.block, step.unit.start, job)
+                in_flight.append((step, future))
+                while len(in_flight) > _BLOCKS_PER_WORKER * workers or (in_flight and in_flight[0][1] is None):
                     yield oldest()
-            while under_way:
+            while in_flight:
                 yield oldest()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _encode_block(work: _Work, job: EncodingJob) -> EncodedBlock:
-    block = load(work.block)
-    return _encode_documents(parse(block, job.form), block, work.unit.start, job)
+def _encode_block(block: Block, unit_start: int, job: EncodingJob) -> EncodedBlock:
+    loaded = block.load()
+    return _encode_documents(loaded.parse(job.form), loaded, unit_start, job)
 
 
 def _encode_documents(documents: Documents, block: LoadedBlock, unit_start: int, job: EncodingJob) -> EncodedBlock:
@@ -216,7 +187,7 @@ def _encode_documents(documents: Documents, block: LoadedBlock, unit_start: int,
     pieces = encoder.pieces(documents.texts)
     responses = None if documents.responses is None else encoder.pieces(documents.responses)
     prompt_lengths = [] if responses is None else [len(prompt) for prompt in pieces]
-    ids, lengths = documents_of(
+    ids, lengths = join_documents(
         zip(pieces) if responses is None else zip(pieces, responses, strict=True), eos_id, job.dtype
     )
     texts = [*documents.texts, *(documents.responses or ())]

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from megatron_kd.artefacts.work_store import WorkStore
-from megatron_kd.data.documents import BadLine
+from megatron_kd.data.corpus_files import BadLine
 
 WORTH_KEEPING = 2
-"""A run that fails keeps its parts only if it has made this many."""
+"""A run that fails keeps its parts only if it made at least this many."""
 _FOOTER_SIZE = struct.Struct("<I")
 
 
@@ -29,14 +29,14 @@ class EncodedBlock:
 
     Attributes:
         path: the file.
-        unit_start: first byte of the unit that it belongs to.
+        unit_start: first byte of its unit.
         num_lines: lines (or rows) of the file that it covers.
         ids: ``[sum(lengths)]``.
         lengths: int64 ``[n]``.
         domains: n labels.
-        split_hashes: uint64 ``[n]``, a function of the text and the split seed; empty without one.
-        prompt_lengths: int32 ``[n]``, how many ids of each document are its prompt; empty where there are no prompts.
-        bad: lines that hold no usable document, counted from 1 inside this block.
+        split_hashes: uint64 ``[n]``, a function of the text and the split seed; empty without a seed.
+        prompt_lengths: int32 ``[n]``, ids of each document's prompt; empty without prompts.
+        bad: lines that hold no usable document, counted from 1 within this block.
         text_bytes, raw_bytes: UTF-8 bytes of text, and bytes read from the file.
     """
 
@@ -55,7 +55,7 @@ class EncodedBlock:
 
 @dataclass(frozen=True)
 class Unit:
-    """What one task encodes: a file, or the lines that begin in a range of bytes of an uncompressed one."""
+    """What one task encodes: a file, or the lines of an uncompressed file that begin in a range of bytes."""
 
     number: int
     path: str
@@ -83,10 +83,11 @@ class EncodedParts:
 
     @contextlib.contextmanager
     def opened(self, shared: bool, keep: bool = False) -> Iterator["EncodedParts"]:
-        """Claim the store, with other tasks if ``shared``; a failure leaves it only where it is worth keeping.
+        """Claim the store; after a failure, remove it unless its parts are worth keeping.
 
         Args:
-            keep: never remove a part.
+            shared: share it with other tasks, and never remove it.
+            keep: remove it only if it has no part.
 
         Raises:
             DataError: see :meth:`WorkStore.claim`.

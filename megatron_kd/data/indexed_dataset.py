@@ -1,4 +1,4 @@
-"""Megatron's indexed format, written and read with numpy: token ids in ``.bin``, their places in ``.idx``.
+"""Megatron's indexed format, written and read with numpy: token ids in ``.bin``, their offsets in ``.idx``.
 
 ``.idx``: magic ``MMIDIDX\\0\\0``, uint64 version 1, uint8 dtype code, uint64 sequence count n, uint64 document-index
 length n + 1, int32 lengths ``[n]``, int64 byte pointers ``[n]``, int64 document index ``[n + 1]`` = 0 … n: one sequence
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_kd.artefacts.checksums import ChecksumStream, FileChecksums
+from megatron_kd.artefacts.checksums import ChecksumStream, FileChecksums, as_bytes
 from megatron_kd.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -32,7 +32,7 @@ _COUNTING_PIECE = 1 << 20
 
 
 def dtype_for_vocab(vocab_size: int) -> np.dtype:
-    """Megatron's rule: uint16 below 65,500 ids, else int32."""
+    """Return the dtype of ids by Megatron's rule: uint16 below 65,500 ids, else int32."""
     return np.dtype(np.uint16) if vocab_size < UINT16_VOCAB_LIMIT else np.dtype(np.int32)
 
 
@@ -57,25 +57,25 @@ class IndexedDatasetWriter:
         """Append chunks.
 
         Args:
-            ids: any integer dtype, ``[sum(lengths)]``: the chunks' ids one after another.
-            lengths: ``[n]`` ids per chunk.
+            ids: the chunks' ids one after another, any integer dtype, ``[sum(lengths)]``.
+            lengths: ids per chunk, ``[n]``.
         """
         data = np.ascontiguousarray(ids, dtype=self.dtype)
-        self.add_bytes(memoryview(data).cast("B") if data.size else b"", lengths)
+        self.add_bytes(as_bytes(data), lengths)
 
     def add_bytes(self, data: bytes | memoryview | np.ndarray, lengths: np.ndarray) -> None:
-        """Append chunks already encoded in ``dtype``: their bytes one after another."""
+        """Append chunks whose ids are already bytes of ``dtype``, one after another."""
         total = int(np.sum(lengths, dtype=np.int64))
         if total * self.dtype.itemsize != len(data):
             raise ValueError(f"{len(data)} bytes for {total} ids of {self.dtype.itemsize} bytes")
-        self._bin.write(data)
+        self._bin.write(as_bytes(data))
         self._checksums.update(data)
         self._lengths.append(np.asarray(lengths, dtype=np.int32).copy())
         self.num_chunks += len(lengths)
         self.num_tokens += total
 
     def close(self) -> dict[str, FileChecksums]:
-        """Finish both files; returns the checksums of ``<name>.bin`` and ``<name>.idx``."""
+        """Finish both files, and return the checksums of ``<name>.bin`` and ``<name>.idx``."""
         with self._bin as file:
             file.flush()
             os.fsync(file.fileno())
@@ -94,12 +94,12 @@ class IndexedDatasetWriter:
 
 
 def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> FileChecksums:
-    """Write an ``.idx`` for chunks of these lengths that lie one after another from byte 0."""
+    """Write an ``.idx`` for chunks of these lengths, stored one after another from byte 0."""
     checksums = ChecksumStream()
     with open(path, "wb") as file:
 
         def put(data: bytes | np.ndarray) -> None:
-            file.write(data)
+            file.write(as_bytes(data))
             checksums.update(data)
 
         put(HEADER.pack(MAGIC, 1, _CODE_OF[np.dtype(dtype)], len(lengths), len(lengths) + 1))
@@ -124,14 +124,14 @@ class IndexedDatasetReader:
     """One ``.bin``/``.idx`` pair, memory-mapped.
 
     Attributes:
-        lengths: int32 ``[n]`` ids per chunk.
-        pointers: int64 ``[n]`` byte offset of each chunk.
+        lengths: ids per chunk, int32 ``[n]``.
+        pointers: byte offset of each chunk, int64 ``[n]``.
         dtype: of the ids on disk.
         buffer: the ``.bin`` file, uint8 ``[bytes]``.
 
     Args:
         prefix: path without the extension.
-        unused_bytes: at the end of ``.bin``, in no chunk.
+        unused_bytes: bytes at the end of ``.bin`` that are in no chunk.
 
     Raises:
         DataError: a file is missing, or the two do not agree.
@@ -145,22 +145,24 @@ class IndexedDatasetReader:
         self.index_path = prefix.with_name(prefix.name + ".idx")
         for path in (self.bin_path, self.index_path):
             if not path.is_file():
-                raise DataError(f"{path}: missing; a shard is a .bin and an .idx file")
+                raise DataError(f"{path}: missing; a shard is a .bin and an .idx file, copy both")
         index = _map_bytes(self.index_path)
         self.dtype, count, documents = self._read_header(index)
         expected = HEADER.size + 12 * count + (8 * documents if self.checks_documents else 0)
         if len(index) < expected or (self.checks_documents and len(index) > expected):
-            raise DataError(f"{self.index_path}: {len(index)} bytes where its header announces {expected}; truncated?")
+            raise DataError(
+                f"{self.index_path}: {len(index)} bytes where its header announces {expected}; copy it again"
+            )
         self.lengths = index[HEADER.size : HEADER.size + 4 * count].view("<i4")
         self.pointers = index[HEADER.size + 4 * count : HEADER.size + 12 * count].view("<i8")
         self.buffer = _map_bytes(self.bin_path)
         end = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if count else 0
         if end + unused_bytes != len(self.buffer):
-            raise DataError(f"{self.bin_path}: {len(self.buffer)} bytes where the index ends at {end}; truncated?")
+            raise DataError(f"{self.bin_path}: {len(self.buffer)} bytes where the index ends at {end}; copy it again")
 
     def _read_header(self, index: np.ndarray) -> tuple[np.dtype, int, int]:
         if len(index) < HEADER.size:
-            raise DataError(f"{self.index_path}: {len(index)} bytes, shorter than an index header; truncated?")
+            raise DataError(f"{self.index_path}: {len(index)} bytes, shorter than an index header; copy it again")
         magic, version, code, count, documents = HEADER.unpack(index[: HEADER.size].tobytes())
         if magic != MAGIC or version != 1 or code not in DTYPE_CODES:
             raise DataError(
@@ -173,18 +175,18 @@ class IndexedDatasetReader:
         return len(self.lengths)
 
     def byte_range(self, index: int) -> tuple[int, int]:
-        """Where a chunk's bytes start and stop in ``.bin``."""
+        """Return where a chunk's bytes start and stop in ``.bin``."""
         start = int(self.pointers[index])
         return start, start + int(self.lengths[index]) * self.dtype.itemsize
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """A view of one chunk's ids, read-only, ``dtype`` ``[length]``."""
+        """Return a read-only view of one chunk's ids, ``dtype`` ``[length]``."""
         start, stop = self.byte_range(index)
         return self.buffer[start:stop].view(self.dtype)
 
 
 class ForeignIndex(IndexedDatasetReader):
-    """A pair that another program wrote: its document part is not looked at, its sequences lie one after another.
+    """A pair that another program wrote: its document index is not read, its sequences must follow one another.
 
     Raises:
         DataError: they do not.
@@ -199,7 +201,7 @@ class ForeignIndex(IndexedDatasetReader):
             sizes = self.lengths[start : start + _COUNTING_PIECE].astype(np.int64) * self.dtype.itemsize
             ends = place + np.cumsum(sizes)
             if not np.array_equal(self.pointers[start : start + _COUNTING_PIECE], ends - sizes):
-                raise DataError(f"{self.index_path}: its sequences do not lie one after another; rewrite the file")
+                raise DataError(f"{self.index_path}: its sequences are not stored one after another; rewrite the file")
             place = int(ends[-1])
 
 

@@ -30,7 +30,7 @@ class SentencePieceTokenizer:
         where: the file, for messages.
 
     Raises:
-        DataError: not a SentencePiece model, or the library is missing.
+        DataError: it is not a SentencePiece model, or the library is missing.
     """
 
     decoder = None
@@ -39,7 +39,7 @@ class SentencePieceTokenizer:
         try:
             import sentencepiece
         except ImportError:
-            raise DataError(f"{where}: is a SentencePiece model; pip install sentencepiece") from None
+            raise DataError(f"{where}: a SentencePiece model; pip install sentencepiece to read it") from None
         try:
             self._processor: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
             size = self._processor.vocab_size()
@@ -62,27 +62,27 @@ class SentencePieceTokenizer:
         return self._piece_or_none(self._processor.bos_id())
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a piece."""
+        """Return the id of a piece; None if there is no such piece."""
         return self._ids.get(token)
 
     def get_vocab(self, with_added_tokens: bool = True) -> dict[str, int]:
-        """Piece → id."""
+        """Return piece → id."""
         return dict(self._ids)
 
     def get_added_tokens_decoder(self) -> dict[int, AddedPiece]:
-        """Id → piece of the control symbols."""
+        """Return id → piece of the control symbols."""
         return {index: AddedPiece(self._pieces[index]) for index in sorted(self._special)}
 
     def encode_batch_fast(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[Encoded]:
-        """Ids of every text, without begin and end symbols."""
+        """Return the ids of every text, without begin and end symbols."""
         return [Encoded(ids) for ids in self._processor.encode(list(texts), num_threads=1)]
 
     def encode(self, text: str, add_special_tokens: bool = False) -> Encoded:
-        """Ids of one text, without begin and end symbols."""
+        """Return the ids of one text, without begin and end symbols."""
         return Encoded(self._processor.encode(text))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of some ids; control symbols are written out unless they are skipped."""
+        """Return the text of some ids; control symbols are written out unless they are skipped."""
         parts: list[str] = []
         run: list[int] = []
         for index in ids:
@@ -95,7 +95,7 @@ class SentencePieceTokenizer:
         return "".join(parts) + (self._processor.decode(run) if run else "")
 
     def decode_batch(self, sequences: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
-        """:meth:`decode` of each."""
+        """Return :meth:`decode` of each sequence."""
         return [self.decode(ids, skip_special_tokens) for ids in sequences]
 
     def _piece_or_none(self, index: int) -> str | None:

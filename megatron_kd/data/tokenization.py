@@ -1,14 +1,12 @@
-"""Tokenizers: loading, identity, bytes per token, encoding documents, training a byte-level BPE.
+"""Tokenizers: loading, identity, bytes per token, training a byte-level BPE.
 
 A tokenizer is a Hugging Face folder with ``tokenizer.json``, such a file alone, or a SentencePiece ``.model`` (also as
-``tokenizer.model`` of a folder without ``tokenizer.json``). Documents are encoded by gigatoken
-where it supports the tokenizer and agrees with the ``tokenizers`` (or ``sentencepiece``) library on a sample, else by
-that library.
+``tokenizer.model`` of a folder without ``tokenizer.json``). ``tokenizer_engine.py`` encodes with it.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,12 +44,12 @@ class LoadedTokenizer:
     """A tokenizer in memory.
 
     Attributes:
-        path: where it came from.
+        path: where it was loaded from.
         backend: the ``tokenizers`` object, or one with the same methods.
         files: name → contents of the files that make it up.
         eos_id: ends a document.
-        cleans_up_spaces: whether its configuration asks decoding to remove spaces before punctuation.
-        bos_id: or None.
+        cleans_up_spaces: whether its configuration makes decoding remove spaces before punctuation.
+        bos_id: begins a text; None if the tokenizer names none.
     """
 
     path: Path
@@ -63,7 +61,7 @@ class LoadedTokenizer:
 
     @cached_property
     def info(self) -> TokenizerInfo:
-        """What datasets record of it; a process that only encodes does not need it."""
+        """What datasets record of the tokenizer; a process that only encodes does not need it."""
         lengths = token_byte_lengths(self.backend)
         return TokenizerInfo(self._hash, len(lengths), self.eos_id, self.eos_id, lengths, self.files)
 
@@ -75,18 +73,18 @@ class LoadedTokenizer:
 
     @cached_property
     def token_texts(self) -> list[str]:
-        """The decoded text of every id alone, ``[vocab_size]``, special tokens included."""
+        """Decoded text of every single id, ``[vocab_size]``, special tokens included."""
         one_each = [[token] for token in range(self.info.vocab_size)]
         return self.backend.decode_batch(one_each, skip_special_tokens=False)
 
     @property
     def library(self) -> str:
-        """What gigatoken is compared with: ``tokenizers`` or ``sentencepiece``."""
-        return "sentencepiece" if isinstance(self.backend, SentencePieceTokenizer) else "tokenizers"
+        """The library of the backend, with which gigatoken is compared: ``tokenizers`` or ``sentencepiece``."""
+        return "sentencepiece" if SENTENCEPIECE_MODEL in self.files else "tokenizers"
 
     @property
     def is_byte_level(self) -> bool:
-        """Whether decoding concatenates the bytes of the ids, each id's the same wherever it stands."""
+        """Whether decoding concatenates the bytes of the ids, each the same in every context."""
         return _is_byte_level(self.backend)
 
 
@@ -98,7 +96,7 @@ def load_tokenizer(path: str | Path, eos_token: str | None = None) -> LoadedToke
         eos_token: the token that ends a document; None takes the folder's ``eos_token``, or the model's own.
 
     Raises:
-        DataError: no such tokenizer, not readable, or its end-of-document token is unknown.
+        DataError: there is no such tokenizer, it is not readable, or its end-of-document token is unknown.
     """
     path = Path(path)
     files = _read_files(path)
@@ -152,10 +150,10 @@ def _load_sentencepiece(path: Path, files: dict[str, bytes], eos_token: str | No
 
 
 def tokenizer_hash(content: dict[str, Any], eos_id: int) -> str:
-    """Content hash of what decides the ids: model, normalizer, pre-tokenizer, added tokens and the eos id.
+    """Return the hash of what decides the ids: model, normalizer, pre-tokenizer, added tokens and the eos id.
 
-    Two ``tokenizer.json`` that differ in layout, key order, or settings for padding, truncation and decoding have the
-    same hash; SHA-256, 32 hexadecimal digits.
+    Two ``tokenizer.json`` that differ only in layout, key order, or settings for padding, truncation and decoding have
+    the same hash: SHA-256, 32 hexadecimal digits.
     """
     model = dict(content["model"])
     if "merges" in model:
@@ -172,7 +170,7 @@ def tokenizer_hash(content: dict[str, Any], eos_id: int) -> str:
 
 
 def hashes_in_folder(folder: Path, eos_id: int) -> list[str]:
-    """The content hashes, with this eos id, of every form in which a folder holds its tokenizer.
+    """Return the content hashes, with this eos id, of every form in which a folder holds its tokenizer.
 
     Raises:
         DataError: its ``tokenizer.json`` is not readable.
@@ -190,7 +188,7 @@ def hashes_in_folder(folder: Path, eos_id: int) -> list[str]:
 
 
 def is_tokenizer_file(path: Path) -> bool:
-    """Whether a file belongs to a tokenizer, by its name: a model's folder holds others beside them."""
+    """Whether a file belongs to a tokenizer, by its name; a model's folder holds other files too."""
     return path.is_file() and path.name.startswith(
         ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
     )
@@ -201,9 +199,9 @@ def _sentencepiece_hash(model: bytes, eos_id: int) -> str:
 
 
 def token_byte_lengths(backend: Tokenizer | SentencePieceTokenizer) -> np.ndarray:
-    """UTF-8 bytes that each id stands for, int32 ``[vocab_size]``; special tokens and unused ids 0.
+    """Return the UTF-8 bytes that each id stands for, int32 ``[vocab_size]``; 0 for special tokens and unused ids.
 
-    Byte-level vocabularies write each byte as one character; others a space as ``▁`` and a lone byte as ``<0x41>``.
+    Byte-level vocabularies write each byte as one character; others write a space as ``▁`` and a byte as ``<0x41>``.
     """
     vocabulary = backend.get_vocab(with_added_tokens=True)
     lengths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int32)
@@ -221,7 +219,7 @@ def token_byte_lengths(backend: Tokenizer | SentencePieceTokenizer) -> np.ndarra
 
 
 def _empty_byte_level_bpe() -> Tokenizer:
-    """Qwen2's normalisation and pre-tokenization, no vocabulary yet."""
+    """Return a tokenizer with Qwen2's normalisation and pre-tokenization, and no vocabulary yet."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -237,19 +235,19 @@ def _empty_byte_level_bpe() -> Tokenizer:
 def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, output: str | Path) -> Path:
     """Train a byte-level BPE with Qwen2's normalisation and pre-tokenization, and save it as a folder.
 
-    The same texts in the same order give the same files. The folder is read by ``transformers.AutoTokenizer``; its eos
-    and pad token is ``<|endoftext|>``, with id 0.
+    Equal texts in equal order give equal files. ``transformers.AutoTokenizer`` reads the folder; its eos and pad token
+    is ``<|endoftext|>``, with id 0.
 
     Args:
         texts: the training documents.
-        vocab_size: ids in all, at least 257 (256 bytes and eos).
+        vocab_size: number of ids, at least 257 (256 bytes and eos).
         output: folder to create.
 
     Raises:
         DataError: ``output`` exists, ``vocab_size`` is too small, or the texts are too few for that many ids.
     """
     if vocab_size < 257:
-        raise DataError(f"a byte-level vocabulary has at least 257 ids (256 bytes and eos), not {vocab_size}")
+        raise DataError(f"a byte-level vocabulary needs at least 257 ids (256 bytes and eos), not {vocab_size}")
     tokenizer = _empty_byte_level_bpe()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -269,47 +267,6 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, output: str | Pa
     return Path(output)
 
 
-def encode_with_tokenizers(
-    backend: Tokenizer | SentencePieceTokenizer, texts: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Encode without special tokens: ids uint32 ``[sum]`` one document after another, lengths int64 ``[n]``."""
-    return joined(pieces_of_tokenizers(backend, texts))
-
-
-def pieces_of_tokenizers(backend: Tokenizer | SentencePieceTokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """Encode without special tokens: the ids of each document, uint32."""
-    encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
-    return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
-
-
-def joined(pieces: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """ids uint32 ``[sum]`` of n pieces one after another, and their lengths int64 ``[n]``."""
-    lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
-    return np.concatenate(pieces) if len(pieces) else np.zeros(0, np.uint32), lengths
-
-
-def documents_of(
-    documents: Iterable[Sequence[np.ndarray]], eos_id: int, dtype: np.dtype | str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Documents' ids one after another, each with ``eos_id`` behind it.
-
-    Args:
-        documents: the pieces of each of n documents (a text; a prompt and a response).
-        dtype: of the ids handed back; the vocabulary must fit.
-
-    Returns:
-        ids ``[sum + n]``, and lengths int64 ``[n]`` with eos counted.
-    """
-    eos = np.array([eos_id], dtype=dtype)
-    flat: list[np.ndarray] = []
-    lengths: list[int] = []
-    for pieces in documents:
-        flat += [*pieces, eos]
-        lengths.append(sum(map(len, pieces)) + 1)
-    ids = np.concatenate(flat, dtype=dtype, casting="unsafe") if flat else eos[:0]
-    return ids, np.array(lengths, dtype=np.int64)
-
-
 def _read_files(path: Path) -> dict[str, bytes]:
     if path.is_file():
         return {SENTENCEPIECE_MODEL if path.suffix == ".model" else TOKENIZER_JSON: path.read_bytes()}
@@ -323,7 +280,7 @@ def _read_files(path: Path) -> dict[str, bytes]:
         kept = {name: data for name, data in files.items() if name in (TOKENIZER_CONFIG, "special_tokens_map.json")}
         return {**kept, SENTENCEPIECE_MODEL: model.read_bytes()}
     if TOKENIZER_JSON not in files:
-        raise DataError(f"{path}: holds no {TOKENIZER_JSON}; save it with transformers' fast tokenizer first")
+        raise DataError(f"{path}: holds no {TOKENIZER_JSON}; save it there with transformers' fast tokenizer first")
     return files
 
 

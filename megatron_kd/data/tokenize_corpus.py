@@ -1,11 +1,11 @@
-"""Raw text to chunk datasets.
+"""``tokenize_corpus``: raw text to chunk datasets.
 
     python tools/tokenize_corpus.py --config FILE [input=… output=… tokenizer=… data.seq_length=…]
 
     files → units → parts: documents as ids + eos, on disk → split → chunks → shuffle → shards + manifest
 
-Memory is bounded whatever the size of the corpus. A run that was killed continues with the parts that it had encoded.
-Several processes share the encoding, then one merges what they left, which moves ids and encodes nothing:
+Memory is bounded whatever the size of the corpus. A run that was killed resumes with the parts that it had encoded.
+Several processes can share the encoding; then one merges their parts, which moves ids and encodes nothing:
 
     python tools/tokenize_corpus.py --config FILE num_tasks=8 task_index=$SLURM_ARRAY_TASK_ID      (8 of them)
     python tools/tokenize_corpus.py --config FILE merge=true
@@ -20,24 +20,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tqdm import tqdm
-
 from megatron_kd.artefacts.manifest import already_made, recipe_of
 from megatron_kd.artefacts.work_store import WorkStore
 from megatron_kd.config import to_mapping
-from megatron_kd.data.byte_pieces import lines_before
 from megatron_kd.data.chunk_dataset import KIND, ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import DEFAULT_CHUNKS_PER_SHARD
 from megatron_kd.data.corpus_encoder import EncodingJob, encode_corpus, read_parts, units_of
+from megatron_kd.data.corpus_files import BadLine, DocumentFormat, FormatName, expand_inputs, lines_before
 from megatron_kd.data.corpus_outputs import ROLES, Chunking, CorpusOutputs, OutputSettings, SplitBy
-from megatron_kd.data.document_format import DocumentFormat, Kind, load, parse, read_blocks
-from megatron_kd.data.documents import BadLine, expand_inputs
+from megatron_kd.data.document_formats import read_blocks
 from megatron_kd.data.encoded_parts import EncodedBlock, EncodedParts, Unit
-from megatron_kd.data.encoder import SAMPLE_BYTES, Engine, EngineCheck, choose_engine
 from megatron_kd.data.indexed_dataset import dtype_for_vocab
 from megatron_kd.data.tokenization import LoadedTokenizer, load_tokenizer
+from megatron_kd.data.tokenizer_engine import SAMPLE_BYTES, Engine, EngineCheck, choose_engine
 from megatron_kd.data.workers import cpu_count
 from megatron_kd.errors import DataError
+from megatron_kd.logs import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -54,20 +52,20 @@ class ChunkLengthConfig:
     seq_length: int
 
     def validate(self) -> Iterator[str]:
-        """Yield what is wrong."""
+        """Yield one message for each fault in the values."""
         if self.seq_length < 1:
             yield f"data.seq_length must be at least 1, not {self.seq_length}"
 
 
 @dataclass(frozen=True)
 class TokenizeCorpusConfig:
-    """Keys of ``tokenize_corpus``; ``docs/file_formats.md`` explains each."""
+    """Keys of ``tokenize_corpus``; ``docs/file_formats.md`` explains them."""
 
     input: tuple[str, ...]
     output: str
     tokenizer: str
     data: ChunkLengthConfig
-    input_format: Kind = "auto"
+    input_format: FormatName = "auto"
     text_field: str = "text"
     domain_field: str | None = None
     prompt_field: str = "prompt"
@@ -94,7 +92,7 @@ class TokenizeCorpusConfig:
     chunks_per_shard: int = DEFAULT_CHUNKS_PER_SHARD
 
     def validate(self) -> Iterator[str]:
-        """Yield what is wrong."""
+        """Yield one message for each fault in the values."""
         for role in ("heldout", "reference"):
             fraction, output = getattr(self, f"{role}_fraction"), getattr(self, f"{role}_output")
             if not 0 <= fraction < 1:
@@ -103,12 +101,12 @@ class TokenizeCorpusConfig:
                 yield f"{role}_fraction ({fraction}) and {role}_output ({output}) go together: give both or neither"
         if self.heldout_fraction + self.reference_fraction >= 1:
             total = self.heldout_fraction + self.reference_fraction
-            yield f"heldout_fraction + reference_fraction = {total} leaves nothing"
+            yield f"heldout_fraction + reference_fraction = {total} leaves nothing to train on; lower them"
         outputs = [os.path.abspath(path) for path in (self.output, self.heldout_output, self.reference_output) if path]
         if len(set(outputs)) < len(outputs):
             yield f"output, heldout_output and reference_output must differ: {', '.join(outputs)}"
         if not self.input:
-            yield "input names no file"
+            yield "input names no file; give files or globs"
         for key in ("workers", "max_bad_lines"):
             if getattr(self, key) < 0:
                 yield f"{key} must not be negative, not {getattr(self, key)}"
@@ -132,7 +130,7 @@ class TokenizeCorpusConfig:
 
     @property
     def form(self) -> DocumentFormat:
-        """What the files hold."""
+        """Where the documents are in the files."""
         is_pair = self.chunking == "prompt_response"
         return DocumentFormat(
             self.input_format,
@@ -150,7 +148,7 @@ class TokenizeCorpusConfig:
 
     @property
     def split_seed(self) -> int | None:
-        """Of the documents' split hashes; None where nothing is split by document."""
+        """Seed of the documents' split hashes; None if nothing is split by document."""
         return self.seed if len(self.outputs) > 1 and self.split_by == "document" else None
 
 
@@ -163,13 +161,13 @@ class Counts:
     tokens: int = 0
     bad: list[BadLine] = field(default_factory=list)
     lines: dict[tuple[str, int], int] = field(default_factory=dict)
-    """Lines that have gone by of each (file, first byte of the unit)."""
+    """Lines counted so far of each (file, first byte of the unit)."""
 
     def add(self, block: EncodedBlock, config: TokenizeCorpusConfig) -> None:
         """Count a block.
 
         Raises:
-            DataError: a bad line that is not to be skipped, or one too many.
+            DataError: there is a bad line that is not to be skipped, or one too many.
         """
         unit = (block.path, block.unit_start)
         before = self.lines.get(unit, 0)
@@ -181,19 +179,20 @@ class Counts:
         self.tokens += len(block.ids)
         self.bad.extend(BadLine(line.path, before + line.line, line.reason) for line in block.bad)
         if self.bad and not config.skip_bad_lines:
-            raise DataError(f"{self.bad[0]}; mend the line, or skip such lines with skip_bad_lines=true")
+            raise DataError(f"{self.bad[0]}; fix the line, or skip such lines with skip_bad_lines=true")
         if len(self.bad) > config.max_bad_lines:
             raise DataError(
                 f"{self.bad[config.max_bad_lines]}; that is bad line {config.max_bad_lines + 1}, more than "
-                f"max_bad_lines={config.max_bad_lines}"
+                f"max_bad_lines={config.max_bad_lines}: fix the lines, or raise it"
             )
 
 
 def run(config: TokenizeCorpusConfig) -> dict[str, str]:
-    """Tokenise a corpus; returns role (``train``, ``heldout``, ``reference``) → path of each dataset made.
+    """Tokenise a corpus, and return role (``train``, ``heldout``, ``reference``) → path of each dataset made.
 
     Raises:
-        DataError: the corpus is missing, empty or malformed; the tokenizer is; an output exists and is something else.
+        DataError: the corpus is missing, empty or malformed, or the tokenizer is; an output exists and is something
+            else; there is unfinished work of other settings.
     """
     paths = expand_inputs(config.input)
     tokenizer = load_tokenizer(config.tokenizer, config.eos_token)
@@ -201,9 +200,7 @@ def run(config: TokenizeCorpusConfig) -> dict[str, str]:
     to_make = {role: path for role, path in config.outputs.items() if not _is_made(path, f"{recipe}-{role}", paths)}
     if not to_make:
         shutil.rmtree(f"{config.output}.partial", ignore_errors=True)
-        logger.info(
-            f"{', '.join(config.outputs.values())}: already made from this input with these settings, nothing to do"
-        )
+        logger.info(f"{', '.join(config.outputs.values())}: already made from this input with these settings")
         return config.outputs
     check = choose_engine(tokenizer, _sample(config, paths), config.engine)
     parts = EncodedParts(WorkStore(config.output, _parts_recipe(config, paths, tokenizer, check)))
@@ -222,7 +219,7 @@ def _encode_share(config: TokenizeCorpusConfig, units: list[Unit], job: Encoding
     share = units[config.task_index :: config.num_tasks]
     counts = Counts()
     total = _bytes_of(share)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="encode", disable=None) as bar:
+    with progress_bar(total, "encode") as bar:
         for block in encode_corpus(share, job, parts, _num_workers(config.workers, total)):
             counts.add(block, config)
             bar.update(block.raw_bytes)
@@ -244,7 +241,7 @@ def _make_outputs(
     to_make: dict[str, str],
     recipe: str,
 ) -> None:
-    """Encode what is not encoded yet (nothing with ``merge``), chunk everything and write the datasets."""
+    """Encode what is not encoded yet (with ``merge``, nothing), chunk everything and write the datasets."""
     counts = Counts()
     inputs = _described(paths)
     total = _bytes_of(units)
@@ -253,13 +250,13 @@ def _make_outputs(
             blocks = read_parts(units, parts)
         else:
             blocks = encode_corpus(units, job, parts, _num_workers(config.workers, total))
-        with tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", disable=None) as bar:
+        with progress_bar(total, "tokenize") as bar:
             for block in blocks:
                 counts.add(block, config)
                 outputs.add(block)
                 bar.update(block.raw_bytes)
         if not counts.documents:
-            raise DataError(f"{', '.join(config.input)}: the corpus holds no document")
+            raise DataError(f"{', '.join(config.input)}: the corpus holds no document; check 'input' and 'text_field'")
         bad = [{"path": line.path, "line": line.line, "reason": line.reason} for line in counts.bad]
         summaries = outputs.finish(_producer(config, inputs, check, counts), bad, recipe)
     skipped = f", {len(counts.bad)} bad lines skipped" if counts.bad else ""
@@ -286,7 +283,7 @@ def _output_settings(config: TokenizeCorpusConfig) -> OutputSettings:
 def _parts_recipe(
     config: TokenizeCorpusConfig, paths: list[str], tokenizer: LoadedTokenizer, check: EngineCheck
 ) -> dict[str, Any]:
-    """What the encoded documents depend on."""
+    """Return what the encoded documents depend on."""
     inputs = [[path, os.path.getsize(path), os.stat(path).st_mtime_ns] for path in paths]
     form = to_mapping(config.form)
     return {
@@ -314,20 +311,20 @@ def _is_made(output: str, recipe: str, paths: list[str]) -> bool:
     changed = [path for path, before in zip(paths, made_from) if before.get("mtime_ns") != os.stat(path).st_mtime_ns]
     if changed:
         raise DataError(
-            f"{output}: already exists, made from {changed[0]} as it was at another time (its size is the same, its "
-            "time of change is not); remove it to make it again"
+            f"{output}: already exists, made from an older {changed[0]} (of the same size, but another modification "
+            "time); remove it to make it again"
         )
     return True
 
 
 def _sample(config: TokenizeCorpusConfig, paths: list[str]) -> list[str]:
-    """Documents from the start of up to 16 files, evenly chosen, about ``SAMPLE_BYTES`` in all."""
+    """Return documents from the start of up to 16 files, evenly chosen, about ``SAMPLE_BYTES`` in all."""
     chosen = [paths[index] for index in sorted({i * len(paths) // _SAMPLE_FILES for i in range(_SAMPLE_FILES)})]
     texts: list[str] = []
     for path in chosen:
         room = SAMPLE_BYTES // len(chosen)
         block = next(read_blocks(path, config.form, block_bytes=2 * room), None)
-        for text in parse(load(block), config.form).texts if block else []:
+        for text in block.load().parse(config.form).texts if block else []:
             texts.append(text)
             room -= len(text)
             if room <= 0:
@@ -336,7 +333,7 @@ def _sample(config: TokenizeCorpusConfig, paths: list[str]) -> list[str]:
 
 
 def _described(paths: list[str]) -> list[dict[str, Any]]:
-    """The input files as the manifest records them."""
+    """Return the input files as the manifest records them."""
     return [{"path": path, "bytes": os.path.getsize(path), "mtime_ns": os.stat(path).st_mtime_ns} for path in paths]
 
 

@@ -1,9 +1,4 @@
-"""How many processors this process may use.
-
-Worker processes of the corpus tools: spawned, one thread each, and gone when their parent is, however it ended.
-
-Running ahead of the consumer in a background thread.
-"""
+"""Parallel work on one machine: the processors there are, a pool of worker processes, a thread that reads ahead."""
 
 import multiprocessing
 import os
@@ -15,20 +10,23 @@ from typing import Any, TypeVar
 
 
 def cpu_count() -> int:
-    """Those that the scheduler gives to this process, or all where the system does not say (macOS)."""
+    """Return the processors that the scheduler gives to this process, or all where the system does not say (macOS)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def worker_pool(workers: int, start: Callable[..., None] | None = None, *arguments: Any) -> ProcessPoolExecutor:
-    """A pool of ``workers`` processes, each of which first calls ``start(*arguments)``."""
+    """Return a pool of ``workers`` spawned processes of one thread each; each first calls ``start(*arguments)``.
+
+    The processes end when their parent does, however it ended.
+    """
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(start, arguments))
 
 
 def _begin(start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    """A worker whose parent was killed would wait for work for ever: it ends."""
+    """Prepare a worker, which would wait for work for ever if its parent was killed: it watches it, and ends."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = "1"
     parent = multiprocessing.parent_process()
@@ -47,7 +45,7 @@ ItemT = TypeVar("ItemT")
 
 
 def prefetch(items: Callable[[], Iterator[ItemT]], depth: int = 2) -> Generator[ItemT, None, None]:
-    """Iterate over ``items()`` in a background thread, at most ``depth`` ahead; its errors surface here."""
+    """Iterate over ``items()`` in a background thread, at most ``depth`` ahead; its errors are raised here."""
     ready: queue.Queue = queue.Queue(maxsize=depth)
     stopped = threading.Event()
 

@@ -217,7 +217,7 @@ def _draw(
     """Draw the tokens [b] on the last stage, and send them to every stage."""
     tokens = torch.empty_like(like)
     if next_token is not None:
-        tokens.copy_(choose(next_token.logits, uniforms(seeds, position), sampling))
+        tokens.copy_(choose(next_token.logits, torch.from_numpy(uniforms(seeds, position)), sampling))
     if groups.pp.size() > 1:
         dist.broadcast(tokens, group=groups.pp, group_src=groups.pp.size() - 1)
     return tokens

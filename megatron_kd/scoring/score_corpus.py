@@ -56,7 +56,7 @@ class ScoreCorpusConfig:
     """Score a reference split with the model that was trained on it."""
 
     def validate(self) -> Iterator[str]:
-        """Faults in the values, one message each."""
+        """Yield one message for each fault in the values."""
         if self.micro_batch_size < 1:
             yield f"'micro_batch_size' must be at least 1, not {self.micro_batch_size}"
         if self.chunks_per_unit is not None and self.chunks_per_unit < 1:

@@ -147,7 +147,7 @@ class PredictDifferenceConfig:
     chunks_per_unit: int | None = None
 
     def validate(self) -> Iterator[str]:
-        """Faults in the values, one message each."""
+        """Yield one message for each fault in the values."""
         if self.micro_batch_size < 1:
             yield f"'micro_batch_size' must be at least 1, not {self.micro_batch_size}"
         yield from self.training.faults()

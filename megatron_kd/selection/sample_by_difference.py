@@ -62,7 +62,7 @@ class SampleByDifferenceConfig:
     """Use a reference model that was trained on chunks of this dataset."""
 
     def validate(self) -> Iterator[str]:
-        """Yield what is wrong."""
+        """Yield one message for each fault in the values."""
         if self.ratio is not None and not 0 < self.ratio <= 1:
             yield f"ratio must be above 0 and at most 1, not {self.ratio}"
         if self.token_budget is not None and self.token_budget < 1:

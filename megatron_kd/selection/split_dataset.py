@@ -19,7 +19,7 @@ from megatron_kd.config import to_mapping
 from megatron_kd.data.chunk_dataset import KIND, ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.copy_chunks import copy_chunks
-from megatron_kd.data.random_numbers import mix64, mix_int
+from megatron_kd.data.random_numbers import hash64, hash_int
 from megatron_kd.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class SplitDatasetConfig:
     seed: int = 0
 
     def validate(self) -> Iterator[str]:
-        """Yield what is wrong."""
+        """Yield one message for each fault in the values."""
         if not 0 < self.fraction < 1:
             yield f"fraction must be above 0 and below 1, not {self.fraction}"
         if self.output == self.rest_output:
@@ -73,7 +73,7 @@ def run(config: SplitDatasetConfig) -> str:
 
 def draw_chunks(dataset: ChunkDataset, fraction: float, seed: int) -> np.ndarray:
     """Which chunks are drawn, bool ``[num_chunks]``: those with the smallest keys of their root id."""
-    keys = mix64(np.asarray(dataset.chunk_ids).astype(np.uint64) ^ np.uint64(mix_int(seed)))
+    keys = hash64(np.asarray(dataset.chunk_ids).astype(np.uint64) ^ np.uint64(hash_int(seed)))
     count = int(fraction * len(keys))
     drawn = np.zeros(len(keys), dtype=bool)
     drawn[np.argpartition(keys, count)[:count]] = True

@@ -10,7 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_kd.checkpoints.weights import check_same_architecture, check_same_tokenizer, load_weights, open_checkpoint
 from megatron_kd.data.batch import Batch, make_batch
-from megatron_kd.data.blend import open_data, order_of
+from megatron_kd.data.blend import open_data
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_order import BatchSchedule
 from megatron_kd.errors import ConfigError, DataError
@@ -91,7 +91,7 @@ class ScheduledData:
         training = run.config.training
         self._data, self._ranks, self._rows = run.data, run.layout.data, training.micro_batch_size
         self._seq_length, self._mask_prompt = run.seq_length, run.config.data.mask_prompt
-        order = order_of(run.data, training.seed, run.config.data.shuffle)
+        order = run.data.order(training.seed, run.config.data.shuffle)
         self._schedule = BatchSchedule(order, training.global_batch_size)
         self.micro_batches = run.micro_batches
 

@@ -22,12 +22,12 @@ from tests.end_to_end.random_kills import seeded
 
 PROGRAM = """
 import sys, time, zlib
-from megatron_kd.data import adopt_dataset, corpus_encoder, corpus_outputs, encoded_parts, indexed_dataset
+from megatron_kd.data import adopt_dataset, corpus_encoder, encoded_parts, external_shuffle, indexed_dataset
 from megatron_kd.cli import main
 corpus_encoder.PART_BYTES = 150_000
 encoded_parts.WORTH_KEEPING = 0
 adopt_dataset.SEGMENT_BYTES = 1 << 20
-corpus_outputs.PENDING_BYTES = 200_000
+external_shuffle.PENDING_BYTES = 200_000
 
 def slowly(owner, name, seconds):
     original = getattr(owner, name)
@@ -39,7 +39,7 @@ def slowly(owner, name, seconds):
 
 slowly(encoded_parts.PartWriter, "add", 0.02)
 slowly(indexed_dataset.IndexedDatasetWriter, "add_bytes", 0.02)
-slowly(corpus_outputs.ShuffleSpool, "_append", 0.005)
+slowly(external_shuffle.ExternalShuffle, "_append", 0.005)
 slowly(adopt_dataset.ChecksumStream, "update", 0.05)
 if __name__ == "__main__":
     main()

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_kd.data.random_numbers import mix64, mix_int
+from megatron_kd.data.random_numbers import hash64, hash_int
 from megatron_kd.losses.tile_buffers import Workspace
 from megatron_kd.losses.tile_terms import local_columns, row_blocks
 from megatron_kd.parallel.groups import sum_over_group
@@ -236,9 +236,9 @@ def uniform_numbers(seed: int, chunk_ids: np.ndarray, positions: np.ndarray, dra
 
     So what a token draws depends neither on the batch that it is in nor on the layout.
     """
-    keys = mix64(chunk_ids.astype(np.uint64) ^ np.uint64(mix_int(seed)))
-    keys = mix64(keys + positions.astype(np.uint64))
-    numbers = mix64(keys[:, None] + np.arange(draws, dtype=np.uint64))
+    keys = hash64(chunk_ids.astype(np.uint64) ^ np.uint64(hash_int(seed)))
+    keys = hash64(keys + positions.astype(np.uint64))
+    numbers = hash64(keys[:, None] + np.arange(draws, dtype=np.uint64))
     return (numbers >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

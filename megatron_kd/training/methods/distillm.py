@@ -146,7 +146,7 @@ class ReplayBuffer:
         if self._texts is None or count > len(self):
             raise ValueError(f"{count} sequences asked of a buffer of {len(self)}")
         seeds = sequence_seeds(self._seed, "replay buffer", np.array([global_batch]))
-        order = torch.argsort(uniforms(seeds, np.arange(len(self))), stable=True)
+        order = torch.from_numpy(np.argsort(uniforms(seeds, np.arange(len(self))), kind="stable"))
         return self._texts.rows(order[:count])
 
     def state(self) -> Mapping[str, np.ndarray]:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_kd.data.batch import make_batch
-from megatron_kd.data.blend import CYCLE, BlendedDataset, BlendedOrder, open_data, order_of, slots_per_cycle
+from megatron_kd.data.blend import CYCLE, BlendedDataset, BlendedOrder, open_data, slots_per_cycle
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_order import BatchSchedule, ChunkOrder
 from megatron_kd.errors import ConfigError, DataError
@@ -74,7 +74,7 @@ def test_batches_hold_the_chunks_of_their_datasets(parts: list[ChunkDataset]) ->
         assert batch.tokens[row][: lengths[row] - 1].tolist() == blend[index][:-1].tolist()
     layouts = []
     for ranks, size in ((1, 12), (2, 3), (4, 1)):
-        schedule = BatchSchedule(order_of(blend, 3, True), 12)
+        schedule = BatchSchedule(blend.order(3, True), 12)
         cut = [schedule.micro_batches(5, rank, ranks, size) for rank in range(ranks)]
         layouts.append(np.stack(cut, axis=1).reshape(-1).tolist())
     assert layouts[0] == layouts[1] == layouts[2]
@@ -82,7 +82,7 @@ def test_batches_hold_the_chunks_of_their_datasets(parts: list[ChunkDataset]) ->
 
 def test_one_dataset_stays_itself_and_several_go_by_size(parts: list[ChunkDataset]) -> None:
     assert isinstance(open_data(str(parts[0].path)), ChunkDataset)
-    assert isinstance(order_of(parts[0], 1, True), ChunkOrder)
+    assert isinstance(parts[0].order(1, True), ChunkOrder)
     blend = open_data([str(part.path) for part in parts])
     assert isinstance(blend, BlendedDataset)
     assert np.allclose(np.array(blend.counts) / CYCLE, np.array([30, 50, 7]) / 87, atol=1e-4)

@@ -6,7 +6,8 @@ from tokenizers import Tokenizer
 
 from megatron_kd.data import chunking
 from megatron_kd.data.chunking import Chunker, DomainChunker, SentenceEnds
-from megatron_kd.data.tokenization import LoadedTokenizer, documents_of, load_tokenizer, pieces_of_tokenizers
+from megatron_kd.data.tokenization import LoadedTokenizer, load_tokenizer
+from megatron_kd.data.tokenizer_engine import encode_by_library, join_documents
 from tests.unit.data.literal_chunking import LiteralBuffer
 
 EOS = 0
@@ -117,7 +118,7 @@ def test_sentence_ends_with_a_vocabulary_that_is_not_byte_level(
 
 def check_on_real_text(tokenizer: LoadedTokenizer, texts: list[str], length: int, bos: bool) -> None:
     eos_id = tokenizer.info.eos_id
-    ids, lengths = documents_of(zip(pieces_of_tokenizers(tokenizer.backend, texts)), eos_id, np.uint32)
+    ids, lengths = join_documents(zip(encode_by_library(tokenizer.backend, texts)), eos_id, np.uint32)
     bos_id = 7 if bos else None
     fast = DomainChunker(length, SentenceEnds.of(tokenizer), bos_id)
     found = split(fast.add(ids, lengths)[0])

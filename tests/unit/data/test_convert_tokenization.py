@@ -139,7 +139,7 @@ def test_refusals_and_what_is_made_already(
     root: ChunkDataset, other_tokenizer: Path, tokenizer_folder: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    with pytest.raises(DataError, match="is the tokenizer that .* already has"):
+    with pytest.raises(DataError, match="is the tokenizer of .*; give another one"):
         convert(root, tokenizer_folder, tmp_path / "same")
     folder = Path(shutil.copytree(other_tokenizer, tmp_path / "without_bos"))
     settings = json.loads((folder / "tokenizer_config.json").read_text())

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from megatron_kd.artefacts.work_store import WorkStore
-from megatron_kd.data import byte_pieces, corpus_encoder
+from megatron_kd.data import corpus_encoder, corpus_files
 from megatron_kd.data.corpus_encoder import EncodingJob, encode_corpus, read_parts, units_of
-from megatron_kd.data.document_format import DocumentFormat, read_blocks
-from megatron_kd.data.documents import BadLine
+from megatron_kd.data.corpus_files import BadLine, DocumentFormat
+from megatron_kd.data.document_formats import read_blocks
 from megatron_kd.data.encoded_parts import EncodedBlock, EncodedParts
-from megatron_kd.data.tokenization import LoadedTokenizer, documents_of, pieces_of_tokenizers
+from megatron_kd.data.tokenization import LoadedTokenizer
+from megatron_kd.data.tokenizer_engine import encode_by_library, join_documents
 from megatron_kd.errors import DataError
 from tests.unit.conftest import write_jsonl
 
@@ -71,7 +72,7 @@ def test_documents_become_ids_and_eos(
 ) -> None:
     blocks = encode_files(files, job(tokenizer_folder), workers=1)
     everything = [*texts, *texts[::-1]]
-    ids, lengths = documents_of(zip(pieces_of_tokenizers(tokenizer.backend, everything)), 0, np.uint32)
+    ids, lengths = join_documents(zip(encode_by_library(tokenizer.backend, everything)), 0, np.uint32)
     found = summary(blocks)
     assert found[0] == ids.tolist() and found[1] == lengths.tolist()
     assert found[2][:4] == ["a", "b", "c", "a"]
@@ -106,7 +107,7 @@ def test_parts_are_the_same_whoever_makes_them_and_are_made_once(
     small = lambda path, form, start=0, stop=None: read_blocks(path, form, 5000, start, stop)  # noqa: E731
     monkeypatch.setattr(corpus_encoder, "read_blocks", small)
     monkeypatch.setattr(corpus_encoder, "PART_BYTES", 20_000)
-    monkeypatch.setattr(byte_pieces, "_RAW_PIECE_BYTES", 1000)
+    monkeypatch.setattr(corpus_files, "_RAW_PIECE_BYTES", 1000)
     work, parts = job(tokenizer_folder), parts_of(tmp_path / "parts", {"a": 1})
     units = units_of(files, work.form)
     assert len(units) == 2 if kind == "gzip" else len(units) > 8

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_kd.artefacts.work_store import WorkStore
-from megatron_kd.data.documents import BadLine
+from megatron_kd.data.corpus_files import BadLine
 from megatron_kd.data.encoded_parts import EncodedBlock, EncodedParts, PartWriter, Unit, name_of
 from megatron_kd.errors import DataError
 

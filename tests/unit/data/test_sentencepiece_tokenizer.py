@@ -6,8 +6,14 @@ import pytest
 import sentencepiece
 
 from megatron_kd.data.chunking import Chunker, SentenceEnds
-from megatron_kd.data.encoder import DocumentEncoder, choose_engine
-from megatron_kd.data.tokenization import documents_of, encode_with_tokenizers, load_tokenizer, pieces_of_tokenizers
+from megatron_kd.data.tokenization import load_tokenizer
+from megatron_kd.data.tokenizer_engine import (
+    DocumentEncoder,
+    choose_engine,
+    concatenated,
+    encode_by_library,
+    join_documents,
+)
 from megatron_kd.errors import DataError
 from tests.unit.data.literal_chunking import LiteralBuffer
 
@@ -45,7 +51,7 @@ def test_ids_are_sentencepiece_s_with_either_engine(model: Path, texts: list[str
 def test_bytes_per_token_count_the_text(model: Path) -> None:
     tokenizer = load_tokenizer(model)
     text = "Some plain words, Zwölf 你好 and code(); twice."
-    ids, _ = encode_with_tokenizers(tokenizer.backend, [text])
+    ids, _ = concatenated(encode_by_library(tokenizer.backend, [text]))
     assert tokenizer.info.token_byte_lengths[ids].sum() == len(text.encode()) + 1  # the dummy prefix is a space
     assert tokenizer.info.token_byte_lengths[tokenizer.info.eos_id] == 0
 
@@ -54,7 +60,7 @@ def test_bytes_per_token_count_the_text(model: Path) -> None:
 def test_sentence_ends_against_the_literal_rule_on_real_text(model: Path, texts: list[str], bos: bool) -> None:
     """Decoding a pair is not decoding two ids here: a piece's leading space shows only after another piece."""
     tokenizer = load_tokenizer(model)
-    ids, lengths = documents_of(zip(pieces_of_tokenizers(tokenizer.backend, texts)), tokenizer.info.eos_id, np.uint32)
+    ids, lengths = join_documents(zip(encode_by_library(tokenizer.backend, texts)), tokenizer.info.eos_id, np.uint32)
     bos_id = tokenizer.bos_id if bos else None
     chunks = Chunker(65, SentenceEnds.of(tokenizer), bos_id).add(ids, lengths, [""] * len(lengths))
     decode = lambda pair: tokenizer.backend.decode(pair, skip_special_tokens=False)  # noqa: E731

@@ -10,16 +10,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from megatron_kd.data.encoder import HARD_TEXTS
 from megatron_kd.data.tokenization import (
     LoadedTokenizer,
-    documents_of,
-    encode_with_tokenizers,
     load_tokenizer,
     token_byte_lengths,
     tokenizer_hash,
     train_byte_level_bpe,
 )
+from megatron_kd.data.tokenizer_engine import HARD_TEXTS, concatenated, encode_by_library, join_documents
 from megatron_kd.errors import DataError
 
 
@@ -40,7 +38,7 @@ def test_transformers_loads_it_and_agrees(tmp_path: Path, tokenizer_folder: Path
     loaded = AutoTokenizer.from_pretrained(str(tokenizer_folder))
     assert (len(loaded), loaded.eos_token_id, loaded.pad_token_id) == (600, 0, 0)
     for text in HARD_TEXTS:
-        ids, _ = encode_with_tokenizers(tokenizer.backend, [text])
+        ids, _ = concatenated(encode_by_library(tokenizer.backend, [text]))
         assert loaded(text, add_special_tokens=False)["input_ids"] == ids.tolist()
     loaded.save_pretrained(str(tmp_path / "saved"))  # as an exporter does
     assert load_tokenizer(tmp_path / "saved").info.hash == tokenizer.info.hash
@@ -58,7 +56,7 @@ def test_qwen2s_pre_tokenization(tokenizer: LoadedTokenizer) -> None:
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
 def test_bytes_per_token_add_up_to_the_texts(tokenizer: LoadedTokenizer, text: str) -> None:
     normal = tokenizer.backend.normalizer.normalize_str(text)
-    ids, lengths = encode_with_tokenizers(tokenizer.backend, [text])
+    ids, lengths = concatenated(encode_by_library(tokenizer.backend, [text]))
     if "<|endoftext|>" not in text:
         assert tokenizer.info.token_byte_lengths[ids].sum() == len(normal.encode())
     assert lengths.tolist() == [len(ids)]
@@ -145,7 +143,7 @@ def test_too_small_a_vocabulary_or_too_little_text_is_refused(tmp_path: Path) ->
 def test_every_document_ends_in_eos(lengths: list[int], dtype: str) -> None:
     ids = np.arange(1, sum(lengths) + 1, dtype=np.uint32)
     pieces = np.split(ids, np.cumsum(lengths).astype(int)[:-1]) if lengths else []
-    result, longer = documents_of(zip(pieces), 0, dtype)
+    result, longer = join_documents(zip(pieces), 0, dtype)
     assert result.dtype == dtype
     assert result.tolist() == [token for part in pieces for token in [*part.tolist(), 0]]
     assert longer.tolist() == [length + 1 for length in lengths]
@@ -153,5 +151,5 @@ def test_every_document_ends_in_eos(lengths: list[int], dtype: str) -> None:
 
 def test_a_prompt_and_its_response_are_one_document() -> None:
     pieces = [np.array([1, 2], np.uint32), np.array([3], np.uint32), np.array([], np.uint32)]
-    ids, lengths = documents_of(zip(pieces, reversed(pieces), strict=True), 9, "uint16")
+    ids, lengths = join_documents(zip(pieces, reversed(pieces), strict=True), 9, "uint16")
     assert ids.tolist() == [1, 2, 9, 3, 3, 9, 1, 2, 9] and lengths.tolist() == [3, 3, 3]

@@ -21,8 +21,9 @@ from megatron_kd.data.batch import make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.copy_chunks import copy_chunks
-from megatron_kd.data.tokenization import LoadedTokenizer, documents_of, load_tokenizer, pieces_of_tokenizers
+from megatron_kd.data.tokenization import LoadedTokenizer, load_tokenizer
 from megatron_kd.data.tokenize_corpus import TokenizeCorpusConfig, run
+from megatron_kd.data.tokenizer_engine import encode_by_library, join_documents
 from megatron_kd.errors import ConfigError, DataError
 from tests.unit.conftest import write_jsonl
 
@@ -48,7 +49,7 @@ def test_packed_without_shuffle_is_the_corpus_cut(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     run(config(corpus, tokenizer_folder, tmp_path / "out", shuffle=False, flush_leftovers=True))
-    stream, _ = documents_of(zip(pieces_of_tokenizers(tokenizer.backend, texts)), 0, np.uint32)
+    stream, _ = join_documents(zip(encode_by_library(tokenizer.backend, texts)), 0, np.uint32)
     dataset = ChunkDataset.open(tmp_path / "out")
     expected = [stream[start : start + 65].tolist() for start in range(0, len(stream), 65)]
     assert contents(dataset) == expected
@@ -132,7 +133,7 @@ def test_what_is_already_made_is_kept_and_anything_else_refused(
     assert made_from == [{"path": str(corpus), "bytes": corpus.stat().st_size, "mtime_ns": corpus.stat().st_mtime_ns}]
     for other in (changed_at + 5_000_000_000, changed_at - 1):  # written later, or moved here from elsewhere
         os.utime(corpus, ns=(other, other))
-        with pytest.raises(DataError, match="made from .*corpus.jsonl as it was at another time"):
+        with pytest.raises(DataError, match="made from an older .*corpus.jsonl"):
             run(config(corpus, tokenizer_folder, tmp_path / "out", **settings))
 
 

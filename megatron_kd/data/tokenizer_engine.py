@@ -1,25 +1,20 @@
-"""Documents to ids, with the fastest engine that gives the same ids as the ``tokenizers`` library.
+"""Encode documents with the fastest engine that gives the same ids as the ``tokenizers`` library.
 
-gigatoken is tried first. Before it is used it must agree with ``tokenizers`` on a sample of the corpus and on a list of
-texts that tokenizers are known to disagree on; the outcome goes into the dataset's manifest. On any difference, or when
-it does not support the tokenizer, ``tokenizers`` is used. During the run a part of every block is compared again.
+gigatoken is tried first. It is used only if it agrees with ``tokenizers`` on a sample of the corpus and on texts that
+tokenizers are known to disagree on; the outcome goes into the dataset's manifest. On any difference, or if it does not
+support the tokenizer, ``tokenizers`` is used. During the run a part of every block is compared again.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
+from tokenizers import Tokenizer
 
-from megatron_kd.data.tokenization import (
-    SENTENCEPIECE_MODEL,
-    TOKENIZER_JSON,
-    LoadedTokenizer,
-    encode_with_tokenizers,
-    joined,
-    pieces_of_tokenizers,
-)
+from megatron_kd.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from megatron_kd.data.tokenization import SENTENCEPIECE_MODEL, TOKENIZER_JSON, LoadedTokenizer
 from megatron_kd.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -46,11 +41,11 @@ HARD_TEXTS = (
 
 @dataclass(frozen=True)
 class EngineCheck:
-    """What encodes the corpus and how it was checked; recorded in the manifest.
+    """Which engine encodes the corpus and how it was checked; recorded in the manifest.
 
     Attributes:
         engine: ``gigatoken``, ``tokenizers`` or ``sentencepiece``.
-        documents, text_bytes: size of the sample compared.
+        documents, text_bytes: size of the sample that was compared.
         reason: why gigatoken is not used, or "".
     """
 
@@ -60,7 +55,7 @@ class EngineCheck:
     reason: str = ""
 
     def as_mapping(self) -> dict[str, object]:
-        """For the manifest."""
+        """Return the manifest's entry."""
         return asdict(self)
 
 
@@ -85,35 +80,69 @@ class DocumentEncoder:
                 self._gigatoken = gigatoken.Tokenizer.from_json(files[TOKENIZER_JSON].decode("utf-8"))
 
     def pieces(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each document, uint32."""
+        """Return the ids of each document, uint32."""
         if self._gigatoken is None:
-            return pieces_of_tokenizers(self._backend, texts)
-        # On one thread a call a document is as fast as one for all, and awkward need not be loaded (0.3 s a process).
+            return encode_by_library(self._backend, texts)
+        # On one thread a call per document is as fast as one for all, and does not load awkward (0.3 s per process).
         return [self._gigatoken.encode(text) for text in texts]
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """ids uint32 ``[sum]`` one document after another, and lengths int64 ``[n]``."""
-        return joined(self.pieces(texts))
+        """Return the ids, uint32 ``[sum]``, one document after another, and their lengths, int64 ``[n]``."""
+        return concatenated(self.pieces(texts))
 
     def spot_check(self, texts: Sequence[str]) -> None:
-        """Compare the engine with ``tokenizers`` on the middle of one document: about 1% of a block's encoding time.
+        """Compare the engine with ``tokenizers`` on the middle of one document, in about 1% of a block's encoding time.
 
         Raises:
-            DataError: the ids differ, though the sample before the run agreed.
+            DataError: the ids differ, though those of the sample agreed.
         """
         if self._gigatoken is None or not texts:
             return
         text = texts[len(texts) // 2]
         middle = max(0, len(text) - SPOT_CHECK_CHARACTERS) // 2
         part = text[middle : middle + SPOT_CHECK_CHARACTERS]
-        if not np.array_equal(self.encode([part])[0], encode_with_tokenizers(self._backend, [part])[0]):
+        if not np.array_equal(self.encode([part])[0], encode_by_library(self._backend, [part])[0]):
             raise DataError(
                 f"gigatoken's ids differ from tokenizers' on {part[:60]!r}; run again with engine=tokenizers"
             )
 
 
+def encode_by_library(backend: Tokenizer | SentencePieceTokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """Encode with ``tokenizers`` or ``sentencepiece``, without special tokens: the ids of each document, uint32."""
+    encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+
+def concatenated(pieces: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of n pieces one after another, uint32 ``[sum]``, and their lengths, int64 ``[n]``."""
+    lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
+    return np.concatenate(pieces) if len(pieces) else np.zeros(0, np.uint32), lengths
+
+
+def join_documents(
+    documents: Iterable[Sequence[np.ndarray]], eos_id: int, dtype: np.dtype | str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Join documents' ids, each ended by ``eos_id``.
+
+    Args:
+        documents: the pieces of each of n documents: a text, or a prompt and a response.
+        dtype: of the result; the vocabulary must fit.
+
+    Returns:
+        ids ``[sum + n]``, and lengths int64 ``[n]`` with eos counted.
+    """
+    eos = np.array([eos_id], dtype=dtype)
+    flat: list[np.ndarray] = []
+    lengths: list[int] = []
+    for pieces in documents:
+        flat += [*pieces, eos]
+        lengths.append(sum(map(len, pieces)) + 1)
+    ids = np.concatenate(flat, dtype=dtype, casting="unsafe") if flat else eos[:0]
+    return ids, np.array(lengths, dtype=np.int64)
+
+
 def choose_engine(tokenizer: LoadedTokenizer, sample: Sequence[str], wanted: Engine = "auto") -> EngineCheck:
-    """Decide what encodes the corpus.
+    """Decide which engine encodes the corpus.
 
     Args:
         tokenizer: a loaded tokenizer.
@@ -128,7 +157,7 @@ def choose_engine(tokenizer: LoadedTokenizer, sample: Sequence[str], wanted: Eng
         ids, lengths = DocumentEncoder(tokenizer, "gigatoken").encode(texts)
     except Exception as error:  # noqa: BLE001 - whatever it cannot do, tokenizers can
         return _fall_back(EngineCheck(tokenizer.library, 0, 0, f"gigatoken cannot encode with this tokenizer: {error}"))
-    expected_ids, expected_lengths = encode_with_tokenizers(tokenizer.backend, texts)
+    expected_ids, expected_lengths = concatenated(encode_by_library(tokenizer.backend, texts))
     if not (np.array_equal(lengths, expected_lengths) and np.array_equal(ids, expected_ids)):
         first = _first_difference(ids, lengths, expected_ids, expected_lengths)
         reason = f"gigatoken's ids differ from {tokenizer.library}' on the sample, first on {texts[first][:60]!r}"

@@ -1,34 +1,32 @@
-"""What the files of a corpus hold: JSONL, Parquet or plain text; one reader and one parser for all.
+"""Formats of a corpus's files: JSONL (``jsonl.py``), Parquet and plain text.
 
-    path  →  read_blocks: a few MiB each, cheap, in one process  →  parse: texts, domains, faults, in the workers
+    path  →  read_blocks: a few MiB each, in one process  →  load, parse: texts, domains, faults, in the workers
 
 ``auto`` goes by content and name: Parquet by its magic, plain text by ``.txt`` (also ``.txt.gz``, ``.txt.zst``), else
 JSONL. A plain-text file is one document, or several with ``document_separator`` between them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from megatron_kd.data import documents as jsonl
-from megatron_kd.data.byte_pieces import compression_of, read_pieces
-from megatron_kd.data.documents import BLOCK_BYTES, MAX_LINE_BYTES, BadLine, Documents, LineBlock, checked_text
+from megatron_kd.data.corpus_files import (
+    BLOCK_BYTES,
+    MAX_LINE_BYTES,
+    BadLine,
+    Block,
+    DocumentFormat,
+    Documents,
+    FormatName,
+    checked_text,
+    compression_of,
+    read_pieces,
+)
+from megatron_kd.data.jsonl import RangeBlock, read_line_blocks
 from megatron_kd.errors import DataError
 
-Kind = Literal["auto", "jsonl", "parquet", "text"]
 _PARQUET_MAGIC = b"PAR1"
 _PARQUET_ROWS = 1024
-
-
-@dataclass(frozen=True)
-class DocumentFormat:
-    """Where a document's text is in a file; see the keys of ``tokenize_corpus``."""
-
-    kind: Kind = "auto"
-    text_field: str = "text"
-    domain_field: str | None = None
-    response_field: str | None = None
-    document_separator: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,33 @@ class TextBlock:
     raw_bytes: int
     num_lines: int
 
+    @property
+    def size(self) -> int:
+        """Bytes of the text."""
+        return len(self.data)
+
+    def load(self) -> "TextBlock":
+        """Return the block itself."""
+        return self
+
+    def parse(self, form: DocumentFormat) -> Documents:
+        """Cut the text at the separator, or take it as one document without one."""
+        separator = form.document_separator
+        found = Documents(self.path)
+        data = self.data.removeprefix(b"\xef\xbb\xbf") if self.first_line == 1 else self.data
+        line = self.first_line
+        for part in data.split(separator.encode()) if separator else [data]:
+            if part and not part.isspace():
+                try:
+                    found.texts.append(part.decode("utf-8"))
+                    found.domains.append("")
+                    found.lines.append(line)
+                except UnicodeDecodeError as error:
+                    place = line + part.count(b"\n", 0, error.start)
+                    found.bad.append(BadLine(self.path, place, f"not UTF-8 (byte 0x{part[error.start]:02x})"))
+            line += part.count(b"\n") + (separator.count("\n") if separator else 0)
+        return found
+
 
 @dataclass(frozen=True)
 class RowBlock:
@@ -52,34 +77,46 @@ class RowBlock:
     raw_bytes: int
     num_lines: int
 
+    @property
+    def size(self) -> int:
+        """Characters of the texts."""
+        return sum(len(value) for column in self.columns.values() for value in column if isinstance(value, str))
 
-@dataclass(frozen=True)
-class RangeBlock:
-    """The lines of a plain JSONL file that begin at byte ``start`` or later and before ``stop``; not read yet."""
+    def load(self) -> "RowBlock":
+        """Return the block itself."""
+        return self
 
-    path: str
-    start: int
-    stop: int
+    def parse(self, form: DocumentFormat) -> Documents:
+        """Take each row's fields."""
+        found = Documents(self.path, responses=[] if form.response_field else None)
+        for row in range(self.num_lines):
+            number = self.first_line + row
+            try:
+                text = self._value(form.text_field, row)
+                domain = self._value(form.domain_field, row) if form.domain_field else ""
+                response = self._value(form.response_field, row) if form.response_field else ""
+            except ValueError as error:
+                found.bad.append(BadLine(self.path, number, str(error)))
+                continue
+            found.texts.append(text)
+            found.domains.append(domain)
+            found.lines.append(number)
+            if found.responses is not None:
+                found.responses.append(response)
+        return found
 
-    def load(self) -> LineBlock:
-        """Read them.
-
-        Raises:
-            DataError: a line is longer than ``MAX_LINE_BYTES``.
-        """
-        pieces = [block.data for block in jsonl.read_blocks(self.path, MAX_LINE_BYTES, self.start, self.stop)]
-        return LineBlock(self.path, 1, b"".join(pieces), self.stop - self.start, self.start == 0)
+    def _value(self, field: str, row: int) -> str:
+        value = self.columns[field][row]
+        if value is None:
+            raise ValueError(f"column '{field}' is null")
+        return checked_text(value, field)
 
 
-Block = LineBlock | TextBlock | RowBlock | RangeBlock
-LoadedBlock = LineBlock | TextBlock | RowBlock
-
-
-def kind_of(path: str, form: DocumentFormat) -> Kind:
-    """``jsonl``, ``parquet`` or ``text``.
+def format_of(path: str, form: DocumentFormat) -> FormatName:
+    """Return ``jsonl``, ``parquet`` or ``text``.
 
     Raises:
-        DataError: the file's kind has no fields and the format asks for one.
+        DataError: the file's format has no fields, and ``form`` names one.
     """
     kind = form.kind
     if kind == "auto":
@@ -95,7 +132,7 @@ def kind_of(path: str, form: DocumentFormat) -> Kind:
 
 def is_divisible(path: str, form: DocumentFormat) -> bool:
     """Whether byte ranges of the file can be read on their own."""
-    return kind_of(path, form) == "jsonl" and compression_of(path) is None
+    return format_of(path, form) == "jsonl" and compression_of(path) is None
 
 
 def read_blocks(
@@ -107,37 +144,23 @@ def read_blocks(
         path: the file.
         form: what it holds.
         block_bytes: of decompressed data.
-        start, stop: of a divisible file, the lines that begin in this range of bytes only; they are left to
-            :func:`load`.
+        start, stop: only the lines of a divisible file that begin in this range of bytes; its blocks are read when they
+            are loaded.
 
     Raises:
         DataError: the file is damaged, or a document too long to hold.
     """
-    kind = kind_of(path, form)
-    if kind == "jsonl" and stop is not None:
+    if stop is not None:
         return (RangeBlock(path, first, min(first + block_bytes, stop)) for first in range(start, stop, block_bytes))
-    if kind == "jsonl":
-        return jsonl.read_blocks(path, block_bytes)
-    if kind == "parquet":
-        return _parquet_blocks(path, form, block_bytes)
-    return _text_blocks(path, form.document_separator, block_bytes)
+    return _READERS[format_of(path, form)](path, form, block_bytes)
 
 
-def load(block: Block) -> LoadedBlock:
-    """The block with its data; what a worker does first."""
-    return block.load() if isinstance(block, RangeBlock) else block
+def _jsonl_blocks(path: str, form: DocumentFormat, block_bytes: int) -> Iterator[Block]:
+    return read_line_blocks(path, block_bytes)
 
 
-def parse(block: LoadedBlock, form: DocumentFormat) -> Documents:
-    """The documents of a block; those of white space alone are none, and no fault."""
-    if isinstance(block, LineBlock):
-        return jsonl.parse_block(block, form.text_field, form.domain_field, form.response_field)
-    if isinstance(block, RowBlock):
-        return _parse_rows(block, form)
-    return _parse_text(block, form.document_separator)
-
-
-def _text_blocks(path: str, separator: str | None, block_bytes: int) -> Iterator[TextBlock]:
+def _text_blocks(path: str, form: DocumentFormat, block_bytes: int) -> Iterator[Block]:
+    separator = form.document_separator
     mark = separator.encode() if separator else None
     pending, first_line, raw_bytes = bytearray(), 1, 0
     for piece, raw in read_pieces(path):
@@ -159,24 +182,7 @@ def _text_blocks(path: str, separator: str | None, block_bytes: int) -> Iterator
         yield TextBlock(path, first_line, bytes(pending), raw_bytes, pending.count(b"\n") + 1)
 
 
-def _parse_text(block: TextBlock, separator: str | None) -> Documents:
-    found = Documents(block.path)
-    data = block.data.removeprefix(b"\xef\xbb\xbf") if block.first_line == 1 else block.data
-    line = block.first_line
-    for part in data.split(separator.encode()) if separator else [data]:
-        if part and not part.isspace():
-            try:
-                found.texts.append(part.decode("utf-8"))
-                found.domains.append("")
-                found.lines.append(line)
-            except UnicodeDecodeError as error:
-                place = line + part.count(b"\n", 0, error.start)
-                found.bad.append(BadLine(block.path, place, f"not UTF-8 (byte 0x{part[error.start]:02x})"))
-        line += part.count(b"\n") + (separator.count("\n") if separator else 0)
-    return found
-
-
-def _parquet_blocks(path: str, form: DocumentFormat, block_bytes: int) -> Iterator[RowBlock]:
+def _parquet_blocks(path: str, form: DocumentFormat, block_bytes: int) -> Iterator[Block]:
     import pyarrow
     import pyarrow.parquet
 
@@ -206,7 +212,7 @@ def _parquet_blocks(path: str, form: DocumentFormat, block_bytes: int) -> Iterat
 def _cut_rows(
     path: str, first_line: int, batch: Any, fields: list[str], raw_bytes: int, block_bytes: int
 ) -> Iterator[RowBlock]:
-    """A record batch as blocks; more than one if its texts are long."""
+    """Cut a record batch into blocks: more than one if its texts are long."""
     columns = {field: _column(batch, field) for field in fields}
     step = max(1, batch.num_rows * block_bytes // max(1, batch.nbytes))
     for start in range(0, batch.num_rows, step):
@@ -224,27 +230,8 @@ def _column(batch: Any, field: str) -> list[Any]:
     return values
 
 
-def _parse_rows(block: RowBlock, form: DocumentFormat) -> Documents:
-    found = Documents(block.path, responses=[] if form.response_field else None)
-    for row in range(block.num_lines):
-        number = block.first_line + row
-        try:
-            text = _value(block, form.text_field, row)
-            domain = _value(block, form.domain_field, row) if form.domain_field else ""
-            response = _value(block, form.response_field, row) if form.response_field else ""
-        except ValueError as error:
-            found.bad.append(BadLine(block.path, number, str(error)))
-            continue
-        found.texts.append(text)
-        found.domains.append(domain)
-        found.lines.append(number)
-        if found.responses is not None:
-            found.responses.append(response)
-    return found
-
-
-def _value(block: RowBlock, field: str, row: int) -> str:
-    value = block.columns[field][row]
-    if value is None:
-        raise ValueError(f"column '{field}' is null")
-    return checked_text(value, field)
+_READERS: dict[FormatName, Callable[[str, DocumentFormat, int], Iterator[Block]]] = {
+    "jsonl": _jsonl_blocks,
+    "parquet": _parquet_blocks,
+    "text": _text_blocks,
+}

@@ -3,18 +3,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_kd.data import corpus_outputs as shuffle
+from megatron_kd.data import external_shuffle as shuffle
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.data.chunking import Chunks
-from megatron_kd.data.corpus_outputs import BUCKET_BYTES, MAX_BUCKET_BITS, ShuffleSpool, bucket_bits_for
+from megatron_kd.data.external_shuffle import BUCKET_BYTES, MAX_BUCKET_BITS, ExternalShuffle, bucket_bits_for
 from tests.reference.datasets import plain_tokenizer_info
 
 
 def shuffled(folder: Path, chunks: list[np.ndarray], seed: int, bits: int, per_call: int) -> list[list[int]]:
     folder.mkdir()
     writer = ChunkDatasetWriter(folder, plain_tokenizer_info(1000), 8)
-    spool = ShuffleSpool(folder, writer.dtype, seed, bits)
+    spool = ExternalShuffle(folder, writer.dtype, seed, bits)
     for start in range(0, len(chunks), per_call):
         part = chunks[start : start + per_call]
         spool.add(Chunks(np.concatenate(part), np.array([len(chunk) for chunk in part])))
@@ -50,7 +50,7 @@ def test_what_waits_for_its_bucket_is_bounded_and_changes_nothing(
 
 
 def test_domains_and_prompt_lengths_stay_with_their_chunks(tmp_path: Path, numbered: list[np.ndarray]) -> None:
-    spool = ShuffleSpool(tmp_path, np.dtype(np.uint16), 3, 2)
+    spool = ExternalShuffle(tmp_path, np.dtype(np.uint16), 3, 2)
     lengths = np.array([len(chunk) for chunk in numbered])
     domains = np.array([chunk[0] % 7 for chunk in numbered])
     spool.add(Chunks(np.concatenate(numbered), lengths, domains, (lengths - 1).astype(np.int32)))

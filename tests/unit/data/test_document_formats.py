@@ -5,9 +5,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_kd.data import document_format
-from megatron_kd.data.document_format import DocumentFormat, is_divisible, kind_of, parse, read_blocks
-from megatron_kd.data.documents import Documents
+from megatron_kd.data import document_formats
+from megatron_kd.data.corpus_files import DocumentFormat, Documents
+from megatron_kd.data.document_formats import format_of, is_divisible, read_blocks
 from megatron_kd.errors import DataError
 
 TEXTS = [f"document {number}\n\nwith lines, ü 你好 " * (number % 7 + 1) for number in range(3000)]
@@ -17,8 +17,9 @@ def read(path: Path, form: DocumentFormat, block_bytes: int = 20_000) -> tuple[D
     """All documents of a file, how many blocks it took, and the raw bytes told."""
     whole, blocks, raw, lines = Documents(str(path), responses=[] if form.response_field else None), 0, 0, 0
     for block in read_blocks(str(path), form, block_bytes):
+        block = block.load()
         assert block.first_line == lines + 1
-        found = parse(block, form)
+        found = block.parse(form)
         for name in ("texts", "domains", "lines", "bad"):
             getattr(whole, name).extend(getattr(found, name))
         if whole.responses is not None:
@@ -47,7 +48,7 @@ def test_parquet(parquet: Path) -> None:
         f"{parquet}:8: column 'meta.set' is null",
     ]
     assert blocks > 10 and 0 < raw <= parquet.stat().st_size
-    assert kind_of(str(parquet), DocumentFormat()) == "parquet" and not is_divisible(str(parquet), DocumentFormat())
+    assert format_of(str(parquet), DocumentFormat()) == "parquet" and not is_divisible(str(parquet), DocumentFormat())
 
 
 def test_damaged_or_foreign_parquet_is_refused(parquet: Path) -> None:
@@ -85,6 +86,6 @@ def test_plain_text_that_is_not_text(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [(line.line, line.reason) for line in found.bad] == [(4, "not UTF-8 (byte 0xff)")]
     with pytest.raises(DataError, match="plain text has no field 'meta'"):
         read(path, DocumentFormat(domain_field="meta"))
-    monkeypatch.setattr(document_format, "MAX_LINE_BYTES", 10)
+    monkeypatch.setattr(document_formats, "MAX_LINE_BYTES", 10)
     with pytest.raises(DataError, match="begins on line 1 is longer than.*set document_separator"):
         read(path, DocumentFormat())

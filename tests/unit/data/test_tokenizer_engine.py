@@ -6,9 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_kd.data import encoder
-from megatron_kd.data.encoder import HARD_TEXTS, DocumentEncoder, choose_engine
-from megatron_kd.data.tokenization import LoadedTokenizer, encode_with_tokenizers
+from megatron_kd.data import tokenizer_engine
+from megatron_kd.data.tokenization import LoadedTokenizer
+from megatron_kd.data.tokenizer_engine import (
+    HARD_TEXTS,
+    DocumentEncoder,
+    choose_engine,
+    concatenated,
+    encode_by_library,
+)
 from megatron_kd.errors import DataError
 
 
@@ -47,7 +53,7 @@ def test_any_difference_falls_back(
     tokenizer: LoadedTokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
     def wrong(self: DocumentEncoder, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids, lengths = encode_with_tokenizers(tokenizer.backend, texts)
+        ids, lengths = concatenated(encode_by_library(tokenizer.backend, texts))
         if fault == "another id":
             ids[-1] += 1
         else:
@@ -55,7 +61,7 @@ def test_any_difference_falls_back(
             ids = ids[:-1]
         return ids, lengths
 
-    monkeypatch.setattr(encoder.DocumentEncoder, "encode", wrong)
+    monkeypatch.setattr(tokenizer_engine.DocumentEncoder, "encode", wrong)
     with caplog.at_level(logging.WARNING):
         check = choose_engine(tokenizer, ["fine", "the last one"])
     assert check.engine == "tokenizers"

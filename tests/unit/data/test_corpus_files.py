@@ -1,4 +1,4 @@
-"""Line ranges of a file against splitting it in memory; what a file is compressed with."""
+"""Which files are read; line ranges of a file against splitting it in memory; what a file is compressed with."""
 
 import gzip
 import itertools
@@ -9,8 +9,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_kd.data import byte_pieces
-from megatron_kd.data.byte_pieces import compression_of, lines_before, read_line_range, read_pieces
+from megatron_kd.data import corpus_files
+from megatron_kd.data.corpus_files import compression_of, expand_inputs, lines_before, read_line_range, read_pieces
+from megatron_kd.errors import DataError
 
 TEXT = st.lists(st.sampled_from([b"a", b"\n", b"bc", b"\r\n", "é".encode()]), max_size=30).map(b"".join)
 
@@ -41,7 +42,7 @@ def test_ranges_share_the_lines_out(tmp_path: Path, data: bytes, cuts: list[int]
 
 
 def test_a_line_that_is_longer_than_a_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(byte_pieces, "_RAW_PIECE_BYTES", 4)
+    monkeypatch.setattr(corpus_files, "_RAW_PIECE_BYTES", 4)
     (tmp_path / "file").write_bytes(b"x" * 50 + b"\nsecond\n")
     assert b"".join(text for text, _ in read_line_range(str(tmp_path / "file"), 10, 60)) == b"second\n"
 
@@ -70,3 +71,23 @@ def test_every_member_and_frame_is_read_and_counted(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
         pieces = list(read_pieces(str(tmp_path / name)))
         assert b"".join(text for text, _ in pieces) == b"one\ntwo\n" and sum(size for _, size in pieces) == len(data)
+
+
+def test_globs_are_sorted_and_files_taken_once(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "deep/c.jsonl", "x[1].jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"{}")
+    found = expand_inputs(
+        [f"{tmp_path}/b.jsonl", f"{tmp_path}/?.jsonl", f"{tmp_path}/**/c.jsonl", f"{tmp_path}/x[1].jsonl"]
+    )
+    assert [Path(path).name for path in found] == ["b.jsonl", "a.jsonl", "c.jsonl", "x[1].jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [("none.jsonl", "no such file"), ("*.parquet", "no file matches"), ("folder", "is a folder")],
+)
+def test_missing_input_is_refused(tmp_path: Path, pattern: str, message: str) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match=message):
+        expand_inputs([str(tmp_path / pattern)])

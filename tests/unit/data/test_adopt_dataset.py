@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(
 ) -> None:
     write_megatron(tmp_path / "data_0", sequences(3, 20, 90))
     before = sorted(os.listdir(tmp_path))
-    with pytest.raises(DataError, match=r"sequences of \d+ to \d+ ids, where chunks have 1 to 17; .*sequences=documents"):
+    with pytest.raises(DataError, match=r"sequences of \d+ to \d+ ids, where chunks have 1 to 17; .*documents"):
         run(config(tmp_path, tokenizer_folder))
     write_megatron(tmp_path / "data_0", [np.array([5, tokenizer.info.vocab_size, EOS])])
     with pytest.raises(DataError, match="ids from 0 to 600 .*the tokenizer has 600"):

@@ -139,8 +139,12 @@ class DistillationLoss:
         *,
         reports_tail_mass: bool = False,
     ) -> None:
-        self._objective, self._fused, self._reduction = objective, fused, reduction
+        self.objective, self._fused, self._reduction = objective, fused, reduction
         self.extra: tuple[str, ...] = ("tail_mass",) if reports_tail_mass else ()
+
+    def objective_of(self, batch: Batch) -> DistillationObjective:
+        """Return the objective of a micro-batch, here the same for all; a method may derive it from the payload."""
+        return self.objective
 
     def count(self, batch: Batch) -> Tensor:
         """See :class:`BatchLoss`."""
@@ -151,7 +155,7 @@ class DistillationLoss:
     ) -> LossSums:
         """See :class:`BatchLoss`."""
         weights, count = token_weights(batch, self._reduction, self._fused.groups.cp)
-        result = self._fused(batch, model, hidden, weights, self._objective, knowledge)
+        result = self._fused(batch, model, hidden, weights, self.objective_of(batch), knowledge)
         reported = {
             "loss": result.loss_sum.detach(),
             "lm": result.lm_sum,

@@ -11,7 +11,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = (REPOSITORY / "docs" / "extending.md").read_text("utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
-KINDS = ("Your own divergence in 20 lines", "Your own family")
+KINDS = ("Your own divergence in 20 lines", "Your own method", "Your own family")
 
 
 def code(section: str) -> str:

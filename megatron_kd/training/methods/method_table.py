@@ -1,10 +1,11 @@
 """Training methods: one record each, from which their keys, checks, costs and builders follow.
 
-A new method is one file beside this one and one row of :data:`METHODS`; ``docs/extending.md`` adds one. Importing this
-loads no torch, so that a configuration is read at once. Defaults of the settings are those of the released codes.
+A new method is one file beside this one, and one row of :data:`METHODS` with the class of its keys: docs/extending.md
+adds one. Importing this loads no torch, so that a configuration is read at once. Defaults of the settings are those of
+the released codes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -165,7 +166,7 @@ def _generating_teacher_faults(config: Any, otherwise: str) -> Iterator[str]:
         )
 
 
-METHODS: Mapping[str, Method] = {
+METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method(

@@ -1,4 +1,4 @@
-"""From a configuration to what a run trains with: data, layout and sizes, resolved once; student and teacher."""
+"""A training run: data, layout and sizes, resolved once from the configuration; its student and its teacher."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +53,7 @@ class TrainingRun:
 
     @property
     def device(self) -> torch.device:
-        """This rank's device."""
+        """Device of this rank."""
         return self.runtime.device
 
     @property

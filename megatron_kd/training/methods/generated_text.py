@@ -54,8 +54,8 @@ class GeneratedText:
 
     Attributes:
         texts: b sequences.
-        log_probabilities: fp32 [b, s] for each recorded name, of the label at each position when it was drawn; on the
-            last pipeline stage, empty elsewhere.
+        log_probabilities: for each recorded name fp32 [b, s], of the label at each position when it was drawn; empty
+            before the last pipeline stage.
     """
 
     role: ClassVar[str] = "main"
@@ -102,10 +102,10 @@ PolicyMaker = Callable[[int, int], Policy]
 
 
 class TextWriter:
-    """Writes responses.
+    """Generates responses to a dataset's prompts.
 
     Args:
-        dataset: of the prompts.
+        dataset: gives the prompts.
         seq_length: s; a sequence has at most s + 1 ids.
 
     Raises:
@@ -133,15 +133,15 @@ class TextWriter:
 
     @property
     def pad_id(self) -> int:
-        """Fills what is right of a sequence."""
+        """The id to the right of a sequence."""
         return self._dataset.pad_id
 
     def response_places(self, texts: Texts) -> int:
-        """Places that the responses to these prompts can have together, however long they have become."""
+        """Count the places that the responses to these prompts could fill, however long they have become."""
         return sum(self._limit(length) - length for length in texts.prompt_lengths.tolist())
 
     def write(self, policy: PolicyMaker, batches: Sequence[Batch], global_batch: int, stream: str) -> list[Batch]:
-        """One generated micro-batch for each of this rank's. Collective over the model's ranks.
+        """Generate one micro-batch for each of this rank's. Collective over the model's ranks.
 
         Args:
             global_batch: its number in the run.
@@ -161,7 +161,7 @@ class TextWriter:
         return self._cut(texts, recorded, batches, stream)
 
     def cut(self, texts: Texts, batches: Sequence[Batch]) -> list[Batch]:
-        """Cut sequences, as many as the rows of ``batches``, into micro-batches that replace them."""
+        """Cut sequences, as many as ``batches`` have rows, into micro-batches that replace them."""
         return self._cut(texts.to(self._device), {}, batches, "replayed text")
 
     def _cut(self, texts: Texts, recorded: dict[str, Tensor], batches: Sequence[Batch], purpose: str) -> list[Batch]:
@@ -203,21 +203,21 @@ class TextWriter:
         return self._width if response is None else min(self._width, prompt_length + response)
 
     def _row_numbers(self, batches: Sequence[Batch], global_batch: int) -> np.ndarray:
-        """Number in the run of every row of this rank: micro-batch i of rank r starts at row (i · ranks + r) · b."""
+        """Number this rank's rows in the run: micro-batch i of rank r starts at row (i · ranks + r) · b."""
         ranks, rank, rows = self._groups.dp.size(), self._groups.dp.rank(), len(batches[0].chunk_indices)
         first = (np.arange(len(batches)) * ranks + rank) * rows
         return (first[:, None] + np.arange(rows)).ravel() + global_batch * (len(batches) * ranks * rows)
 
 
 def gather_rows(texts: Texts, micro_batches: int, groups: ProcessGroupCollection) -> Texts:
-    """The sequences of all data-parallel ranks, in the order of the global batch. Collective over the dp group."""
+    """Return all data-parallel ranks' sequences in the order of the global batch. Collective over the dp group."""
     own = torch.cat([texts.tokens, texts.lengths.unsqueeze(1), texts.prompt_lengths.unsqueeze(1)], dim=1)
     together = gather_values(own, micro_batches, groups)
     return Texts(together[:, :-2], together[:, -2], together[:, -1])
 
 
 def gather_values(own: Tensor, micro_batches: int, groups: ProcessGroupCollection) -> Tensor:
-    """Rows [n, k] of all data-parallel ranks, in the order of the global batch. Collective over the dp group."""
+    """Return all data-parallel ranks' rows [n, k] in the order of the global batch. Collective over the dp group."""
     ranks = groups.dp.size()
     if ranks == 1:
         return own
@@ -227,10 +227,10 @@ def gather_values(own: Tensor, micro_batches: int, groups: ProcessGroupCollectio
 
 
 def own_rows(texts: Texts, micro_batches: int, groups: ProcessGroupCollection) -> Texts:
-    """This rank's sequences of a global batch; the inverse of :func:`gather_rows`."""
+    """Select this rank's sequences of a global batch; the inverse of :func:`gather_rows`."""
     return texts.rows(own_row_numbers(len(texts), micro_batches, groups).to(texts.tokens.device))
 
 
 def own_row_numbers(rows: int, micro_batches: int, groups: ProcessGroupCollection) -> Tensor:
-    """Which rows of a global batch are this rank's."""
+    """Return the numbers of this rank's rows of a global batch."""
     return torch.arange(rows).view(micro_batches, groups.dp.size(), -1)[:, groups.dp.rank()].flatten()

@@ -1,15 +1,15 @@
-"""Teacher caches on a CPU: bytes a token and what they cost in exactness; speed of writing, reading and training.
+"""Teacher caches on a CPU: bytes per token and what they cost in accuracy; speed of writing, reading and training.
 
     python benchmarks/bench_cache.py [--quick] [--only size,exact,…] [--output benchmarks/results/cache.json]
 
-    size    bytes a token of each codec at 151,936 ids, on a synthetic distribution with 12.1 distinct ids in 50 draws
-    exact   loss and gradient of a decoded top-64 target against the same target unquantised
+    size    bytes per token of each codec at 151,936 ids, on a synthetic distribution with 12.1 distinct ids in 50 draws
+    exact   loss and gradient of a decoded top-64 target against the target before quantization
     write   the codec alone, encoding and writing: MB/s of one process, and of two at once
     read    random access: tokens/s that one rank turns into a loss's input, first touch and after
-    cache   a teacher's shards written, against its forward pass with its output layer alone, alternating
+    cache   writing a teacher's shards against its forward pass with its output layer alone, alternating
     step    a training step with a cached teacher against one without a teacher, alternating
 
-One thread a process. Ratios are medians over rounds.
+One thread per process. Ratios are medians over rounds.
 """
 
 import argparse
@@ -52,7 +52,7 @@ CODECS = {
 
 
 def main() -> None:
-    """Run what is asked for; print and record the figures."""
+    """Run the chosen parts; print and record the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller inputs")
     parser.add_argument("--only", default=",".join(PARTS), help="parts to run, separated by commas")
@@ -71,14 +71,14 @@ def main() -> None:
 
 
 def record(path: Path, name: str, part: dict[str, Any]) -> None:
-    """Put a part into a record, beside or in the place of those that it has."""
+    """Put a part into a record, beside or instead of those that it has."""
     path.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(path.read_text())["results"] if path.exists() else {}
     path.write_text(json.dumps({"benchmark": "cache", "results": {**before, name: part}}, indent=2) + "\n")
 
 
 def measure_size(quick: bool, folder: Path) -> list[dict[str, Any]]:
-    """Bytes a token, and the bound of 3 a distinct id + 5 for draws."""
+    """Measure bytes per token, and the bound of 3 per distinct id + 5 for draws."""
     head = synthetic_teachers(np.full(TEACHERS, zipf_exponent(UNIQUE_IDS, DRAWS)))
     tokens, rows = 1024, []
     for name, codec in CODECS.items():
@@ -98,7 +98,7 @@ def measure_size(quick: bool, folder: Path) -> list[dict[str, Any]]:
 
 
 def measure_exactness(quick: bool, folder: Path) -> dict[str, Any]:
-    """A student of noise around the teacher; every token has a teacher of its own, from flat to peaked."""
+    """Compare losses of a noisy copy of the teacher; every token has a teacher of its own, from flat to peaked."""
     from megatron_kd.losses import DistillationObjective, OutputHead, SparseKnowledge, linear_distillation_loss
 
     teacher = synthetic_teachers(np.linspace(0.3, 3.0, TEACHERS), seed=1)
@@ -130,7 +130,7 @@ def measure_exactness(quick: bool, folder: Path) -> dict[str, Any]:
 
 
 def measure_writing(quick: bool, folder: Path) -> list[dict[str, Any]]:
-    """One process, then two at once, each into its own shard."""
+    """Measure one process, then two at once, each into its own shard."""
     head = synthetic_teachers(np.full(TEACHERS, zipf_exponent(UNIQUE_IDS, DRAWS)))
     rows = []
     for name in ("top_k 64", "sampled, 50 draws"):
@@ -155,7 +155,7 @@ def measure_writing(quick: bool, folder: Path) -> list[dict[str, Any]]:
 
 
 def measure_reading(quick: bool, folder: Path) -> list[dict[str, Any]]:
-    """Batches of 8 chunks of 1,024 tokens in random order, until they are what the loss takes."""
+    """Turn batches of 8 chunks of 1,024 tokens, in random order, into the loss's input."""
     from megatron_kd.data.batch import make_batch
     from megatron_kd.teachers.cached import CachedTeacher
     from tests.reference.caches import write_cache
@@ -186,7 +186,7 @@ def measure_reading(quick: bool, folder: Path) -> list[dict[str, Any]]:
 
 
 def measure_caching(quick: bool, folder: Path) -> list[dict[str, Any]]:
-    """Shards of a 104M teacher at 151,936 ids."""
+    """Write shards of a 104M teacher at 151,936 ids."""
     from benchmarks.cache_sides import caching_sides
 
     rows = []
@@ -197,7 +197,7 @@ def measure_caching(quick: bool, folder: Path) -> list[dict[str, Any]]:
 
 
 def measure_steps(quick: bool, folder: Path) -> list[dict[str, Any]]:
-    """Training steps of a 21M student at 32,000 ids: LM loss alone, and with a cached teacher."""
+    """Train a 21M student at 32,000 ids: LM loss alone, and with a cached teacher."""
     from benchmarks.cache_sides import step_sides
 
     rows = []
@@ -208,7 +208,7 @@ def measure_steps(quick: bool, folder: Path) -> list[dict[str, Any]]:
 
 
 def alternate(base: Callable[[], Any], other: Callable[[], Any], rounds: int) -> dict[str, float]:
-    """Median seconds of both after a warm-up, and the median ratio of a round's."""
+    """Return median seconds of both after a warm-up, and the median of the rounds' ratios."""
     base(), other()
     seconds: list[tuple[float, float]] = []
     for number in range(rounds):

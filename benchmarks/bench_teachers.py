@@ -1,8 +1,8 @@
-"""What a teacher adds to a step, by placement, beside what its parts cost alone in the same run.
+"""What a teacher adds to a step, by placement, against what its parts cost alone in the same run.
 
     python -m benchmarks.bench_teachers [--quick] [--rounds N] [--only PART,…] [--output FILE]
 
-One thread a process. Student and teacher are ``qwen_21m`` (V = 32,000) on random ids.
+One thread per process. Student and teacher are ``qwen_21m`` (V = 32,000) on random ids.
 
     local                   one rank: student-only step, teacher forward with its head alone, co-located step, step with
                             a cache
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def record(path: Path, name: str, part: dict[str, Any]) -> None:
-    """Put a part into a record, beside or in the place of those that it has."""
+    """Put a part into a record, beside or instead of those that it has."""
     path.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(path.read_text())["results"] if path.exists() else {}
     content = {"benchmark": "teachers", "model": MODEL, "tokens_a_step": SEQ_LENGTH * ROWS * MICRO_BATCHES,
@@ -68,22 +68,22 @@ def record(path: Path, name: str, part: dict[str, Any]) -> None:
 
 
 def describe(row: dict[str, Any]) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     parts = " + ".join(f"{name} {1000 * seconds:.0f}" for name, seconds in row["alone"].items())
     waits = f", waits {100 * row['waited']:.1f}% of it" if "waited" in row else ""
     return (
-        f"{row['side']:<16} {1000 * row['seconds']:>7.0f} ms a step: {row['ratio']['median']:.2f} x ({parts} ms)"
+        f"{row['side']:<16} {1000 * row['seconds']:>7.0f} ms per step: {row['ratio']['median']:.2f} x ({parts} ms)"
         f"{waits}   [{row['ratio']['min']:.2f} to {row['ratio']['max']:.2f}]\n"
     )
 
 
 def in_processes(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """``function(*arguments)`` in fresh processes with torchrun's variables; results by rank."""
+    """Call ``function(*arguments)`` in fresh processes with torchrun's variables; return the results by rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    with context.Pool(world) as pool:  # one task a process: each waits for the others
+    with context.Pool(world) as pool:  # one task per process: each waits for the others
         waiting = [pool.apply_async(_call, (rank, world, port, function, arguments)) for rank in range(world)]
         return [result.get() for result in waiting]
 
@@ -99,7 +99,7 @@ def _call(rank: int, world: int, port: int, function: Callable[..., Any], argume
 
 
 def settings(folder: Path, pipeline: int = 1, **teacher: Any) -> Any:
-    """The configuration of a run on so many pipeline stages, with a teacher or without."""
+    """Return the configuration of a run with or without a teacher."""
     from megatron_kd.config import from_mapping
     from megatron_kd.training.train_config import TrainConfig
 
@@ -112,7 +112,7 @@ def settings(folder: Path, pipeline: int = 1, **teacher: Any) -> Any:
 
 
 def make_inputs(folder: Path) -> None:
-    """A dataset of random ids, a teacher after one step, and its cache."""
+    """Write a dataset of random ids, a teacher after one step, and its cache."""
     import dataclasses
 
     from megatron_kd.config import from_mapping
@@ -145,13 +145,13 @@ class Parts:
         self.schedule = ScheduledData(self.run)
 
     def teacher(self, config: Any) -> Any:
-        """The teacher that a configuration asks for."""
+        """Build the teacher that a configuration asks for."""
         from megatron_kd.training.training_run import build_teacher
 
         return build_teacher(dataclasses.replace(self.run, config=config), self.groups)
 
     def step(self, config: Any, teacher: Any) -> Callable[[int], float]:
-        """Seconds of a step on the global batch at a position."""
+        """Return a function: position of a global batch -> seconds of a step on it."""
         from megatron_kd.training.methods.method_builders import MethodParts, build_losses
         from megatron_kd.training.objective import FusedLoss, MicroBatchLoss
         from megatron_kd.training.train_step import TrainStep
@@ -171,12 +171,12 @@ class Parts:
         return timed
 
     def batches(self, position: int) -> list[Any]:
-        """The micro-batches at a position."""
+        """Return the micro-batches at a position."""
         return [self.schedule.read(position, 0, m) for m in range(MICRO_BATCHES)]
 
 
 def seconds(action: Callable[[], Any]) -> float:
-    """Wall time of a call."""
+    """Return the wall time of a call."""
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
@@ -184,14 +184,14 @@ def seconds(action: Callable[[], Any]) -> float:
 
 @torch.no_grad()
 def head_product(head: Any, tokens: int) -> None:
-    """The teacher's output layer over some tokens, in chunks as the loss does it."""
+    """Apply the teacher's output layer to some tokens, in tiles as the loss does."""
     hidden = torch.ones(tokens, head.weight.shape[1])
     for part in hidden.split(1024):
         part @ head.weight.t()
 
 
 def local(folder: Path, pipeline: int, rounds: int) -> list[dict[str, Any]]:
-    """Co-located and cached, on as many ranks as stages."""
+    """Measure co-located and cached teachers, on as many ranks as stages."""
     from megatron_kd.parallel.runtime import distributed_runtime
 
     colocated = settings(folder, pipeline, placement="colocated", path=str(folder / "teacher"))
@@ -227,7 +227,7 @@ def local(folder: Path, pipeline: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def remote(folder: Path, payload: str, rounds: int) -> list[dict[str, Any]]:
-    """A remote payload: on the student's rank the figures, on the teacher's nothing."""
+    """Measure a remote payload; the student's rank returns the figures, the teacher's none."""
     from megatron_kd.parallel.runtime import distributed_runtime
     from megatron_kd.teachers.interface import Action, Decision
     from megatron_kd.training.train import serve_student
@@ -262,7 +262,7 @@ def remote(folder: Path, payload: str, rounds: int) -> list[dict[str, Any]]:
 
 
 def measure(sides: dict[str, Callable[[int], float]], rounds: int, steps: int = 5) -> dict[str, list[float]]:
-    """Mean seconds of every side in every round, the sides in turn; a round before them warms up."""
+    """Return mean seconds of every side in every round, the sides in turn, after a round that warms up."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name in sides if number % 2 == 0 else reversed(sides):
@@ -273,7 +273,7 @@ def measure(sides: dict[str, Callable[[int], float]], rounds: int, steps: int = 
 
 
 def row(side: str, times: dict[str, list[float]], with_teacher: str, alone: list[str]) -> dict[str, Any]:
-    """One placement's step beside the sum of its parts alone."""
+    """Compare a placement's step with the sum of its parts alone."""
     ratios = [whole / sum(parts) for whole, *parts in zip(times[with_teacher], *(times[name] for name in alone))]
     return {
         "side": side,

@@ -1,4 +1,4 @@
-"""What the cache benchmark is made of: synthetic teachers at Qwen's vocabulary, datasets and caches in a folder."""
+"""Parts of the cache benchmark: synthetic teachers at Qwen's vocabulary, datasets and shards in a folder."""
 
 import multiprocessing
 import time
@@ -12,6 +12,7 @@ import torch
 from megatron_kd.artefacts.work_store import WorkStore
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.losses import OutputHead
+from megatron_kd.teachers.cache.cache_reader import INDEX_DTYPE
 from megatron_kd.teachers.cache.cache_writer import ShardWriter
 from megatron_kd.teachers.cache.codec import Codec, Entries
 from megatron_kd.teachers.cache.sparsifier import Sparsifier
@@ -24,7 +25,7 @@ UNIQUE_IDS = 12.1
 
 
 def zipf_exponent(unique_ids: float, draws: int) -> float:
-    """s of p ~ rank ** -s such that ``draws`` draws give ``unique_ids`` distinct ids in the mean."""
+    """Return the s of p ~ rank ** -s for which ``draws`` draws give ``unique_ids`` distinct ids on average."""
     ranks, low, high = np.arange(1, VOCABULARY + 1, dtype=np.float64), 0.5, 4.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -36,7 +37,7 @@ def zipf_exponent(unique_ids: float, draws: int) -> float:
 
 
 def synthetic_teachers(exponents: np.ndarray, seed: int = 0) -> OutputHead:
-    """A head whose hidden state i is the i-th unit vector: teacher i is Zipf with exponent i over shuffled ids."""
+    """Return a head for which unit vector i gives teacher i: Zipf with exponent i over shuffled ids."""
     chance = np.random.default_rng(seed)
     logits = np.empty((VOCABULARY, len(exponents)), dtype=np.float32)
     falling = np.log(np.arange(1, VOCABULARY + 1))
@@ -46,14 +47,14 @@ def synthetic_teachers(exponents: np.ndarray, seed: int = 0) -> OutputHead:
 
 
 def entries_of(codec: Codec, head: OutputHead, tokens: int) -> Entries:
-    """What the codec keeps of ``tokens`` tokens, the teachers of ``head`` in turn."""
+    """Return what the codec keeps of ``tokens`` tokens, the teachers of ``head`` in turn."""
     teachers = head.weight.shape[1]
     hidden = torch.eye(teachers)[torch.arange(tokens) % teachers]
     return Sparsifier(codec, head, None)(hidden, np.arange(tokens) // 1024, np.arange(tokens) % 1024)
 
 
 def write_shard(codec: Codec, entries: Entries, chunks: int, folder: str) -> tuple[float, int]:
-    """Encode and write the same chunk many times as the tool does; seconds and bytes."""
+    """Encode and write the same chunk many times as the tool does; return seconds and bytes."""
     store = WorkStore(Path(folder) / "cache", {})
     store.claim()
     present = np.ones(len(entries.counts), dtype=bool)
@@ -61,7 +62,7 @@ def write_shard(codec: Codec, entries: Entries, chunks: int, folder: str) -> tup
     started, size = time.perf_counter(), 0
     for _ in range(chunks):
         record = codec.encode(present, entries)
-        index = np.zeros(1, dtype=writer_index())
+        index = np.zeros(1, dtype=INDEX_DTYPE)
         index["positions"] = index["tokens"] = len(present)
         index["ids"] = len(entries.ids)
         writer.add([record], index)
@@ -72,15 +73,8 @@ def write_shard(codec: Codec, entries: Entries, chunks: int, folder: str) -> tup
     return time.perf_counter() - started, size
 
 
-def writer_index() -> np.dtype:
-    """The dtype of an index entry."""
-    from megatron_kd.teachers.cache.cache_reader import INDEX_DTYPE
-
-    return INDEX_DTYPE
-
-
 def in_processes(function: Callable[..., Any], arguments: list[tuple]) -> list[Any]:
-    """Run at once, one process each; all start together."""
+    """Run ``function`` on all ``arguments`` at once, one process each; all start together."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(len(arguments))
     queue = context.Queue()
@@ -100,6 +94,6 @@ def _work(function: Callable[..., Any], arguments: tuple, barrier: Any, queue: A
 
 
 def random_dataset(folder: Path, chunks: int, seq_length: int, vocab_size: int) -> ChunkDataset:
-    """Full chunks of random ids; 0 (end of a document) does not occur."""
+    """Write full chunks of random ids; 0 (end of a document) does not occur."""
     ids = np.random.default_rng(0).integers(1, vocab_size, size=(chunks, seq_length + 1))
     return write_chunk_dataset(folder, ids, plain_tokenizer_info(vocab_size, 0), seq_length)

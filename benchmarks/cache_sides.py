@@ -1,4 +1,4 @@
-"""Pairs that the cache benchmark runs alternately: a teacher's pass and its caching; steps without and with one."""
+"""Pairs that the cache benchmark runs alternately: a teacher's pass and its caching; steps without and with a cache."""
 
 import dataclasses
 import itertools
@@ -41,7 +41,7 @@ STUDENT, STUDENT_VOCABULARY, STUDENT_ROWS, STUDENT_LENGTH = "qwen_21m", 32_000, 
 
 @contextmanager
 def caching_sides(folder: Path, codec: Codec, chunks: int) -> Iterator[tuple[Callable, Callable]]:
-    """A 104M teacher's forward pass with its output layer, and the same chunks written into a shard."""
+    """Yield a 104M teacher's forward pass with its output layer, and writing the same chunks into a shard."""
     dataset = random_dataset(folder / "data", chunks, SEQ_LENGTH, codec.vocab_size)
     store = WorkStore(folder / "written", {})
     store.claim()
@@ -80,7 +80,7 @@ def caching_sides(folder: Path, codec: Codec, chunks: int) -> Iterator[tuple[Cal
 
 @contextmanager
 def step_sides(folder: Path, codec_name: str) -> Iterator[tuple[Callable, Callable]]:
-    """An optimizer step on the LM loss, and one with a cached teacher, of the same student on the same chunks."""
+    """Yield a training step on the LM loss, and one with a cached teacher, of the same student on the same chunks."""
     from tests.reference.caches import write_cache
 
     dataset = random_dataset(folder / "data", 32, STUDENT_LENGTH, STUDENT_VOCABULARY)

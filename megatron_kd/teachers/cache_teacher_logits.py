@@ -208,7 +208,7 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class ChunkRows:
-    """The chunks of a micro-batch: bool [n] of the positions that count, hash of the ids and root id of each."""
+    """The chunks of a micro-batch: for each the positions that count, bool [n], a hash of its ids, and its root id."""
 
     present: list[np.ndarray]
     hashes: list[int]

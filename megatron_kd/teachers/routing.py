@@ -158,8 +158,9 @@ def reshard_head(
     hidden_size: int,
     like: Tensor,
 ) -> OutputHead | None:
-    """Give every rank of the student's last stages the teacher's rows for its vocabulary interval. Collective over all
-    ranks.
+    """Bring the teacher's output rows for its vocabulary interval to every rank of the student's last stages.
+
+    Collective over all ranks.
 
     Args:
         own: this rank's part of the teacher's output layer, on the teacher's last stage.

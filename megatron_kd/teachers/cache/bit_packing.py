@@ -46,7 +46,8 @@ def unpack(data: np.ndarray, count: int, width: int) -> np.ndarray:
         data: uint8, at least ``packed_bytes(count, width)`` of them; more are ignored.
     """
     dtype = np.uint8 if width <= 8 else np.uint16 if width <= 16 else np.uint32
-    planes, shift, start = [], 0, 0
+    result: np.ndarray | None = None
+    shift = start = 0
     for plane in _planes(width):
         size = -(-count * plane // 8)
         raw = data[start : start + size]
@@ -54,9 +55,13 @@ def unpack(data: np.ndarray, count: int, width: int) -> np.ndarray:
             part = np.frombuffer(raw, dtype=f"<u{plane // 8}")
         else:
             part = _spread(plane)[raw].view(np.uint8)[:count]
-        planes.append(np.left_shift(part, dtype(shift), dtype=dtype) if shift else part.astype(dtype, copy=False))
+        if result is None:
+            result = part.astype(dtype, copy=False)
+        else:
+            result = result | np.left_shift(part, dtype(shift), dtype=dtype)
         start, shift = start + size, shift + plane
-    return functools.reduce(np.bitwise_or, planes)
+    assert result is not None  # a width has a plane
+    return result
 
 
 def _planes(width: int) -> tuple[int, ...]:

@@ -60,7 +60,7 @@ class Trainer:
         self._fault_policy = FaultPolicy(faults, run.folder, run.runtime.is_main)
         self._signals = StopSignals(faults.exit_within_seconds)
         self._watchdog = HangWatchdog(60.0 * faults.hang_minutes)
-        self._writer = CheckpointWriter(
+        self._checkpoints = CheckpointWriter(
             run.folder / "checkpoints", Retention(training.keep_checkpoints, training.keep_every)
         )
         self._tracker = self._open_tracker(progress)
@@ -78,7 +78,7 @@ class Trainer:
         with ExitStack() as stack:
             stack.enter_context(self._signals)
             stack.enter_context(self._watchdog)
-            stack.callback(self._writer.abandon)
+            stack.callback(self._checkpoints.abandon)
             stack.callback(lambda: self._tracker.close())
             batches = stack.enter_context(closing(prefetch(lambda: self._batches(self._start.position), depth=2)))
             self._tell(Action.CONTINUE if progress.step < last else Action.STOP, progress)
@@ -99,13 +99,13 @@ class Trainer:
             self._watchdog.beat(f"evaluation after step {progress.step}")
             self._evaluate(progress)
         group = self._step.groups.intra_dist_opt
-        stops, writing = self._signals.agree(group, self._run.device, self._writer.is_writing)
+        stops, writing = self._signals.agree(group, self._run.device, self._checkpoints.is_writing)
         ended = progress.step == training.train_iters
         is_due = has_stepped and _is_due(progress.step, training.save_interval, training.train_iters)
         if is_due or (stops and self._saved_step != progress.step):
             self._save(progress, in_background=not (stops or ended))
         elif stops or not writing:
-            self._writer.finish()
+            self._checkpoints.finish()
         self._tell(Action.STOP if stops or ended else Action.CONTINUE, progress)
         if stops and not ended:
             raise Preempted(
@@ -130,7 +130,7 @@ class Trainer:
             reason = f"{error}; chunks of the batch: {chunks}"
             skipped = self._fault_policy.skip(progress.faults, progress.step + 1, reason)
             if skipped is None:
-                self._writer.finish()  # every rank sees the same loss, so all are here
+                self._checkpoints.finish()  # every rank sees the same loss, so all are here
                 raise NonFiniteLossError(f"step {progress.step + 1}: {reason}") from None
             return dataclasses.replace(progress, faults=skipped), False
         seconds = time.perf_counter() - started
@@ -145,7 +145,7 @@ class Trainer:
         """Return to the newest checkpoint; the batches since then are skipped."""
         self._tell(Action.REWIND, progress)
         self._watchdog.beat(f"rollback after step {progress.step}")
-        self._writer.finish()
+        self._checkpoints.finish()
         info = newest_whole_checkpoint(self._run.folder / "checkpoints")
         assert info is not None  # without a saved step the policy does not roll back
         restored = load_checkpoint(info, self._step.model, self._step.optimizer, self._step.groups)
@@ -236,9 +236,9 @@ class Trainer:
         in_background &= self._config.training.async_save
         state = training_state(self._step.model, self._step.optimizer, self._step.groups, is_loading=False)
         about = description(progress, self._run.architecture, self._about(progress), source_files(self._source))
-        self._writer.begin(progress.step, state, about, in_background=in_background)
+        self._checkpoints.begin(progress.step, state, about, in_background=in_background)
         if not in_background:
-            self._writer.finish()
+            self._checkpoints.finish()
 
     def _about(self, progress: Progress) -> dict[str, Any]:
         """Return what a checkpoint's manifest says beside its progress."""

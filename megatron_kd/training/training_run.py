@@ -122,22 +122,22 @@ def open_run(config: TrainConfig, runtime: Runtime) -> TrainingRun:
         ConfigError: the model has fewer ids than the tokenizer.
         LayoutError: the layout divides neither world, model nor batch.
     """
-    data, heldout = open_datasets(config)
+    data = open_training_data(config)
     seq_length = config.data.seq_length or data.seq_length
+    heldout = open_heldout(config, data, seq_length)
     architecture = student_architecture(config, data)
     teacher = open_checkpoint(str(config.teacher.path)).architecture if config.teacher.runs_a_model else None
     layout = plan_layout(config, architecture, seq_length, runtime)
     return TrainingRun(config, runtime, data, heldout, architecture, teacher, layout, seq_length)
 
 
-def open_datasets(config: TrainConfig) -> tuple[ChunkDataset, ChunkDataset | None]:
-    """Open the training and the held-out dataset.
+def open_training_data(config: TrainConfig) -> ChunkDataset:
+    """Open the training dataset, or a blend of several.
 
     Raises:
-        DataError: one is missing or damaged, has longer chunks than the model is built for, or another tokenizer.
+        DataError: one is missing or damaged, has longer chunks than the model is built for, or no prompts to mask.
     """
     data = cast(ChunkDataset, open_data(config.data.path, config.data.weights))
-    heldout = ChunkDataset.open(config.data.eval_path) if config.data.eval_path else None
     if config.data.seq_length is not None and config.data.seq_length < data.seq_length:
         raise DataError(
             f"data.seq_length {config.data.seq_length} is below the {data.seq_length} of {config.data.path}: "
@@ -148,19 +148,23 @@ def open_datasets(config: TrainConfig) -> tuple[ChunkDataset, ChunkDataset | Non
             f"{config.data.path} has no prompts for data.mask_prompt to leave out: use a dataset of generate_corpus, "
             "or data.mask_prompt=false"
         )
-    if heldout is not None:
-        _check_heldout(config, data, heldout)
-    return data, heldout
+    return data
 
 
-def _check_heldout(config: TrainConfig, data: ChunkDataset, heldout: ChunkDataset) -> None:
-    """Refuse before the first step what the first evaluation could not read."""
+def open_heldout(config: TrainConfig, data: ChunkDataset, seq_length: int) -> ChunkDataset | None:
+    """Open the held-out dataset; None without one. What the first evaluation could not read is refused here.
+
+    Raises:
+        DataError: it is missing or damaged, has another tokenizer or longer chunks, or the layout cannot divide them.
+    """
+    if not config.data.eval_path:
+        return None
+    heldout = ChunkDataset.open(config.data.eval_path)
     if heldout.tokenizer_hash != data.tokenizer_hash:
         raise DataError(
             f"{config.data.eval_path} has tokenizer {heldout.tokenizer_hash}, "
             f"{config.data.path} has {data.tokenizer_hash}"
         )
-    seq_length = config.data.seq_length or data.seq_length
     if heldout.seq_length > seq_length:
         raise DataError(
             f"{config.data.eval_path} has chunks of seq_length {heldout.seq_length}, above the model's {seq_length}: "
@@ -175,6 +179,7 @@ def _check_heldout(config: TrainConfig, data: ChunkDataset, heldout: ChunkDatase
             f"{config.data.eval_path} has seq_length {heldout.seq_length}, which this layout cannot divide into "
             f"{parts} parts: tokenise it with data.seq_length={seq_length}"
         )
+    return heldout
 
 
 def student_architecture(config: TrainConfig, data: ChunkDataset) -> ModelArchitecture:

@@ -78,7 +78,7 @@ def test_skipped_batches_are_not_learnt_from_and_the_next_ones_are(poisoned_run)
 
 
 @pytest.mark.slow
-def test_a_rollback_goes_on_from_the_checkpoint_with_the_batches_after_the_spike(poisoned_run, dataset, tmp_path):
+def test_a_rollback_resumes_from_the_checkpoint_with_the_batches_after_the_spike(poisoned_run, dataset, tmp_path):
     """The end must be that of a run from the same checkpoint which never saw the batches between."""
     keys = ["training.save_interval=4", "fault_tolerance.spike_warmup_steps=3", "training.keep_checkpoints=9"]
     ended, folder = poisoned_run({6}, "50", *keys, "fault_tolerance.spike_action=rollback")

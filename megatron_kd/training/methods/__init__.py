@@ -1,1 +1,0 @@
-"""Methods that train on generated text: GKD, DistiLLM, MiniLLM. Each is a source of batches and an objective."""

@@ -19,7 +19,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_kd.data.batch import Batch
 from megatron_kd.data.random_numbers import sequence_seeds, uniform, uniforms
-from megatron_kd.training.methods.generated_text import PolicyMaker, Texts, TextWriter, gather_rows, own_rows, text_of
+from megatron_kd.training.methods.generated_text import (
+    PolicyMaker,
+    RolloutGenerator,
+    Texts,
+    gather_rows,
+    own_rows,
+    text_of,
+)
 from megatron_kd.training.methods.method_builders import MethodParts
 from megatron_kd.training.methods.method_table import DistiLLMConfig
 from megatron_kd.training.methods.source import Place, StepBatches, TextCounts
@@ -30,7 +37,7 @@ def build_source(parts: MethodParts) -> "DistiLLMSource":
     training = parts.config.training
     return DistiLLMSource(
         parts.settings,
-        parts.text_writer(),
+        parts.rollout_generator(),
         parts.student_policy(),
         parts.groups,
         seed=training.seed,
@@ -44,14 +51,14 @@ class DistiLLMSource:
     def __init__(
         self,
         config: DistiLLMConfig,
-        writer: TextWriter,
+        generator: RolloutGenerator,
         student: PolicyMaker,
         groups: ProcessGroupCollection,
         *,
         seed: int,
         global_batch_size: int,
     ) -> None:
-        self._config, self._writer, self._student, self._groups = config, writer, student, groups
+        self._config, self._generator, self._student, self._groups = config, generator, student, groups
         self._seed, self._global_batch_size = seed, global_batch_size
         self.counts = TextCounts()
         self.buffer = ReplayBuffer(config.replay_capacity, seed)
@@ -80,9 +87,9 @@ class DistiLLMSource:
         if origin == "replay":
             drawn = self.buffer.draw(self._global_batch_size, place.position)
             own = own_rows(drawn, len(dataset), self._groups)
-            return StepBatches(self._writer.cut(own, dataset), facts)
+            return StepBatches(self._generator.as_micro_batches(own, dataset), facts)
         self.counts.student += self._global_batch_size
-        made = self._writer.write(self._student, dataset, place.position, "student text")
+        made = self._generator.generate(self._student, dataset, place.position, "student text")
         texts = Texts.joined([text_of(batch).texts for batch in made])
         self.buffer.push(gather_rows(texts, len(made), self._groups))
         return StepBatches(made, facts)

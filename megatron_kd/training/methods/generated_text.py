@@ -101,7 +101,7 @@ PolicyMaker = Callable[[int, int], Policy]
 """(sequences, most tokens of each) → a policy with empty caches."""
 
 
-class TextWriter:
+class RolloutGenerator:
     """Generates responses to a dataset's prompts.
 
     Args:
@@ -140,7 +140,7 @@ class TextWriter:
         """Count the places that the responses to these prompts could fill, however long they have become."""
         return sum(self._limit(length) - length for length in texts.prompt_lengths.tolist())
 
-    def write(self, policy: PolicyMaker, batches: Sequence[Batch], global_batch: int, stream: str) -> list[Batch]:
+    def generate(self, policy: PolicyMaker, batches: Sequence[Batch], global_batch: int, stream: str) -> list[Batch]:
         """Generate one micro-batch for each of this rank's. Collective over the model's ranks.
 
         Args:
@@ -160,7 +160,7 @@ class TextWriter:
         recorded = {name: torch.cat([part[name] for part in records]) for name in records[0]}
         return self._cut(texts, recorded, batches, stream)
 
-    def cut(self, texts: Texts, batches: Sequence[Batch]) -> list[Batch]:
+    def as_micro_batches(self, texts: Texts, batches: Sequence[Batch]) -> list[Batch]:
         """Cut sequences, as many as ``batches`` have rows, into micro-batches that replace them."""
         return self._cut(texts.to(self._device), {}, batches, "replayed text")
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_kd.data.batch import Batch
 from megatron_kd.data.random_numbers import uniform
-from megatron_kd.training.methods.generated_text import PolicyMaker, TextWriter
+from megatron_kd.training.methods.generated_text import PolicyMaker, RolloutGenerator
 from megatron_kd.training.methods.method_builders import MethodParts
 from megatron_kd.training.methods.method_table import GKDConfig
 from megatron_kd.training.methods.source import Place, StepBatches, TextCounts
@@ -22,7 +22,7 @@ def build_source(parts: MethodParts) -> "GKDSource":
     settings: GKDConfig = parts.settings
     return GKDSource(
         settings,
-        parts.text_writer(),
+        parts.rollout_generator(),
         {"student": parts.student_policy()} | ({"teacher": parts.teacher_policy()} if settings.seq_kd else {}),
         seed=parts.config.training.seed,
         global_batch_size=parts.config.training.global_batch_size,
@@ -39,13 +39,13 @@ class GKDSource:
     def __init__(
         self,
         config: GKDConfig,
-        writer: TextWriter,
+        generator: RolloutGenerator,
         policies: Mapping[str, PolicyMaker],
         *,
         seed: int,
         global_batch_size: int,
     ) -> None:
-        self._config, self._writer, self._policies = config, writer, policies
+        self._config, self._generator, self._policies = config, generator, policies
         self._seed, self._global_batch_size = seed, global_batch_size
         self.counts = TextCounts()
 
@@ -65,7 +65,7 @@ class GKDSource:
             self.counts.student += self._global_batch_size
         else:
             self.counts.teacher += self._global_batch_size
-        made = self._writer.write(self._policies[origin], dataset, place.position, f"{origin} text")
+        made = self._generator.generate(self._policies[origin], dataset, place.position, f"{origin} text")
         return StepBatches(made, facts)
 
     def after_evaluation(self, loss: float) -> None:

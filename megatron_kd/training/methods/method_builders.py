@@ -14,7 +14,7 @@ from megatron_kd.generation.decoder import Decoder
 from megatron_kd.generation.generate import MixedPolicy, ModelPolicy
 from megatron_kd.losses.types import LM_ONLY
 from megatron_kd.teachers.interface import Teacher
-from megatron_kd.training.methods.generated_text import PolicyMaker, TextWriter
+from megatron_kd.training.methods.generated_text import PolicyMaker, RolloutGenerator
 from megatron_kd.training.methods.method_table import METHODS, Method
 from megatron_kd.training.methods.pretraining import PretrainingBeside, PretrainingLoss
 from megatron_kd.training.methods.source import BatchSource, DatasetSource
@@ -57,9 +57,9 @@ class MethodParts:
         """The method's own section, of the class that its record names."""
         return self.config.distillation.settings
 
-    def text_writer(self) -> TextWriter:
-        """Return a writer of responses to the prompts of the dataset."""
-        return TextWriter(
+    def rollout_generator(self) -> RolloutGenerator:
+        """Return a generator of responses to the prompts of the dataset."""
+        return RolloutGenerator(
             self.config.distillation.rollout,
             self.run.data,
             self.groups,

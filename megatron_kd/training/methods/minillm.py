@@ -29,8 +29,8 @@ from megatron_kd.training.methods import policy_gradient as pg
 from megatron_kd.training.methods.generated_text import (
     GeneratedText,
     PolicyMaker,
+    RolloutGenerator,
     Texts,
-    TextWriter,
     gather_rows,
     gather_values,
     own_row_numbers,
@@ -50,7 +50,7 @@ def build_source(parts: MethodParts) -> "MiniLLMSource":
     assert parts.teacher is not None  # the method needs one: checked with the configuration
     return MiniLLMSource(
         settings,
-        parts.text_writer(),
+        parts.rollout_generator(),
         policy,
         parts.teacher,
         parts.groups,
@@ -96,7 +96,7 @@ class MiniLLMSource:
     def __init__(
         self,
         config: MiniLLMConfig,
-        writer: TextWriter,
+        generator: RolloutGenerator,
         policy: PolicyMaker,
         teacher: Teacher,
         groups: ProcessGroupCollection,
@@ -104,7 +104,7 @@ class MiniLLMSource:
         global_batch_size: int,
         execution: LossConfig | None = None,
     ) -> None:
-        self._config, self._writer, self._policy = config, writer, policy
+        self._config, self._generator, self._policy = config, generator, policy
         self._teacher, self._groups = teacher, groups
         self._execution = execution or LossConfig()
         self._global_batch_size = global_batch_size
@@ -121,14 +121,14 @@ class MiniLLMSource:
             if self._config.inner_epochs > 1:
                 self._kept = gather_rollouts(self._rollouts, block, self._groups)
         elif self._rollouts is None:
-            self._rollouts = split_rollouts(self._kept, self._writer, dataset, self._groups)
+            self._rollouts = split_rollouts(self._kept, self._generator, dataset, self._groups)
         made = self._with_terms(self._rollouts) if is_last_stage(self._groups) else self._rollouts
         return StepBatches(list(made), {"origin": "mixed" if self._config.teacher_mix else "student"})
 
     def _roll_out(self, place: Place, dataset: Sequence[Batch]) -> list[Batch]:
         self.counts.student += self._global_batch_size
         self.counts.teacher += self._global_batch_size
-        made = self._writer.write(self._policy, dataset, place.position, "rollout")
+        made = self._generator.generate(self._policy, dataset, place.position, "rollout")
         return self._scored(made) if self._config.teacher_mix == 0 else made
 
     def _scored(self, made: Sequence[Batch]) -> list[Batch]:
@@ -165,7 +165,7 @@ class MiniLLMSource:
         advantages = [pg.released_rewards_to_come(one, self._config) for one in drawn]
         sums, places = torch.zeros(2, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for values, batch in zip(advantages, made):
-            part, count = pg.moments(values, batch.loss_mask, self._writer.response_places(text_of(batch).texts))
+            part, count = pg.moments(values, batch.loss_mask, self._generator.response_places(text_of(batch).texts))
             sums, places = sums + part.cpu(), places + count
         together = torch.cat([sums, places.unsqueeze(0)]).to(drawn[0].mask.device)
         together = sum_over_group(together, self._groups.dp)
@@ -310,12 +310,15 @@ def _recorded(made: Sequence[Batch], name: str, groups: ProcessGroupCollection) 
 
 
 def split_rollouts(
-    arrays: Mapping[str, np.ndarray], writer: TextWriter, dataset: Sequence[Batch], groups: ProcessGroupCollection
+    arrays: Mapping[str, np.ndarray],
+    generator: RolloutGenerator,
+    dataset: Sequence[Batch],
+    groups: ProcessGroupCollection,
 ) -> list[Batch]:
     """Return this rank's micro-batches of :func:`gather_rollouts`' arrays, one for each of ``dataset``'s."""
     index = own_row_numbers(len(arrays[_PREFIX + "lengths"]), len(dataset), groups)
     texts = Texts(*(torch.from_numpy(arrays[_PREFIX + name]).long() for name in _TEXTS))
-    made = writer.cut(texts.rows(index), dataset)
+    made = generator.as_micro_batches(texts.rows(index), dataset)
     if not is_last_stage(groups):
         return made
     device = made[0].tokens.device

@@ -100,7 +100,7 @@ def test_layouts_and_batch_sizes_give_the_same_dataset(layout, dataset, model, g
     assert ours.fingerprint == generated.fingerprint
 
 
-def test_a_killed_job_goes_on_where_it_was(dataset, model, generated, tmp_path):
+def test_a_killed_job_resumes_where_it_was(dataset, model, generated, tmp_path):
     settings = settings_of(dataset, model, tmp_path / "out")
     assert shared_ranks(1).run(interrupt_after, 2, settings) == ["interrupted"]
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Every method trains under every layout as on one rank, and goes on after a kill as if it had never stopped."""
+"""Every method trains under every layout as on one rank, and resumes after a kill as if it had never stopped."""
 
 import shutil
 
@@ -142,7 +142,7 @@ def without_times(rows):
 
 
 @pytest.mark.parametrize(("method", "layout"), [("gkd", None), ("distillm", "DP2"), ("minillm", "TP2")])
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(method, layout, one_rank, dataset, teacher, tmp_path):
+def test_a_resumed_run_is_as_if_it_had_not_stopped(method, layout, one_rank, dataset, teacher, tmp_path):
     """In its own layout to the last bit: MiniLLM in the middle of its rollouts, DistiLLM with a buffer to replay."""
     keys = [*settings(method, dataset, teacher), "training.save_interval=3", "training.keep_checkpoints=null"]
     whole, _ = one_rank(method)

@@ -1,4 +1,4 @@
-"""A run saved under one layout goes on under another as if it had never stopped: losses within 1e-5 relative."""
+"""A run saved under one layout resumes under another as if it had never stopped: losses within 1e-5 relative."""
 
 import shutil
 

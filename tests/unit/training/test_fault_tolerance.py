@@ -8,7 +8,6 @@ import pytest
 
 from megatron_kd.config import load_config
 from megatron_kd.errors import ConfigError
-from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.training.checkpoint import Progress
 from megatron_kd.training.fault_tolerance import (
     EVENTS_NAME,
@@ -18,8 +17,6 @@ from megatron_kd.training.fault_tolerance import (
     LossStatistics,
 )
 from megatron_kd.training.train_config import TrainConfig
-from megatron_kd.training.watchdogs import StopSignals
-from tests.reference.one_rank import one_rank_groups
 
 
 def fault_policy(folder, **keys):
@@ -112,15 +109,6 @@ def test_progress_passes_through_a_manifest_exactly():
     assert Progress.from_manifest(manifest) == progress and progress.position == 10
     old = {"progress": {"step": 7, "tokens": 70, "seconds": 0.5}}
     assert Progress.from_manifest(old) == Progress(7, 70, 0.5) and Progress.from_manifest(old).position == 7
-
-
-def test_a_signal_on_any_rank_stops_all():
-    with distributed_runtime() as runtime:
-        signals, group = StopSignals(1.0), one_rank_groups().intra_dist_opt
-        assert signals.agree(group, runtime.device) == (False, False)
-        assert signals.agree(group, runtime.device, is_writing=True) == (False, True)
-        signals._note(10, None)
-        assert signals.agree(group, runtime.device) == (True, False)
 
 
 @pytest.mark.parametrize(

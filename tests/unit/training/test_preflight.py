@@ -1,8 +1,9 @@
-"""The preflight adds up what a rank holds and refuses with every number."""
+"""Before anything is built: a run that cannot fit is refused with every number; accelerated parts are named."""
 
 import dataclasses
 
 import pytest
+import torch
 
 from megatron_kd.config import from_mapping
 from megatron_kd.errors import ConfigError
@@ -85,3 +86,66 @@ def test_a_cached_teacher_covers_one_dataset():
         with pytest.raises(ConfigError, match="'data.path' blends datasets, .* cached covers one dataset"):
             from_mapping(TrainConfig, {**tree, "data": data}, "test")
     from_mapping(TrainConfig, {**tree, "data": {"path": ["a"]}}, "test")
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with these libraries, on which these are picked."""
+
+    def set_up(installed, adam="torch.optim.adamw", triton=False):
+        class Adam:
+            __module__ = adam
+
+        monkeypatch.setattr(preflight, "_is_installed", lambda name: name in installed)
+        monkeypatch.setattr(preflight.megatron_optimizer, "Adam", Adam)
+        monkeypatch.setattr(preflight, "use_triton", lambda backend, device: triton)
+
+    return set_up
+
+
+def test_a_cpu_says_what_computes_and_nothing_about_parts_that_it_cannot_use(machine):
+    machine({"triton"})
+    parts = preflight.optional_parts("local", CPU)
+    assert preflight.chosen("local", parts) == "local layers, AdamW of torch, losses in PyTorch"
+    assert preflight.notice(parts, CPU) is None
+
+
+def test_a_part_that_is_installed_and_not_picked_is_named(machine):
+    machine({"triton"})
+    said = preflight.notice(preflight.optional_parts("local", CUDA), CUDA)
+    assert said == (
+        "accelerated parts: the losses' Triton kernels installed but not in use; without a recorded GPU run of this "
+        "project: the losses' Triton kernels"
+    )
+
+
+def test_the_loss_backend_that_was_asked_for_is_the_one_in_use(machine):
+    machine({"triton"}, triton=True)
+    parts = preflight.optional_parts("local", CUDA, "torch")
+    assert "Triton kernels installed but not in use" in preflight.notice(parts, CUDA)
+    machine({"triton"})
+    parts = preflight.optional_parts("local", CPU, "triton")
+    assert preflight.chosen("local", parts).endswith("losses in Triton")
+    assert "Triton kernels in use" in preflight.notice(parts, CPU)
+
+
+def test_nothing_is_said_where_nothing_is_installed(machine):
+    machine(set())
+    assert preflight.notice(preflight.optional_parts("local", CUDA), CUDA) is None
+
+
+def test_parts_in_use_are_named_until_they_are_recorded(machine, monkeypatch):
+    machine({"transformer_engine", "triton"}, "transformer_engine.pytorch.optimizers", triton=True)
+    parts = preflight.optional_parts("te", CUDA)
+    said = preflight.notice(parts, CUDA)
+    assert said.count(" in use") == 3 and "transformer_engine's FusedAdam in use" in said
+    assert said.endswith("compare with a run without them (model.layer_spec=local)")
+    assert preflight.chosen("te", parts) == "te layers, transformer_engine's FusedAdam, losses in Triton"
+    monkeypatch.setattr(preflight, "RECORDED", frozenset({preflight.LAYERS}))
+    untried = preflight.notice(parts, CUDA).partition("project: ")[2]
+    assert preflight.LAYERS not in untried and preflight.TRITON in untried
+    monkeypatch.setattr(preflight, "RECORDED", frozenset(part.name for part in parts))
+    assert preflight.notice(parts, CUDA) is None

@@ -1,13 +1,18 @@
-"""What a run folder refuses before anything is built, and that a refusal changes nothing in it."""
+"""A run folder: what is refused before anything is built, and one writer at a time, past forked children and kills."""
 
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from megatron_kd.errors import CheckpointError, ConfigError
 from megatron_kd.parallel.runtime import distributed_runtime
 from megatron_kd.training.checkpoint import Progress
-from megatron_kd.training.run_folder import checkpoint_to_resume, prepare_run_folder, sole_writer
+from megatron_kd.training.run_folder import RunLock, checkpoint_to_resume, prepare_run_folder, sole_writer
 from tests.distributed.training.runs import make_dataset
 from tests.reference.datasets import plain_tokenizer_info, write_chunk_dataset
 from tests.reference.one_rank import TrainingParts, train_config, training_run
@@ -42,7 +47,7 @@ def resumed(dataset, folder, **keys):
         return checkpoint_to_resume(training_run(train_config(dataset, folder, **keys), dataset, runtime))
 
 
-def test_the_same_settings_go_on(dataset, run_folder, tmp_path):
+def test_the_same_settings_resume(dataset, run_folder, tmp_path):
     assert resumed(dataset, run_folder).manifest["progress"]["step"] == 3
     assert resumed(dataset, tmp_path / "new") is None
     assert not (tmp_path / "new").exists()
@@ -75,7 +80,7 @@ def test_another_dataset_is_refused(dataset, run_folder, tmp_path):
         resumed(other, run_folder)
 
 
-def test_another_dataset_is_taken_where_told(dataset, run_folder, tmp_path):
+def test_another_dataset_is_taken_when_allowed(dataset, run_folder, tmp_path):
     other = make_dataset(tmp_path / "other", seed=4)
     told = {"global_batch_size": 4, "micro_batch_size": 4, "allow_other_data": True}
     assert resumed(other, run_folder, training=told).manifest["progress"]["step"] == 3
@@ -125,3 +130,66 @@ def test_one_writer_and_nothing_left_of_its_lock(tmp_path):
         with pytest.raises(CheckpointError), sole_writer(folder):
             raise CheckpointError("of another model")
     assert list(tmp_path.iterdir()) == []
+
+
+HOLD = (
+    "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX);"
+    "print('locked', flush=True); time.sleep(60)"
+)
+
+
+def taken(folder):
+    lock = RunLock(folder)
+    lock.take()
+    return lock
+
+
+def test_one_run_at_a_time(tmp_path):
+    folder = tmp_path / "a" / "run"
+    first = taken(folder)
+    with pytest.raises(ConfigError, match="another run is training there; wait for it, end it or choose another"):
+        taken(folder)
+    (folder / "config.yaml").touch()
+    first.release()
+    taken(folder).release()
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"], "a folder that holds something stays"
+
+
+def test_no_folder_is_left_that_was_made_for_the_lock(tmp_path):
+    taken(tmp_path / "a" / "run").release()
+    (tmp_path / "empty").mkdir()
+    taken(tmp_path / "empty").release()
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"], "one that was there stays"
+
+
+def test_a_path_that_cannot_be_a_run_folder(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for folder, reason in ((tmp_path / "file", "is not a folder"), (tmp_path / "file" / "a", "cannot be a run folder")):
+        with pytest.raises(ConfigError, match=reason):
+            taken(folder)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_does_not_keep_it(tmp_path):
+    lock = taken(tmp_path)
+    child = os.fork()
+    if child == 0:  # uses nothing of the parent's
+        time.sleep(60)
+        os._exit(0)
+    try:
+        lock.release()
+        taken(tmp_path).release()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_killed_process_leaves_it_to_the_next(tmp_path):
+    arguments = [sys.executable, "-S", "-c", HOLD, str(tmp_path / ".writer.lock")]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(ConfigError, match="another run is training there"):
+            taken(tmp_path)
+        other.kill()
+    taken(tmp_path).release()

@@ -15,6 +15,7 @@ from megatron_kd.errors import ConfigError
 from megatron_kd.losses.divergence_table import parse_divergence
 from megatron_kd.training.distillation_config import DistillationConfig
 from megatron_kd.training.methods.method_table import METHODS
+from megatron_kd.training.objective import build_objective
 from megatron_kd.training.train_config import TrainConfig
 
 
@@ -104,3 +105,13 @@ def test_the_page_of_methods_states_every_cost():
     for name, method in METHODS.items():
         (row,) = re.findall(rf"^\| `{name}` \|.*$", page, re.MULTILINE)
         assert str(method.cost) in row, row
+
+
+def test_defaults_of_the_methods():
+    made = {name: build_objective(DistillationConfig(method=name)) for name in ("vanilla_kd", "gkd", "distillm")}
+    assert (made["vanilla_kd"].lm_weight, made["gkd"].lm_weight, made["distillm"].lm_weight) == (0.5, 0.0, 0.0)
+    names = {name: type(objective.divergence).__name__ for name, objective in made.items()}
+    assert names == {"vanilla_kd": "ForwardKL", "gkd": "JensenShannon", "distillm": "SkewReverseKL"}
+    keys = {"method": "minillm", "kd_ratio": 0.5, "pretraining_weight": 1.0}
+    minillm = build_objective(from_mapping(DistillationConfig, keys, "test"))
+    assert (minillm.lm_weight, minillm.kd_weight) == (0.5, 0.5)

@@ -1,75 +1,32 @@
-"""MiniLLM's and GKD's loss and gradients on small vocabularies against float64 autograd on whole logits."""
+"""MiniLLM: the loss against float64 autograd on whole logits; rollouts, which steps share them, and restored ones."""
 
-import dataclasses
-from types import SimpleNamespace
-
+import numpy as np
 import pytest
 import torch
 
-from megatron_kd.config import from_mapping
-from megatron_kd.losses import LM_ONLY, DenseKnowledge, DistillationObjective, OutputHead
-from megatron_kd.training.distillation_config import DistillationConfig
-from megatron_kd.training.methods import policy_gradient as pg
-from megatron_kd.training.methods.generated_text import GeneratedText, Texts, text_of
+from megatron_kd.generation.decoder import Decoder
+from megatron_kd.generation.generate import MixedPolicy
+from megatron_kd.parallel.runtime import distributed_runtime
+from megatron_kd.training.distillation_config import RolloutConfig
+from megatron_kd.training.methods.generated_text import RolloutGenerator, Texts
 from megatron_kd.training.methods.method_table import MiniLLMConfig
-from megatron_kd.training.methods.minillm import MiniLLMLoss, Rollout
-from megatron_kd.training.methods.pretraining import PretrainingLoss, PretrainingShare
-from megatron_kd.training.objective import DistillationLoss, FusedLoss, MicroBatchLoss, build_objective
-from tests.reference import naive_losses
-from tests.unit.training.methods.made_batches import micro_batch
+from megatron_kd.training.methods.minillm import MiniLLMLoss, MiniLLMSource
+from megatron_kd.training.methods.source import Place
+from megatron_kd.training.objective import FusedLoss
+from tests.reference import naive_minillm as naive
+from tests.reference.one_rank import tiny_model
+from tests.unit.training.methods.made_batches import (
+    LOSS_GROUPS,
+    Case,
+    micro_batch,
+    sums_of,
+)
 
-VOCABULARY, HIDDEN, LENGTH, ROWS = 7, 5, 6, 3
-GROUPS = SimpleNamespace(tp=None, cp=None)
-
-
-class Case:
-    """Student and teacher hidden states and heads in float64, and a batch of prompts and responses."""
-
-    def __init__(self, lengths=(7, 4, 6), prompts=(2, 2, 5)):
-        generator = torch.Generator().manual_seed(0)
-
-        def randn(*shape):
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        self.hidden = randn(LENGTH, ROWS, HIDDEN).requires_grad_()
-        self.weight = torch.nn.Parameter(randn(VOCABULARY, HIDDEN))
-        self.teacher_hidden, self.teacher_weight = randn(LENGTH, ROWS, HIDDEN), randn(VOCABULARY, HIDDEN)
-        self.model = SimpleNamespace(
-            output_head=lambda: OutputHead(self.weight, VOCABULARY), config=SimpleNamespace(sequence_parallel=False)
-        )
-        self.knowledge = DenseKnowledge(self.teacher_hidden.flatten(0, 1), OutputHead(self.teacher_weight, VOCABULARY))
-        ids = torch.randint(1, VOCABULARY, (ROWS, LENGTH + 1), generator=generator)
-        self.batch = micro_batch(Texts(ids, torch.tensor(lengths), torch.tensor(prompts)))
-        self.mask = self.batch.loss_mask.double()
-
-    def log_probabilities(self):
-        """log q and log p [b, s, v], the first with its graph."""
-        log_q = (self.hidden @ self.weight.t()).log_softmax(-1).transpose(0, 1)
-        return log_q, (self.teacher_hidden @ self.teacher_weight.t()).log_softmax(-1).transpose(0, 1)
-
-    def of_labels(self, values):
-        return values.gather(2, self.batch.labels.unsqueeze(2)).squeeze(2)
-
-    def rollout(self, config, alpha=0.3):
-        log_q, log_p = (self.of_labels(values).detach() for values in self.log_probabilities())
-        drawn = torch.log(alpha * log_p.exp() + (1 - alpha) * log_q.exp())
-        known = pg.Drawn(log_q, log_p, drawn, self.mask)
-        text = GeneratedText(text_of(self.batch).texts, {"log_mixed": drawn})
-        rollout = Rollout(text, pg.paper_terms(known, config), pg.rewards(known))
-        return dataclasses.replace(self.batch, payload=rollout), drawn
-
-    def gradients(self, loss):
-        return torch.autograd.grad(loss, [self.hidden, self.weight])
-
-
-def sums_of(loss, batch, case, knowledge=None):
-    """Loss, count and reported sums of a micro-batch."""
-    sums = loss(batch, case.model, case.hidden, knowledge or case.knowledge)
-    return sums.loss, sums.count, sums.reported
+WIDTH, TEXTS = 15, 4
 
 
 def minillm_loss(config):
-    return MiniLLMLoss(config, FusedLoss(GROUPS))
+    return MiniLLMLoss(config, FusedLoss(LOSS_GROUPS))
 
 
 @pytest.mark.parametrize("config", [MiniLLMConfig(), MiniLLMConfig(clip=None, single_step=False)])
@@ -91,12 +48,12 @@ def test_minillm_against_autograd_on_whole_logits(config):
     for mine, theirs in zip(ours, case.gradients(expected), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=1e-8)
     assert float(sums["loss"]) == pytest.approx(float(expected), rel=1e-9)
-    assert int(count) == ROWS and int(sums["tokens"]) == int(case.mask.sum())
+    assert int(count) == len(batch.loss_mask) and int(sums["tokens"]) == int(case.mask.sum())
     assert config.clip is None or 0 < int(sums["clipped"]) < int(case.mask.sum())
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
-def test_a_later_inner_epoch_weighs_by_the_policy_of_then(variant):
+def test_a_later_inner_epoch_weighs_by_the_policy_at_its_start(variant):
     """The policy moves between the rollout and the loss: ratios are of the new one, advantages of the old."""
     config = MiniLLMConfig(inner_epochs=2, variant=variant)
     case = Case()
@@ -129,43 +86,6 @@ def test_a_single_step_that_is_left_out_adds_nothing_to_main_grad():
     assert float(sums["kd"]) > 0
 
 
-@pytest.mark.parametrize(("beta", "name"), [(0.5, "jsd"), (0.1, "jsd"), (0.0, "forward_kl"), (1.0, "reverse_kl")])
-def test_gkd_against_autograd_on_whole_logits(beta, name):
-    case = Case()
-    objective = build_objective(DistillationConfig(method="gkd", beta=beta))
-    loss, count, sums = sums_of(DistillationLoss(objective, FusedLoss(GROUPS), "token"), case.batch, case)
-    ours = case.gradients(loss)
-    log_q, log_p = case.log_probabilities()
-    values = naive_losses.divergence(name, log_p.flatten(0, 1), log_q.flatten(0, 1), beta=beta)
-    expected = (values * case.mask.flatten()).sum()
-    for mine, theirs in zip(ours, case.gradients(expected), strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=1e-8)
-    assert float(loss) == pytest.approx(float(expected), rel=1e-9) == float(sums["kd"])
-    assert int(count) == int(case.mask.sum())
-
-
-@pytest.mark.parametrize("name", ["skew_forward_kl", "skew_reverse_kl"])
-def test_distillm_against_autograd_on_whole_logits(name):
-    case = Case()
-    objective = build_objective(DistillationConfig(method="distillm", divergence=name))
-    loss, _, _ = sums_of(DistillationLoss(objective, FusedLoss(GROUPS), "token"), case.batch, case)
-    ours = case.gradients(loss)
-    log_q, log_p = case.log_probabilities()
-    values = naive_losses.divergence(name, log_p.flatten(0, 1), log_q.flatten(0, 1), alpha=0.1)
-    for mine, theirs in zip(ours, case.gradients((values * case.mask.flatten()).sum()), strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=1e-8)
-
-
-def test_defaults_of_the_methods():
-    made = {name: build_objective(DistillationConfig(method=name)) for name in ("vanilla_kd", "gkd", "distillm")}
-    assert (made["vanilla_kd"].lm_weight, made["gkd"].lm_weight, made["distillm"].lm_weight) == (0.5, 0.0, 0.0)
-    names = {name: type(objective.divergence).__name__ for name, objective in made.items()}
-    assert names == {"vanilla_kd": "ForwardKL", "gkd": "JensenShannon", "distillm": "SkewReverseKL"}
-    keys = {"method": "minillm", "kd_ratio": 0.5, "pretraining_weight": 1.0}
-    minillm = build_objective(from_mapping(DistillationConfig, keys, "test"))
-    assert (minillm.lm_weight, minillm.kd_weight) == (0.5, 0.5)
-
-
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_a_batch_of_empty_responses_has_loss_and_gradient_0(variant):
     case = Case(lengths=(7, 7, 7), prompts=(7, 7, 7))
@@ -177,15 +97,97 @@ def test_a_batch_of_empty_responses_has_loss_and_gradient_0(variant):
     assert not any(gradient.any() for gradient in case.gradients(loss))
 
 
-def test_the_pretraining_loss_beside_is_scaled_and_not_counted():
-    case = Case()
-    loss = PretrainingLoss(LM_ONLY, FusedLoss(GROUPS), "token")
-    beside = dataclasses.replace(case.batch, payload=PretrainingShare(0.25))
-    scaled, count, sums = sums_of(loss, beside, case)
-    log_q, _ = case.log_probabilities()
-    expected = -0.25 * (case.of_labels(log_q) * case.mask).sum()
-    assert int(count) == 0 and float(scaled) == pytest.approx(float(expected), rel=1e-9) == float(sums["pretraining"])
-    whole = MicroBatchLoss({"main": minillm_loss(MiniLLMConfig()), "pretraining": loss}, None)
-    assert not whole.needs_knowledge(beside) and whole.needs_knowledge(case.batch)
-    assert whole.extra == ("policy", "reward", "clipped", "pretraining")
-    assert PretrainingLoss(DistillationObjective(kd_weight=0.5), FusedLoss(GROUPS), "token").uses_teacher
+class PromptLengths:
+    """As a blend of datasets gives them: for arrays of chunks, 0 where a chunk has no prompt of its own."""
+
+    def __getitem__(self, chunks):
+        assert len(chunks)
+        return np.array([3, 9, 0, 14])[chunks]
+
+
+class Prompts:
+    """Four chunks with prompts of 3, 9 and 14 ids, and one without."""
+
+    pad_id = eos_id = 0
+    prompt_lengths = PromptLengths()
+
+    def __getitem__(self, chunk):
+        return np.arange(1, WIDTH + 2) + chunk
+
+
+def prompt_batches():
+    ids = torch.zeros(TEXTS, WIDTH + 1, dtype=torch.int64)
+    return [micro_batch(Texts(ids, torch.full((TEXTS,), 2), torch.ones(TEXTS)))]
+
+
+@pytest.fixture(scope="module")
+def make_source():
+    """Sources over one student and one teacher."""
+    with distributed_runtime() as runtime:
+        student, teacher = tiny_model(seed=1), tiny_model(seed=2)
+        groups = teacher.pg_collection = student.pg_collection
+
+        def make(**keys):
+            config = MiniLLMConfig(**keys)
+            generator = RolloutGenerator(
+                RolloutConfig(prompt_length=6), Prompts(), groups, seq_length=WIDTH, seed=5, device=runtime.device
+            )
+
+            def policy(rows, length):
+                decoders = (Decoder([model], groups, rows, length) for model in (student, teacher))
+                return MixedPolicy(*decoders, config.teacher_mix)
+
+            return MiniLLMSource(config, generator, policy, None, groups, global_batch_size=TEXTS)
+
+        yield make
+
+
+def batch_of(source, position):
+    (batch,) = source.batches(Place(position, 100, position), prompt_batches()).batches
+    return batch
+
+
+def test_prompts_are_the_chunks_own_or_the_first_ids(make_source):
+    batch = batch_of(make_source(), 0)
+    assert batch.payload.text.texts.prompt_lengths.tolist() == [3, 9, 6, 14]
+    for row, length in enumerate((3, 9, 6, 14)):
+        np.testing.assert_array_equal(batch.payload.text.texts.tokens[row, :length], np.arange(1, length + 1) + row)
+        assert batch.loss_mask[row].sum() == batch.payload.text.texts.lengths[row] - length > 0
+
+
+def test_released_advantages_are_whitened_over_the_places_that_each_prompt_leaves(make_source):
+    config = MiniLLMConfig(variant="released")
+    batch = batch_of(make_source(variant="released"), 0)
+    texts, recorded = batch.payload.text.texts, batch.payload.text.log_probabilities
+    rewards = (recorded["log_p"] - recorded["log_q"]).double()
+    inside = [(int(n) - 1, int(end) - 1) for n, end in zip(texts.prompt_lengths, texts.lengths)]
+    expected = naive.released_advantages(
+        [rewards[row, a:b].tolist() for row, (a, b) in enumerate(inside)],
+        config.reward_scaling, config.reward_clip, config.discount, [13, 7, 10, 2],
+    )  # fmt: skip
+    for row, (a, b) in enumerate(inside):
+        found = batch.payload.terms.advantages[row, a:b].double()
+        torch.testing.assert_close(found, torch.tensor(expected[row], dtype=torch.float64), atol=1e-4, rtol=1e-4)
+
+
+def test_inner_epochs_share_rollouts_within_their_block_and_no_further(make_source):
+    source = make_source(inner_epochs=3)
+    tokens = [batch_of(source, position).tokens for position in range(5)]
+    assert torch.equal(tokens[0], tokens[1]) and torch.equal(tokens[0], tokens[2])
+    assert torch.equal(tokens[3], tokens[4]) and not torch.equal(tokens[0], tokens[3])
+    assert source.counts.student == source.counts.teacher == 2 * TEXTS
+
+
+def test_restored_rollouts_serve_the_rest_of_their_block_alone(make_source):
+    """After a rollback the batches up to the spike are skipped: the kept rollouts may be of an earlier block."""
+    source = make_source(inner_epochs=3)
+    first = batch_of(source, 0)
+    again, later = make_source(inner_epochs=3), make_source(inner_epochs=3)
+    again.restore(source.state())
+    later.restore(source.state())
+    resumed = batch_of(again, 1)
+    assert torch.equal(resumed.tokens, first.tokens) and again.counts.student == TEXTS
+    for name, values in first.payload.text.log_probabilities.items():
+        assert torch.equal(resumed.payload.text.log_probabilities[name], values), name
+    assert torch.equal(resumed.payload.terms.advantages, first.payload.terms.advantages)
+    assert not torch.equal(batch_of(later, 4).tokens, first.tokens) and later.counts.student == 2 * TEXTS

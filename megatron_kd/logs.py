@@ -68,15 +68,24 @@ def silence_known_noise() -> None:
     logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)
 
 
-def progress_bar(total: int, description: str, unit: str = "B") -> tqdm:
-    """Return a bar with an estimate of the time left, on a terminal; nothing is shown elsewhere.
+def progress_bar(total: int, description: str, unit: str = "B", initial: int = 0, shown: bool | None = None) -> tqdm:
+    """Return a bar with an estimate of the time left.
 
     Args:
         total: how many of ``unit`` there are; bytes by default.
+        initial: how many of them were done before.
+        shown: whether it is shown; None shows it on a terminal alone. Elsewhere it is a line every 10 seconds.
     """
     interval = 0.5 if sys.stderr.isatty() else 10.0
     return tqdm(
-        total=total, unit=unit, unit_scale=True, desc=description, file=sys.stderr, disable=None, mininterval=interval
+        total=total,
+        initial=initial,
+        unit=unit,
+        unit_scale=True,
+        desc=description,
+        file=sys.stderr,
+        disable=None if shown is None else not shown,
+        mininterval=interval,
     )
 
 

@@ -11,14 +11,12 @@ import dataclasses
 import functools
 import io
 import logging
-import sys
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterator, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from megatron_kd.artefacts.artefact_folder import building
 from megatron_kd.artefacts.manifest import already_made, recipe_of
@@ -31,6 +29,7 @@ from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.errors import ConfigError, DataError
 from megatron_kd.generation.prompted_texts import Part, PromptSource, generate_part
 from megatron_kd.generation.sampling import SamplingConfig
+from megatron_kd.logs import progress_bar
 from megatron_kd.models.architecture import ScoredModelConfig
 from megatron_kd.models.parameters import weights_fingerprint
 from megatron_kd.parallel.coordination import on_main_rank
@@ -180,14 +179,12 @@ def _generate_missing(
 ) -> None:
     starts = range(0, prompts.num_texts, TEXTS_PER_PART)
     done = on_main_rank(lambda: [parts.is_done(number) for number in range(len(starts))])
-    with tqdm(
-        total=prompts.num_texts,
+    with progress_bar(
+        prompts.num_texts,
+        "generate",
+        "text",
         initial=min(prompts.num_texts, sum(done) * TEXTS_PER_PART),
-        desc="generate",
-        unit="text",
-        disable=not runtime.is_main,
-        file=sys.stderr,
-        mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        shown=runtime.is_main,
     ) as bar:
         for number, start in enumerate(starts):
             if done[number]:

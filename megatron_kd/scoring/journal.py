@@ -8,16 +8,15 @@ payload. Every rank that computes scores appends to a journal of its own.
 
 import logging
 import secrets
-import sys
 from collections.abc import Callable
 
 import numpy as np
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from tqdm import tqdm
 
 from megatron_kd.artefacts.work_store import WorkStore
 from megatron_kd.errors import DataError
+from megatron_kd.logs import progress_bar
 from megatron_kd.parallel.coordination import WorkQueue, on_main_rank
 from megatron_kd.parallel.runtime import Runtime
 from megatron_kd.scoring.micro_batches import MicroBatch, MicroBatchPlan
@@ -87,24 +86,15 @@ def fill_journal(
     if done and runtime.is_main:
         logger.info(f"{len(done):,} of {plan.num_units:,} units were done before")
     queue = WorkQueue(sorted(set(range(plan.num_units)) - set(done)), name, groups, runtime.device)
-    shown = min(len(done) * plan.chunks_per_unit, plan.num_chunks)
-    with tqdm(
-        total=plan.num_chunks,
-        initial=shown,
-        desc="score",
-        unit="chunk",
-        unit_scale=True,
-        disable=not runtime.is_main,
-        file=sys.stderr,
-        mininterval=0.5 if sys.stderr.isatty() else 10.0,
-    ) as bar:
+    counted = min(len(done) * plan.chunks_per_unit, plan.num_chunks)
+    with progress_bar(plan.num_chunks, "score", "chunk", initial=counted, shown=runtime.is_main) as bar:
         for unit in queue:
             scores = compute(plan.unit(unit), plan.chunk_range(unit)[0])
             if scores is not None:
                 journal.add(unit, scores)
             if runtime.is_main:
                 done_now = min((len(done) + queue.num_taken()) * plan.chunks_per_unit, plan.num_chunks)
-                bar.update(done_now - shown)
-                shown = done_now
+                bar.update(done_now - counted)
+                counted = done_now
     journal.end()
     dist.barrier()

@@ -1,16 +1,16 @@
-"""Whether a model has been trained on the chunks that it is asked to judge.
+"""Refuse to judge chunks by a model that was trained on them.
 
-MiniPLM selects from D without D_ref: a reference model that has seen a chunk finds it easier than its size says, so its
-difference is wrong. Two datasets share chunks if they are the same, or select from one root and have an id in common.
+MiniPLM selects from D without D_ref: a reference model that has seen a chunk finds it easier than a model of its size
+should, and the difference is wrong. Two datasets share chunks if they are the same, or have one root and an id in
+common.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy
+import numpy as np
 
-from megatron_kd.checkpoints.weights import CheckpointInfo
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import DataError, UserError
 
@@ -18,10 +18,10 @@ REFERENCE_ROLE = "reference"
 
 
 def training_datasets(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """``path`` and ``fingerprint`` of what a checkpoint's model was trained on: all parts of a blend; none if unknown.
+    """Return ``path`` and ``fingerprint`` of what a model was trained on: every part of a blend; none if unknown.
 
     Args:
-        manifest: of the checkpoint.
+        manifest: of the model's checkpoint.
     """
     data = (manifest.get("config") or {}).get("data") or {}
     if data.get("weights") is not None or len(_paths(data.get("path"))) > 1:
@@ -30,16 +30,20 @@ def training_datasets(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [] if fingerprint is None else [{"path": manifest.get("dataset_path"), "fingerprint": fingerprint}]
 
 
-def refuse_training_data(info: CheckpointInfo, dataset: ChunkDataset, force: bool) -> None:
+def refuse_training_data(manifest: Mapping[str, Any], model_path: Path, dataset: ChunkDataset) -> None:
     """Refuse to score a reference model's own training data.
 
-    A model is a reference model if its training data is a reference split (``producer.role`` of the manifest), or a
-    blend with one.
+    A reference model is one whose training data is a reference split (``producer.role`` of the manifest), or a blend
+    with one.
+
+    Args:
+        manifest: of the model's checkpoint at ``model_path``.
+        dataset: what is to be scored.
 
     Raises:
-        DataError: it is, and ``dataset`` holds chunks of that split.
+        DataError: it is a reference model, and ``dataset`` holds chunks of its split.
     """
-    for part in [] if force else training_datasets(info.manifest):
+    for part in training_datasets(manifest):
         split = _open_part(part, dataset)
         if split is None or split.manifest["producer"].get("role") != REFERENCE_ROLE:
             continue
@@ -47,18 +51,20 @@ def refuse_training_data(info: CheckpointInfo, dataset: ChunkDataset, force: boo
         if shared:
             raise DataError(
                 f"{dataset.path}: {shared:,} of its {dataset.num_chunks:,} chunks are in {part['path']}, the reference "
-                f"split that {info.path} was trained on; score the rest of the corpus, or set force=true"
+                f"split that {model_path} was trained on; score the rest of the corpus, or set force=true"
             )
 
 
 def refuse_reference_trained_on(model: Mapping[str, Any], dataset: ChunkDataset, reference_scores: Path) -> None:
-    """Refuse reference scores whose model was trained on chunks of the dataset that is sampled.
+    """Refuse reference scores whose model was trained on chunks of the dataset to be sampled.
 
     Args:
-        model: what the score file says about its model.
+        model: the score file's entry about its model.
+        dataset: what is to be sampled.
+        reference_scores: the score file, for the message.
 
     Raises:
-        DataError: it was.
+        DataError: the model was trained on them.
     """
     parts = model.get("trained_on_parts")
     if parts is None:
@@ -77,7 +83,7 @@ def refuse_reference_trained_on(model: Mapping[str, Any], dataset: ChunkDataset,
 
 
 def num_shared_chunks(one: ChunkDataset, other: ChunkDataset) -> int:
-    """How many chunks of ``other`` are chunks of ``one``, by their ids in a common root."""
+    """Return how many chunks of ``other`` are chunks of ``one``, by their ids in a common root."""
     if one.fingerprint == other.fingerprint:
         return other.num_chunks
     if one.root_fingerprint != other.root_fingerprint:
@@ -86,11 +92,11 @@ def num_shared_chunks(one: ChunkDataset, other: ChunkDataset) -> int:
         return other.num_chunks
     if other.is_root:
         return one.num_chunks
-    return int(numpy.isin(other.chunk_ids, one.chunk_ids).sum())
+    return int(np.isin(other.chunk_ids, one.chunk_ids).sum())
 
 
 def open_if_same(path: str | None, fingerprint: str) -> ChunkDataset | None:
-    """The dataset at ``path`` if it is still there and still the same."""
+    """Return the dataset at ``path`` if it is still there and still the same, else None."""
     try:
         found = ChunkDataset.open(path) if path else None
     except (UserError, OSError):

@@ -1,30 +1,30 @@
-"""Which chunks share a micro-batch: a pure function of the dataset's lengths and three numbers, never of the ranks.
+"""Which chunks share a micro-batch: a function of the dataset's lengths and three numbers, never of the ranks.
 
-    dataset order → units of neighbouring chunks → inside a unit, longest first → rows of about one length
+    dataset order → units of neighbouring chunks → within a unit, longest first → rows of about one length
 
-A unit is what is handed to a rank and what is redone after a kill. Its chunks are read from neighbouring bytes; sorting
-inside it makes the rows of a micro-batch nearly equally long, so little padding is computed.
+A unit is what a rank is given at a time, and what is recomputed after a kill. Its chunks are read from neighbouring
+bytes; sorting them makes the rows of a micro-batch nearly equally long, so that little padding is computed.
 """
 
 import math
 from dataclasses import dataclass
 
-import numpy
+import numpy as np
 
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.parallel.layout import sequence_multiple
 
 WIDTH_MULTIPLE = 16
 MICRO_BATCHES_PER_UNIT = 128
-LEAST_MICRO_BATCHES_PER_UNIT = 8  # fewer neighbours have few rows of about one length
+LEAST_MICRO_BATCHES_PER_UNIT = 8  # among fewer neighbours few rows have about one length
 LEAST_UNITS = 64
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of one forward pass: chunk indices int64 ``[rows]``, and the positions that each row has."""
+    """Rows of one forward pass: chunk indices int64 ``[rows]``, and the positions per row."""
 
-    indices: numpy.ndarray
+    indices: np.ndarray
     width: int
 
     @property
@@ -38,9 +38,9 @@ class MicroBatchPlan:
 
     Args:
         dataset: what is scored.
-        micro_batch_size: rows of full length; shorter rows are more, for the same number of positions.
-        width_multiple: positions of a row are rounded up to it (never beyond ``seq_length``).
-        chunks_per_unit: None for 128 micro-batches, fewer (8 at least) where that would make less than 64 units.
+        micro_batch_size: rows of full length; there are more rows if they are shorter, for as many positions.
+        width_multiple: positions per row are rounded up to a multiple of it, at most to ``seq_length``.
+        chunks_per_unit: None for 128 micro-batches, or fewer (at least 8) if that made less than 64 units.
     """
 
     def __init__(
@@ -70,15 +70,15 @@ class MicroBatchPlan:
         return math.ceil(self._dataset.num_chunks / self.chunks_per_unit)
 
     def chunk_range(self, unit: int) -> tuple[int, int]:
-        """First chunk of a unit, and the one after its last."""
+        """Return the first chunk of a unit, and the one after its last."""
         start = unit * self.chunks_per_unit
         return start, min(start + self.chunks_per_unit, self._dataset.num_chunks)
 
     def unit(self, unit: int) -> list[MicroBatch]:
-        """The micro-batches of a unit; each of its chunks is in one of them."""
+        """Return the micro-batches of a unit; each of its chunks is in exactly one."""
         start, stop = self.chunk_range(unit)
-        needed = numpy.maximum(self._dataset.lengths_between(start, stop).astype(numpy.int64) - 1, 1)
-        order = numpy.argsort(-needed, kind="stable")
+        needed = np.maximum(self._dataset.lengths_between(start, stop).astype(np.int64) - 1, 1)
+        order = np.argsort(-needed, kind="stable")
         found, first = [], 0
         while first < len(order):
             width = self._width(int(needed[order[first]]))
@@ -92,5 +92,5 @@ class MicroBatchPlan:
 
 
 def width_multiple(tensor_parallel_size: int, sequence_parallel: bool, context_parallel_size: int = 1) -> int:
-    """What widths are rounded to: 16, and what the layout needs."""
+    """Return what widths are rounded up to: a multiple of 16 that the layout can split."""
     return math.lcm(WIDTH_MULTIPLE, sequence_multiple(tensor_parallel_size, context_parallel_size, sequence_parallel))

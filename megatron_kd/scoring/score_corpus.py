@@ -1,15 +1,14 @@
 """``score_corpus``: the mean negative log-likelihood per token of every chunk under a model, into a score file.
 
-torchrun --nproc-per-node 2 tools/score_corpus.py data.path=CORPUS model.path=RUN output=SCORES
+    torchrun --nproc-per-node 2 tools/score_corpus.py data.path=CORPUS model.path=RUN output=SCORES
 
-Replicas of the model take units of chunks as they get free; finished units are kept in ``<output>.partial``, so a run
-that was killed goes on, on any number of ranks, and gives the same scores.
+Replicas of the model take units of chunks as they become free. Finished units are kept in ``<output>.partial``: a run
+that was killed resumes, on any number of ranks, and gives the same scores.
 """
 
 import logging
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -19,63 +18,34 @@ from megatron_kd.checkpoints.weights import LoadedModel, load_for_inference
 from megatron_kd.config import to_mapping
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import DataError
-from megatron_kd.models.architecture import ScoredModelConfig
 from megatron_kd.models.parameters import weights_fingerprint
 from megatron_kd.parallel.coordination import on_main_rank
-from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.parallel.runtime import Runtime, distributed_runtime
 from megatron_kd.scoring.chunk_losses import ChunkLosses, ChunkScorer
 from megatron_kd.scoring.journal import ScoreJournal, fill_journal
 from megatron_kd.scoring.leakage import refuse_training_data, training_datasets
 from megatron_kd.scoring.micro_batches import MicroBatch, MicroBatchPlan, width_multiple
+from megatron_kd.scoring.score_config import ScoreCorpusConfig
 from megatron_kd.scoring.score_file import KIND, ScoreFile, write_score_file
 
+__all__ = ["ScoreCorpusConfig", "mean_losses", "run"]
+
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ScoredDataConfig:
-    """The ``data.*`` keys of scoring."""
-
-    path: str
-
-
-@dataclass(frozen=True)
-class ScoreCorpusConfig:
-    """Everything that ``score_corpus`` reads."""
-
-    data: ScoredDataConfig
-    model: ScoredModelConfig
-    output: str
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    micro_batch_size: int = 16
-    """Rows of ``seq_length`` positions in a forward pass; shorter chunks are more rows, for as many positions."""
-    chunks_per_unit: int | None = None
-    """Chunks handed out, and saved, at a time; None for 128 micro-batches, fewer for small datasets."""
-    force: bool = False
-    """Score a reference split with the model that was trained on it."""
-
-    def validate(self) -> Iterator[str]:
-        """Yield one message for each fault in the values."""
-        if self.micro_batch_size < 1:
-            yield f"'micro_batch_size' must be at least 1, not {self.micro_batch_size}"
-        if self.chunks_per_unit is not None and self.chunks_per_unit < 1:
-            yield f"'chunks_per_unit' must be at least 1, not {self.chunks_per_unit}"
-        yield from self.parallel.context_parallel_faults("chunks are scored whole")
 
 
 def run(config: ScoreCorpusConfig) -> Path:
     """Score every chunk and return the score file's folder.
 
     Raises:
-        DataError: the dataset is damaged, is the model's own reference split, or the output is something else; a loss
+        DataError: the dataset is damaged, or is the model's own reference split; the output is something else; a loss
             is not finite.
-        CheckpointError: the model is missing, damaged, or reads other ids.
+        CheckpointError: the model is missing, damaged, or made for another tokenizer.
     """
     with distributed_runtime() as runtime:
         dataset = ChunkDataset.open(config.data.path)
         loaded = load_for_inference(config.model, config.parallel, dataset, runtime)
-        on_main_rank(lambda: refuse_training_data(loaded.info, dataset, config.force))
+        if not config.force:
+            on_main_rank(lambda: refuse_training_data(loaded.info.manifest, loaded.info.path, dataset))
         fingerprint = weights_fingerprint(loaded.model_chunks, loaded.groups.intra_dist_opt)
         plan = _plan(config, dataset, loaded)
         with WorkStore(config.output, _recipe(config, dataset, loaded, fingerprint, plan)) as store:
@@ -85,16 +55,16 @@ def run(config: ScoreCorpusConfig) -> Path:
 
 
 def mean_losses(losses: ChunkLosses, first_chunk: int = 0) -> np.ndarray:
-    """Mean loss of a token per chunk, float32; NaN where a chunk has no unmasked position.
+    """Return the mean loss per token of each chunk, float32; NaN where a chunk has no unmasked position.
 
     Raises:
-        DataError: a loss is NaN or infinite (a damaged model).
+        DataError: a loss is NaN or infinite, as a damaged model's is.
     """
     broken = np.flatnonzero(~np.isfinite(losses.nats))
     if len(broken):
         raise DataError(
             f"{len(broken)} chunks have a loss that is not finite, the first is chunk {first_chunk + broken[0]}: "
-            "is the model damaged?"
+            "is the model damaged, or precision too low?"
         )
     with np.errstate(invalid="ignore"):
         return (losses.nats / losses.tokens).astype(np.float32)
@@ -176,5 +146,9 @@ def _write(
         producer={"tool": "score_corpus", "config": to_mapping(config), "recipe": recipe},
     )
     finite = scores[np.isfinite(scores)]
-    mean = f"mean {finite.mean(dtype=np.float64):.4f} nats a token" if len(finite) else "no chunk has a position"
+    mean = (
+        f"mean {finite.mean(dtype=np.float64):.4f} nats per token"
+        if len(finite)
+        else "no chunk has a position that counts"
+    )
     logger.info(f"{len(scores):,} chunks of {config.data.path} into {config.output}, {mean}")

@@ -25,7 +25,7 @@ QUANTITIES = {
     DIFFERENCE_KIND: "difference of mean negative log-likelihoods, reference − teacher, nats per token: measured or "
     "predicted",
 }
-"""What the numbers of each kind are."""
+"""What the numbers of each kind of file are."""
 
 
 class ScoreFile:
@@ -35,11 +35,11 @@ class ScoreFile:
         path: the folder.
         manifest: its manifest.
         scores: float32 ``[num_chunks]``, nats per predicted token; NaN where ``unscored``.
-        unscored: int64, indices of the chunks without a position that counts.
+        unscored: indices of the chunks without a position that counts, int64.
         fingerprint: content identity of this file.
         dataset_fingerprint: of the dataset whose chunks were scored, in its order.
         model_fingerprint: of the weights.
-        view: how the chunks were seen: ``mask_rule``, ``reset_attention_mask``, ``reset_position_ids``.
+        view: how the model saw the chunks: ``mask_rule``, ``reset_attention_mask``, ``reset_position_ids``.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], scores: np.ndarray) -> None:
@@ -54,7 +54,7 @@ class ScoreFile:
 
     @classmethod
     def open(cls, path: str | Path, kind: str = KIND) -> "ScoreFile":
-        """Open and verify a score file (or, with that ``kind``, the differences that a proxy predicted).
+        """Open and verify a score file or, with that ``kind``, the differences that a proxy predicted.
 
         Raises:
             DataError: it is missing, damaged, something else, or holds a value that is not finite and not listed.
@@ -67,7 +67,7 @@ class ScoreFile:
         if scores.dtype != np.float32 or scores.shape != (manifest["dataset"]["num_chunks"],):
             raise DataError(
                 f"{path / SCORES_NAME}: {scores.dtype} {scores.shape} where the manifest states float32 "
-                f"({manifest['dataset']['num_chunks']},)"
+                f"({manifest['dataset']['num_chunks']},); copy the file again, or score again"
             )
         found = cls(path, manifest, scores)
         _refuse_not_finite(scores, found.unscored, str(path))
@@ -77,7 +77,7 @@ class ScoreFile:
         """Make sure that the scores are of this dataset, or of the root that it was selected from.
 
         Raises:
-            DataError: they are of another (names both fingerprints).
+            DataError: they are of another dataset (names both fingerprints).
         """
         if self.dataset_fingerprint not in (dataset.fingerprint, dataset.root_fingerprint):
             raise DataError(
@@ -86,10 +86,10 @@ class ScoreFile:
             )
 
     def reader(self, dataset: ChunkDataset) -> Callable[[int, int], np.ndarray]:
-        """(start, stop) → scores of a dataset's chunks there, float32, read as they are asked for.
+        """Return a function (start, stop) → scores of the dataset's chunks there, float32, read on demand.
 
         Raises:
-            DataError: see :meth:`check_matches`.
+            DataError: the scores are of another dataset.
         """
         self.check_matches(dataset)
         if self.dataset_fingerprint == dataset.fingerprint:
@@ -119,12 +119,12 @@ def write_score_file(
         model: ``path`` and ``fingerprint`` of the weights, and whatever else is worth recording.
         compute_dtype: of the model's forward pass.
         producer: ``tool``, its resolved ``config``, optionally a ``recipe``.
-        reset_attention_mask, reset_position_ids: whether documents inside a chunk were kept apart.
+        reset_attention_mask, reset_position_ids: whether documents within a chunk were kept apart.
         kind: what the numbers are, one of ``QUANTITIES``.
-        parents: what they were made from beside the dataset.
+        parents: what the numbers were made from, besides the dataset.
 
     Raises:
-        DataError: ``output`` exists; or a score is NaN or infinite where it must not be.
+        DataError: ``output`` exists, or a score is NaN or infinite where it must not be.
         ValueError: the number of scores is not the number of chunks.
     """
     scores = np.asarray(scores, dtype=np.float32)
@@ -151,7 +151,7 @@ def write_score_file(
 
 
 def _unscored(scores: np.ndarray, dataset: ChunkDataset, where: str) -> list[int]:
-    """The chunks that may be NaN, and are; any other value that is not finite is refused."""
+    """Return the chunks that may be NaN, and are; refuse any other value that is not finite."""
     missing = np.flatnonzero(np.isnan(scores)).tolist()
     unscored = [index for index in missing if not dataset.has_unmasked_position(index)]
     _refuse_not_finite(scores, np.array(unscored, dtype=np.int64), where)
@@ -166,7 +166,7 @@ def _facts(
     reset_attention_mask: bool,
     reset_position_ids: bool,
 ) -> dict[str, Any]:
-    """What the manifest says of the scores themselves."""
+    """Return what the manifest says about the scores themselves."""
     return {
         "dataset": {
             "path": str(dataset.path),

@@ -1,4 +1,4 @@
-"""r of every chunk of a dataset, in blocks: from teacher's and reference model's scores, or as a proxy predicts it."""
+"""r = reference NLL − teacher NLL of every chunk, in blocks: from two score files, or as a proxy predicts it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,13 +16,13 @@ Block = Callable[[int, int], np.ndarray]
 
 @dataclass(frozen=True)
 class Differences:
-    """Where r comes from.
+    """r of a dataset's chunks, and where it comes from.
 
     Attributes:
-        block: (start, stop) → r of the dataset's chunks there, float32 nats per token; NaN where unscored.
+        block: (start, stop) → r of the dataset's chunks there, float32, nats per token; NaN where unscored.
         parents: the files, for the manifest of what is made from them.
-        teacher, reference: (start, stop) → their scores; None where r was predicted.
-        models: what to call them.
+        teacher, reference: (start, stop) → the models' scores; None where r was predicted.
+        models: role → path of the model, for reports.
     """
 
     block: Block
@@ -45,9 +45,11 @@ def predicted_differences(path: str, dataset: ChunkDataset) -> Differences:
 def measured_differences(
     teacher_scores: str, reference_scores: str, dataset: ChunkDataset, force: bool = False
 ) -> Differences:
-    """Open r of a dataset's chunks as the score files at two paths give it.
+    """Open r of a dataset's chunks as two score files give it.
 
     Args:
+        teacher_scores, reference_scores: paths of the score files.
+        dataset: whose chunks.
         force: accept a reference model that was trained on chunks of the dataset.
 
     Raises:

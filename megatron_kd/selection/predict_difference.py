@@ -1,24 +1,20 @@
-"""``predict_difference`` (MiniPLM_prx): r of every chunk from a small proxy that learnt it on a scored random subset.
+"""``predict_difference`` (MiniPLM_prx): r of every chunk, from a small proxy that learns it on a scored random subset.
 
     split_dataset → score_corpus of the subset with teacher and reference → predict_difference → sample_by_difference
 
-Scored chunks keep the r that was measured; the proxy predicts the others. A tenth of the scored chunks is held out, and
-how well the proxy ranks them is printed and recorded. Finished units survive a kill, as in ``score_corpus``.
-
-The random part of a corpus that both models have scored: what a proxy learns r from, and what it is judged on.
+Scored chunks keep the r that was measured; the proxy predicts the others. A tenth of the scored chunks is held out; how
+well the proxy ranks them is printed and recorded. A run that was killed resumes with the trained proxy and the finished
+units, as ``score_corpus`` does.
 """
 
 import io
 import logging
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from megatron_kd.artefacts.manifest import already_made, recipe_of
 from megatron_kd.artefacts.work_store import WorkStore
@@ -27,7 +23,7 @@ from megatron_kd.config import to_mapping
 from megatron_kd.data.batch import make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import DataError
-from megatron_kd.models.architecture import ScoredModelConfig
+from megatron_kd.logs import progress_bar
 from megatron_kd.parallel.coordination import on_main_rank
 from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.parallel.runtime import Runtime, distributed_runtime
@@ -35,7 +31,10 @@ from megatron_kd.scoring.journal import ScoreJournal, fill_journal
 from megatron_kd.scoring.micro_batches import MicroBatch, MicroBatchPlan
 from megatron_kd.scoring.score_file import DIFFERENCE_KIND, ScoreFile, write_score_file
 from megatron_kd.selection.differences import measured_differences
-from megatron_kd.selection.proxy import DifferenceProxy, ProxyTrainingConfig, ranking_quality, train_proxy
+from megatron_kd.selection.prediction_config import PredictDifferenceConfig, SubsetConfig
+from megatron_kd.selection.proxy import DifferenceProxy, ranking_quality, train_proxy
+
+__all__ = ["PredictDifferenceConfig", "run"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,26 +44,15 @@ PROXY_PART = "proxy"
 
 
 @dataclass(frozen=True)
-class SubsetConfig:
-    """``subset.*`` keys."""
-
-    path: str
-    teacher_scores: str
-    reference_scores: str
-    force: bool = False
-    """Use a reference model that was trained on chunks of the subset."""
-
-
-@dataclass(frozen=True)
 class MeasuredSubset:
-    """r of the scored chunks of a subset, and where they are in the corpus.
+    """The random part of a corpus that both models have scored: what a proxy learns r from, and is judged on.
 
     Attributes:
         subset: the dataset.
         chunks: indices in it of the n chunks that have a score.
         values: their r, float32 ``[n]``, nats per token.
-        corpus_chunks: their indices in the corpus, int64 ``[n]``; -1 where it does not have one.
-        is_heldout: bool ``[n]``, those that are not trained on.
+        corpus_chunks: their indices in the corpus, int64 ``[n]``; -1 where the corpus lacks the chunk.
+        is_heldout: which of them are not trained on, bool ``[n]``.
         parents: the two score files, for a manifest.
     """
 
@@ -86,15 +74,16 @@ class MeasuredSubset:
         subset = ChunkDataset.open(config.path)
         if subset.root_fingerprint != corpus.root_fingerprint:
             raise DataError(
-                f"{subset.path}: its chunks refer to {subset.root_fingerprint}, those of {corpus.path} to "
-                f"{corpus.root_fingerprint}; draw the subset with split_dataset"
+                f"{subset.path}: its chunks are of the root {subset.root_fingerprint}, those of {corpus.path} of "
+                f"{corpus.root_fingerprint}; draw the subset from that corpus with split_dataset"
             )
         differences = measured_differences(config.teacher_scores, config.reference_scores, subset, config.force)
         values = differences.block(0, subset.num_chunks)
         chunks = np.flatnonzero(~np.isnan(values))
         if len(chunks) < LEAST_SCORED:
             raise DataError(
-                f"{subset.path}: {len(chunks)} scored chunks are too few to learn from; draw at least 1% more"
+                f"{subset.path}: {len(chunks)} scored chunks are too few to learn from, at least {LEAST_SCORED} are "
+                "needed; draw a larger fraction with split_dataset"
             )
         places = _places(np.asarray(subset.chunk_ids)[chunks], corpus)
         is_heldout = _draw_heldout(len(chunks), seed)
@@ -102,17 +91,17 @@ class MeasuredSubset:
 
     @property
     def training(self) -> tuple[np.ndarray, np.ndarray]:
-        """(chunks, r) to learn from."""
+        """Chunks to learn from, and their r."""
         return self.chunks[~self.is_heldout], self.values[~self.is_heldout]
 
     @property
     def heldout(self) -> tuple[np.ndarray, np.ndarray]:
-        """(chunks, r) to judge by."""
+        """Chunks to judge the proxy by, and their r."""
         return self.chunks[self.is_heldout], self.values[self.is_heldout]
 
 
 def _places(root_ids: np.ndarray, corpus: ChunkDataset) -> np.ndarray:
-    """Indices in the corpus of the chunks with these ids in the root, -1 where it lacks one."""
+    """Return the indices in the corpus of the chunks with these ids in the root, -1 where it lacks one."""
     ids = np.asarray(corpus.chunk_ids)
     places = np.searchsorted(ids, root_ids)
     places[places == len(ids)] = 0
@@ -126,40 +115,13 @@ def _draw_heldout(count: int, seed: int) -> np.ndarray:
     return is_heldout
 
 
-@dataclass(frozen=True)
-class PredictedDataConfig:
-    """``data.*`` keys: ``path``, the corpus that the subset was drawn from."""
-
-    path: str
-
-
-@dataclass(frozen=True)
-class PredictDifferenceConfig:
-    """Everything that ``predict_difference`` reads."""
-
-    data: PredictedDataConfig
-    subset: SubsetConfig
-    proxy: ScoredModelConfig
-    """Where the proxy's weights start: a small trained model, for instance the reference model itself."""
-    output: str
-    training: ProxyTrainingConfig = field(default_factory=ProxyTrainingConfig)
-    micro_batch_size: int = 16
-    chunks_per_unit: int | None = None
-
-    def validate(self) -> Iterator[str]:
-        """Yield one message for each fault in the values."""
-        if self.micro_batch_size < 1:
-            yield f"'micro_batch_size' must be at least 1, not {self.micro_batch_size}"
-        yield from self.training.faults()
-
-
 def run(config: PredictDifferenceConfig) -> Path:
     """Train the proxy, predict, and write the differences.
 
     Raises:
         DataError: corpus, subset and scores do not belong together; too few chunks are scored; the output is something
             else.
-        CheckpointError: the proxy's weights are missing, damaged, or read other ids.
+        CheckpointError: the proxy's weights are missing, damaged, or made for another tokenizer.
     """
     with distributed_runtime() as runtime:
         dataset = ChunkDataset.open(config.data.path)
@@ -206,10 +168,7 @@ def _trained_proxy(
         saved = io.BytesIO(store.read(PROXY_PART).tobytes())
         proxy.load_state_dict(torch.load(saved, map_location=runtime.device, weights_only=True), strict=False)
         return proxy.eval()
-    with tqdm(
-        total=config.training.train_iters, desc="proxy", unit="step", disable=not runtime.is_main, file=sys.stderr,
-        mininterval=0.5 if sys.stderr.isatty() else 10.0,
-    ) as bar:  # fmt: skip
+    with progress_bar(config.training.train_iters, "proxy", "step", shown=runtime.is_main) as bar:
 
         def on_step(error: float) -> None:
             bar.set_postfix(mse=f"{error:.3f}", refresh=False)

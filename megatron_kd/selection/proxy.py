@@ -1,14 +1,13 @@
-"""The proxy of MiniPLM_prx: a small language model with one number on top that learns r from scored chunks.
+"""The proxy of MiniPLM_prx: a small language model with a head of one number, which learns r from scored chunks.
 
-    chunk → decoder → mean of the final hidden states over the positions that count → linear → r, standardised
+    chunk → decoder → mean of the final hidden states over the positions that count → linear → standardised r
 
-Every rank holds the whole proxy and takes its share of each batch; gradients are summed over ranks. The paper names the
-method and leaves its details open; these are ours (docs/difference_sampling.md).
+Every rank holds the whole proxy and takes its share of each batch; gradients are summed over the ranks. The paper names
+the method and leaves its details open; these are ours (docs/difference_sampling.md).
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,27 +20,7 @@ from megatron_kd.data.batch import Batch, make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import sum_over_group
-
-
-@dataclass(frozen=True)
-class ProxyTrainingConfig:
-    """``proxy.*`` keys of how it is trained."""
-
-    train_iters: int = 500
-    batch_size: int = 32
-    lr: float = 1e-4
-    warmup_iters: int = 20
-    weight_decay: float = 0.01
-    clip_grad: float = 1.0
-    seed: int = 0
-
-    def faults(self) -> list[str]:
-        """What is wrong with the values."""
-        return [
-            f"proxy.training.{key} must be above 0, not {getattr(self, key)}"
-            for key in ("train_iters", "batch_size", "lr", "clip_grad")
-            if getattr(self, key) <= 0
-        ]
+from megatron_kd.selection.prediction_config import ProxyTrainingConfig
 
 
 class DifferenceProxy(torch.nn.Module):
@@ -51,6 +30,9 @@ class DifferenceProxy(torch.nn.Module):
         decoder: a whole model (no tensor or pipeline parallelism).
         mean, std: of r over the training chunks; predictions are in nats per token.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, decoder: HiddenStateGPTModel, mean: float, std: float) -> None:
         super().__init__()
@@ -66,14 +48,14 @@ class DifferenceProxy(torch.nn.Module):
                 module.gradient_accumulation_fusion = False
 
     def standardised(self, batch: Batch) -> Tensor:
-        """(r − mean) / std of each row, fp32 [b]."""
+        """Return (r − mean) / std of each row, fp32 [b]."""
         hidden = self.decoder(batch.tokens, batch.position_ids, None)
         mask = batch.loss_mask.transpose(0, 1).unsqueeze(-1)
         pooled = (hidden.float() * mask).sum(0) / mask.sum(0).clamp_min(1.0)
         return self.head(pooled).squeeze(-1)
 
     def forward(self, batch: Batch) -> Tensor:
-        """r of each row, nats per token, fp32 [b]; NaN where no position counts."""
+        """Return r of each row, nats per token, fp32 [b]; NaN where no position counts."""
         predicted = self.standardised(batch) * self.std + self.mean
         return torch.where(batch.loss_mask.sum(1) > 0, predicted, torch.nan)
 
@@ -88,12 +70,12 @@ def train_proxy(
     device: torch.device,
     on_step: Callable[[float], object] | None = None,
 ) -> None:
-    """Fit the proxy to r by least squares on its standardised value. Collective over ``groups.dp``.
+    """Fit the proxy to r by least squares on the standardised value. Collective over ``groups.dp``.
 
     Args:
         chunks: indices of the training chunks, ``[n]``.
         targets: their r, float32 ``[n]``, none of them NaN.
-        on_step: told the mean squared error of each batch.
+        on_step: called with the mean squared error of each batch.
     """
     adam = torch.optim.AdamW(proxy.parameters(), lr=config.lr, betas=(0.9, 0.98), eps=1e-6,
                              weight_decay=config.weight_decay)  # fmt: skip
@@ -128,10 +110,10 @@ def ranking_quality(
     micro_batch_size: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """How well a proxy ranks chunks that it has not seen: correlations, and the share of the better half it finds.
+    """Measure how well a proxy ranks unseen chunks: correlations, and the share of the better half that it finds.
 
     Args:
-        chunks: their indices, ``[n]``.
+        chunks: indices of the chunks, ``[n]``.
         actual: their measured r, float32 ``[n]``.
     """
     predicted = np.concatenate([
@@ -154,20 +136,20 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def read_batch(dataset: ChunkDataset, indices: np.ndarray) -> Batch:
-    """Chunks as a batch as wide as the longest."""
+    """Read chunks as a batch that is as wide as the longest."""
     longest = max(int(dataset.lengths[index]) for index in indices.tolist())
     return make_batch(dataset, indices, max(1, longest - 1))
 
 
 def _order(count: int, config: ProxyTrainingConfig) -> np.ndarray:
-    """Training rows in order: one random permutation after another."""
+    """Return the training rows in order: one random permutation after another."""
     needed = config.train_iters * config.batch_size
     generator = np.random.default_rng(config.seed)
     return np.concatenate([generator.permutation(count) for _ in range(math.ceil(needed / count))])[:needed]
 
 
 def _schedule(step: int, config: ProxyTrainingConfig) -> float:
-    """Linear warm-up, then a cosine to a tenth."""
+    """Return the share of the learning rate at a step: a linear warm-up, then a cosine to a tenth."""
     if step < config.warmup_iters:
         return (step + 1) / config.warmup_iters
     progress = (step - config.warmup_iters) / max(1, config.train_iters - config.warmup_iters)

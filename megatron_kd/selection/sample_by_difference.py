@@ -1,4 +1,5 @@
-"""Difference sampling (MiniPLM, arXiv 2410.17215): keep the chunks that a large model finds easier than a small one.
+"""``sample_by_difference`` (MiniPLM, arXiv 2410.17215): keep the chunks where the teacher's loss is lowest relative to
+the reference model's.
 
     python tools/sample_by_difference.py data.path=… teacher_scores=… reference_scores=… ratio=0.5 output=…
 
@@ -33,9 +34,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SampledDataConfig:
-    """``data.*`` keys of ``sample_by_difference``: ``path``, the chunk dataset to sample from."""
+    """The ``data.*`` keys of sampling."""
 
     path: str
+    """The chunk dataset to sample from."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,19 @@ class SampleByDifferenceConfig:
     teacher_scores: str | None = None
     reference_scores: str | None = None
     predicted_difference: str | None = None
-    """In the place of the two: what ``predict_difference`` wrote."""
+    """Instead of the two: what ``predict_difference`` wrote."""
     ratio: float | None = None
-    """Share of the chunks; 0.5 if neither of the next two is given."""
+    """Share of the chunks to keep; 0.5 if neither of the next two is given."""
     token_budget: int | None = None
-    """At most this many ids."""
+    """Keep at most this many ids."""
     threshold: float | None = None
-    """Every chunk with at least this r, nats per token."""
+    """Keep every chunk with at least this r, nats per token."""
     stratify_by_domain: bool = False
-    """Keep the ratio, or its share of the budget, of each domain by itself."""
+    """Apply the ratio, or the share of the budget, to each domain separately."""
     examples: int = 3
-    """Decoded chunks from the top, the middle and the bottom in the report."""
+    """Decoded chunks from each of the top, the middle and the bottom of r in the report."""
     force: bool = False
-    """Use a reference model that was trained on chunks of this dataset."""
+    """Accept a reference model that was trained on chunks of this dataset."""
 
     def validate(self) -> Iterator[str]:
         """Yield one message for each fault in the values."""
@@ -80,7 +82,7 @@ class SampleByDifferenceConfig:
 
 
 def run(config: SampleByDifferenceConfig) -> str:
-    """Make the sampled dataset; returns its path.
+    """Make the sampled dataset and return its path.
 
     Raises:
         DataError: the dataset or a score file is missing or damaged; they do not match; nothing would be kept; the
@@ -91,11 +93,13 @@ def run(config: SampleByDifferenceConfig) -> str:
     recipe = _recipe(config, dataset, differences)
     if already_made(config.output, KIND, recipe):
         ChunkDataset.open(config.output)
-        logger.info(f"{config.output}: already made from these scores with these settings, nothing to do")
+        logger.info(f"{config.output}: already made from these scores with these settings")
         return config.output
     kept = np.flatnonzero(_select(config, dataset, differences))
     if not len(kept):
-        raise DataError(f"{config.data.path}: {_rule(config)} of {dataset.num_chunks} chunks keeps none; raise it")
+        raise DataError(
+            f"{config.data.path}: {_rule(config)} keeps none of {dataset.num_chunks} chunks; choose one that keeps more"
+        )
     facts = {**_rule_facts(config), **selection_facts(dataset, differences, kept)}
     with (
         building(config.output) as folder,
@@ -128,10 +132,12 @@ def _open_differences(config: SampleByDifferenceConfig, dataset: ChunkDataset) -
 
 
 def _select(config: SampleByDifferenceConfig, dataset: ChunkDataset, differences: Differences) -> np.ndarray:
-    """Which chunks are kept, bool ``[num_chunks]``."""
+    """Return which chunks are kept, bool ``[num_chunks]``."""
     domains = dataset.domains if config.stratify_by_domain else None
     if config.stratify_by_domain and domains is None:
-        raise DataError(f"{dataset.path}: its chunks name no domain; tokenise it with domain_field, or do not stratify")
+        raise DataError(
+            f"{dataset.path}: its chunks name no domain; tokenise it with domain_field, or set stratify_by_domain=false"
+        )
     candidates = Candidates(
         dataset.num_chunks,
         differences.block,
@@ -145,7 +151,7 @@ def _select(config: SampleByDifferenceConfig, dataset: ChunkDataset, differences
 
 
 def _budgets(config: SampleByDifferenceConfig, candidates: Candidates, num_tokens: int) -> list[int]:
-    """Chunks, or ids, that each group may keep: floor of its share."""
+    """Return how many chunks, or ids, each group may keep: the floor of its share."""
     sizes = np.zeros(candidates.num_groups, dtype=np.float64)
     for start, stop in candidates.blocks():
         groups = np.zeros(stop - start, np.int64) if candidates.groups is None else candidates.groups(start, stop)

@@ -1,4 +1,4 @@
-"""What a selection kept: figures, histogram and cumulative curve, shares by domain, and decoded examples.
+"""The report on a selection: figures, histogram and cumulative curve of r, shares by domain, and decoded examples.
 
 The table of examples is the paper's: chunks from the top, the middle and the bottom of r with −log p, −log p_ref and r.
 Everything is read in blocks, so memory does not grow with the corpus.
@@ -22,7 +22,7 @@ PLACES = ("top", "middle", "bottom")
 
 
 def selection_facts(dataset: ChunkDataset, differences: Differences, kept: np.ndarray) -> dict[str, Any]:
-    """Numbers of a selection, for ``selection.json``; r in nats per token."""
+    """Return the figures of a selection, for ``selection.json``; r in nats per token."""
     count = negative = 0
     total = kept_total = 0.0
     threshold = float("inf")
@@ -45,16 +45,22 @@ def selection_facts(dataset: ChunkDataset, differences: Differences, kept: np.nd
         "mean_kept": kept_total / max(len(kept), 1),
     }
     if dataset.domains is not None:
-        facts["domains"] = domain_shares(dataset, differences, kept)
+        facts["domains"] = domain_shares(dataset.domain_names, dataset.domains, differences, kept)
     return facts
 
 
-def domain_shares(dataset: ChunkDataset, differences: Differences, kept: np.ndarray) -> list[dict[str, Any]]:
-    """Per domain: chunks, kept, the share kept, and the mean r."""
-    names = dataset.domain_names
+def domain_shares(
+    names: list[str], domains: np.ndarray, differences: Differences, kept: np.ndarray
+) -> list[dict[str, Any]]:
+    """Return for each domain its chunks, those kept, the share kept, and the mean r.
+
+    Args:
+        names: of the domains.
+        domains: the domain of each chunk, a number in ``names``, ``[num_chunks]``.
+    """
     counts, chosen, scored, sums = np.zeros((4, len(names)))
-    for start, stop in _blocks(dataset.num_chunks):
-        labels = np.asarray(dataset.domains[start:stop], dtype=np.int64)
+    for start, stop in _blocks(len(domains)):
+        labels = np.asarray(domains[start:stop], dtype=np.int64)
         values = differences.block(start, stop)
         finite = ~np.isnan(values)
         counts += np.bincount(labels, minlength=len(names))
@@ -71,13 +77,16 @@ def domain_shares(dataset: ChunkDataset, differences: Differences, kept: np.ndar
 def report_files(
     dataset: ChunkDataset, differences: Differences, kept: np.ndarray, facts: dict[str, Any], examples: int
 ) -> Iterator[tuple[str, bytes]]:
-    """``selection.png`` and ``selection.md``."""
+    """Yield name and contents of ``selection.png`` and ``selection.md``."""
     yield "selection.png", _plot(differences, dataset.num_chunks, kept, facts)
     yield "selection.md", _markdown(dataset, differences, kept, facts, examples).encode()
 
 
 def example_chunks(differences: Differences, num_chunks: int, each: int) -> dict[str, list[int]]:
-    """Chunks with the largest r, those nearest to the median, and those with the smallest; ties to the lower index."""
+    """Return the chunks with the largest r, those nearest to the median, and those with the smallest.
+
+    Ties go to the lower index.
+    """
     sample = _sample(differences, num_chunks)
     middle = float(np.median(sample)) if len(sample) else 0.0
     ranks = {
@@ -198,12 +207,12 @@ def _blocks(count: int) -> Iterator[tuple[int, int]]:
 
 
 def _inside(kept: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """The kept chunks of an interval, counted from its start."""
+    """Return the kept chunks of an interval, counted from its start."""
     return kept[np.searchsorted(kept, start) : np.searchsorted(kept, stop)] - start
 
 
 def _sample(differences: Differences, num_chunks: int) -> np.ndarray:
-    """About ``SAMPLE`` evenly spaced values that are not NaN."""
+    """Return about ``SAMPLE`` evenly spaced values that are not NaN."""
     step = max(1, num_chunks // SAMPLE)
     parts = [differences.block(start, stop)[-start % step :: step] for start, stop in _blocks(num_chunks)]
     values = np.concatenate(parts) if parts else np.zeros(0, np.float32)
@@ -211,7 +220,7 @@ def _sample(differences: Differences, num_chunks: int) -> np.ndarray:
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:
-    """What holds all but the outermost 0.1% on each side."""
+    """Return an interval that holds all but the outermost 0.1% on each side."""
     low, high = np.quantile(values, [0.001, 0.999]) if len(values) else (0.0, 1.0)
     margin = max(0.05 * (high - low), 1e-3)
     return float(low - margin), float(high + margin)
@@ -220,7 +229,7 @@ def _range(values: np.ndarray) -> tuple[float, float]:
 def _histograms(
     differences: Differences, num_chunks: int, kept: np.ndarray, edges: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Counts per bin of all and of the kept chunks; values outside the edges in the outermost bins, NaN left out."""
+    """Count all and the kept chunks per bin; values beyond the edges go to the outermost bins, NaN to none."""
     bins = len(edges) - 1
     everything, chosen = np.zeros((2, bins), dtype=np.int64)
     for start, stop in _blocks(num_chunks):

@@ -1,9 +1,11 @@
-"""A random part of a chunk dataset, and the rest: a reference split by chunk, or the chunks that a proxy learns from.
+"""``split_dataset``: a random part of a chunk dataset, and the rest.
+
+The part is a reference split by chunk, or the chunks that a proxy learns from.
 
     python tools/split_dataset.py data.path=CORPUS fraction=0.05 output=REFERENCE rest_output=REST role=reference
 
-Which chunks are drawn is a function of the seed and the chunk's id in the root; both parts keep root ids, so they are
-disjoint for every tool that compares them, and scores of the whole serve them.
+Which chunks are drawn depends on the seed and the chunks' ids in the root alone; both parts keep the root ids, so they
+are disjoint for every tool that compares them, and scores of the whole serve them.
 """
 
 import logging
@@ -27,9 +29,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SplitDataConfig:
-    """``data.*`` keys of ``split_dataset``: ``path``, the chunk dataset to split."""
+    """The ``data.*`` keys of splitting."""
 
     path: str
+    """The chunk dataset to split."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class SplitDatasetConfig:
     output: str
     rest_output: str | None = None
     role: str = "sample"
-    """``reference`` marks the drawn part as what a reference model is trained on and must not be scored with."""
+    """``reference`` marks the drawn part as training data of a reference model, which must not score it."""
     seed: int = 0
 
     def validate(self) -> Iterator[str]:
@@ -54,7 +57,7 @@ class SplitDatasetConfig:
 
 
 def run(config: SplitDatasetConfig) -> str:
-    """Write the drawn part and, if asked for, the rest; returns the path of the former.
+    """Write the drawn part and, if it has an output, the rest; return the path of the former.
 
     Raises:
         DataError: the dataset is missing or damaged; a part would be empty; an output exists and is something else.
@@ -62,7 +65,9 @@ def run(config: SplitDatasetConfig) -> str:
     dataset = ChunkDataset.open(config.data.path)
     drawn = draw_chunks(dataset, config.fraction, config.seed)
     if not drawn.any() or drawn.all():
-        raise DataError(f"{config.data.path}: fraction {config.fraction} of {len(dataset)} chunks leaves a part empty")
+        raise DataError(
+            f"{config.data.path}: fraction {config.fraction} of {len(dataset)} chunks leaves a part empty; change it"
+        )
     parts = [(config.output, config.role, np.flatnonzero(drawn))]
     if config.rest_output is not None:
         parts.append((config.rest_output, "train", np.flatnonzero(~drawn)))
@@ -72,7 +77,7 @@ def run(config: SplitDatasetConfig) -> str:
 
 
 def draw_chunks(dataset: ChunkDataset, fraction: float, seed: int) -> np.ndarray:
-    """Which chunks are drawn, bool ``[num_chunks]``: those with the smallest keys of their root id."""
+    """Return which chunks are drawn, bool ``[num_chunks]``: those whose root ids have the smallest keys."""
     keys = hash64(np.asarray(dataset.chunk_ids).astype(np.uint64) ^ np.uint64(hash_int(seed)))
     count = int(fraction * len(keys))
     drawn = np.zeros(len(keys), dtype=bool)
@@ -87,7 +92,7 @@ def _write(config: SplitDatasetConfig, dataset: ChunkDataset, output: str, role:
     })  # fmt: skip
     if already_made(output, KIND, recipe):
         ChunkDataset.open(output)
-        logger.info(f"{output}: already made from this dataset, nothing to do")
+        logger.info(f"{output}: already made from this dataset")
         return
     per_shard = max(len(shard) for shard in dataset.shards)
     with (

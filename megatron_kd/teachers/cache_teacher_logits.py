@@ -11,7 +11,6 @@ layout and wherever a run resumes, so the bytes are the same.
 
 import logging
 import secrets
-import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +22,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_kd.artefacts.manifest import already_made, recipe_of
 from megatron_kd.artefacts.work_store import WorkStore
@@ -32,6 +30,7 @@ from megatron_kd.config import to_mapping
 from megatron_kd.data.batch import Batch, make_batch
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.errors import CheckpointError
+from megatron_kd.logs import progress_bar
 from megatron_kd.models.architecture import ScoredModelConfig
 from megatron_kd.models.parameters import weights_fingerprint
 from megatron_kd.parallel.coordination import WorkQueue, on_main_rank
@@ -138,16 +137,7 @@ def _fill(
     runtime: Runtime,
 ) -> None:
     """Write the shards that this replica is given."""
-    with tqdm(
-        total=plan.num_chunks,
-        initial=done,
-        desc="cache",
-        unit="chunk",
-        unit_scale=True,
-        disable=not runtime.is_main,
-        file=sys.stderr,
-        mininterval=0.5 if sys.stderr.isatty() else 10.0,
-    ) as bar:
+    with progress_bar(plan.num_chunks, "cache", "chunk", initial=done, shown=runtime.is_main) as bar:
         for number in queue:
             replicas = min(max(1, queue.num_taken()), runtime.world_size // max(1, filler.replica_size))
             first, last = plan.chunk_range(number)

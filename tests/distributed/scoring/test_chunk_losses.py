@@ -94,7 +94,6 @@ def test_the_verbs_agree_with_one_rank(layout, dataset, trained, tmp_path):
 def trained(dataset, tmp_path_factory):
     """The run folder of a few steps."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    train_in_ranks(
-        "TP1 PP1", [f"data.path={dataset.path}", "training.train_iters=4", "training.global_batch_size=8"], folder
-    )
+    keys = ["model.name=qwen_toy_student", "training.train_iters=4", "training.global_batch_size=8"]
+    train_in_ranks("TP1 PP1", [f"data.path={dataset.path}", *keys], folder)
     return folder

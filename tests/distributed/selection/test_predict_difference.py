@@ -23,7 +23,7 @@ def settings(tmp_path_factory):
         values = np.array([2 + share * subset[i].mean() / 300 for i in range(len(subset))])
         values[[i for i in range(len(subset)) if not subset.has_unmasked_position(i)]] = np.nan
         write_score_file(folder / name, values, subset, {"fingerprint": name}, "float32", {"tool": "test"})
-    steps = ["training.train_iters=2", "training.global_batch_size=8"]
+    steps = ["model.name=qwen_toy_student", "training.train_iters=2", "training.global_batch_size=8"]
     train_in_ranks("TP1 PP1", [f"data.path={dataset.path}", *steps], folder / "run")
     return [
         f"data.path={dataset.path}", f"subset.path={subset.path}", f"subset.teacher_scores={folder}/teacher",

@@ -416,3 +416,12 @@ def test_seq_length_bounds_every_chunk(tmp_path: Path, corpus: Path, tokenizer_f
     dataset = ChunkDataset.open(tmp_path / "out")
     assert 2 <= dataset.lengths.min() and dataset.lengths.max() <= 65
     assert len(np.unique(dataset.lengths)) > 10
+
+
+@pytest.mark.parametrize("module", [
+    "data.tokenize_corpus", "data.adopt_dataset", "data.convert_tokenization", "data.blend", "scoring.score_config",
+    "selection.prediction_config", "selection.sample_by_difference", "selection.split_dataset",
+])  # fmt: skip
+def test_the_keys_of_the_corpus_tools_are_read_without_torch(module: str) -> None:
+    code = f"import sys, megatron_kd.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=TOOL.parents[1], check=False).returncode == 0

@@ -106,7 +106,7 @@ def test_a_subset_of_another_corpus_is_refused(keys: dict, tmp_path: Path, corpu
     other = write_chunk_dataset(
         tmp_path / "other", [np.arange(1, 9)] * 30, plain_tokenizer_info(VOCABULARY, 0), SEQ_LENGTH
     )
-    with pytest.raises(DataError, match="draw the subset with split_dataset"):
+    with pytest.raises(DataError, match="draw the subset from that corpus with split_dataset"):
         predict(keys, tmp_path / "r", data={"path": str(other.path)})
 
 

@@ -189,7 +189,7 @@ def test_nan_scores_are_refused(
 
 
 def test_a_ratio_that_keeps_nothing_is_refused(tmp_path: Path, scored: ChunkDataset) -> None:
-    with pytest.raises(DataError, match="ratio 0.01 of 40 chunks keeps none"):
+    with pytest.raises(DataError, match="ratio 0.01 keeps none of 40 chunks"):
         run(config(tmp_path, 0.01))
     for ratio in (0, 1.1, -0.5):
         with pytest.raises(ConfigError, match="ratio must be above 0 and at most 1"):

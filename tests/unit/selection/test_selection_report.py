@@ -1,7 +1,5 @@
 """The report's figures and examples against numpy, on values with ties, NaN and more than one block."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -58,14 +56,7 @@ def test_figures(monkeypatch: pytest.MonkeyPatch, dataset, block: int) -> None:
     assert facts["mean_all"] == pytest.approx(np.nanmean(values)) and facts["mean_kept"] == values[kept].mean()
 
 
-@dataclasses.dataclass(frozen=True)
-class Labelled:
-    num_chunks: int
-    domain_names: list[str]
-    domains: np.ndarray
-
-
 def test_shares_by_domain() -> None:
-    corpus = Labelled(5, ["a", "b", "never"], np.array([0, 1, 0, 1, 1], np.uint16))
-    rows = selection_report.domain_shares(corpus, of(np.array([1, 2, np.nan, 4, 6])), np.array([1, 4]))
+    names, domains = ["a", "b", "never"], np.array([0, 1, 0, 1, 1], np.uint16)
+    rows = selection_report.domain_shares(names, domains, of(np.array([1, 2, np.nan, 4, 6])), np.array([1, 4]))
     assert [tuple(row.values()) for row in rows] == [("a", 2, 0, 0, 1), ("b", 3, 2, 2 / 3, 4), ("never", 0, 0, 0, 0)]

@@ -63,7 +63,7 @@ def test_a_token_budget_is_used_up_from_the_top(tmp_path: Path, corpus: ChunkDat
 def test_a_threshold_keeps_what_reaches_it(tmp_path: Path, corpus: ChunkDataset) -> None:
     out = sample(tmp_path, threshold=1.0)
     assert out.chunk_ids.tolist() == np.flatnonzero(differences() >= 0.999).tolist()
-    with pytest.raises(DataError, match="threshold 100.0, .*keeps none|threshold 100.0 of 60 chunks keeps none"):
+    with pytest.raises(DataError, match="threshold 100.0 keeps none of 60 chunks"):
         sample(tmp_path, threshold=100.0, output=f"{tmp_path}/none")
 
 

@@ -31,9 +31,9 @@ class Placement:
         required: ``teacher.*`` keys that must be given, each with what it is.
         runs_model: its forward passes are part of the run.
         is_sparse: it always gives a few ids per token; otherwise ``teacher.payload`` decides.
-        takes_payload: ``teacher.payload`` may be set.
+        takes_payload: ``teacher.payload`` may be set; a cache ignores it.
         knows_any_text: it can be asked about held-out and generated text too, not only about the chunks of one dataset.
-        generates: it can write text token by token.
+        generates: it can generate text on the student's ranks.
     """
 
     module: str | None = None

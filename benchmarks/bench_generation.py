@@ -94,7 +94,7 @@ def build_sides(case: Case, prompts: np.ndarray) -> tuple[Callable[[], torch.Ten
     from megatron_kd.checkpoints.hf_folder import HFFolder
     from megatron_kd.generation.decoder import Decoder
     from megatron_kd.generation.generate import ModelPolicy, generate
-    from megatron_kd.generation.sampling import SamplingConfig
+    from megatron_kd.generation.generation_config import SamplingConfig
     from megatron_kd.models.gpt import build_model
     from megatron_kd.parallel.groups import create_process_groups
     from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout

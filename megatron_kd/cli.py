@@ -49,11 +49,11 @@ VERBS: dict[str, Verb] = {
     "tokenize_corpus": Verb("data.tokenize_corpus.TokenizeCorpusConfig", "documents to a chunk dataset"),
     "adopt_dataset": Verb("data.adopt_dataset.AdoptDatasetConfig", "existing .bin/.idx files as a chunk dataset"),
     "train": Verb("training.train_config.TrainConfig", "pre-train or distil a model"),
-    "score_corpus": Verb("scoring.score_corpus.ScoreCorpusConfig", "mean NLL of every chunk under a model"),
+    "score_corpus": Verb("scoring.score_config.ScoreCorpusConfig", "mean NLL of every chunk under a model"),
     "sample_by_difference": Verb(
         "selection.sample_by_difference.SampleByDifferenceConfig", "the chunks that the teacher finds easier"
     ),
-    "generate_corpus": Verb("generation.generate_corpus.GenerateCorpusConfig", "generated text as a chunk dataset"),
+    "generate_corpus": Verb("generation.generation_config.GenerateCorpusConfig", "generated text as a chunk dataset"),
     "cache_teacher_logits": Verb(
         "teachers.teacher_config.CacheTeacherLogitsConfig", "the teacher's targets for every chunk, on disk"
     ),
@@ -67,7 +67,7 @@ VERBS: dict[str, Verb] = {
     "plot": Verb("metrics.plot.PlotConfig", "charts of one or several runs", positional="runs"),
     "split_dataset": Verb("selection.split_dataset.SplitDatasetConfig", "a random part of a chunk dataset"),
     "predict_difference": Verb(
-        "selection.predict_difference.PredictDifferenceConfig", "differences predicted by a proxy trained on a part"
+        "selection.prediction_config.PredictDifferenceConfig", "differences predicted by a proxy trained on a part"
     ),
     "convert_tokenization": Verb(
         "data.convert_tokenization.ConvertTokenizationConfig", "a chunk dataset in another tokenizer's ids"

@@ -25,7 +25,7 @@ from megatron_kd.errors import DataError
 from megatron_kd.evaluation.evaluate_config import ExposureConfig
 from megatron_kd.generation.decoder import Decoder
 from megatron_kd.generation.generate import ModelPolicy, generate
-from megatron_kd.generation.sampling import SamplingConfig
+from megatron_kd.generation.generation_config import SamplingConfig
 from megatron_kd.losses.divergences import ForwardKL
 from megatron_kd.losses.fused_linear import linear_distillation_loss
 from megatron_kd.losses.types import DenseKnowledge, DistillationObjective

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_kd.data.random_numbers import uniforms
 from megatron_kd.errors import DataError, LayoutError
 from megatron_kd.generation.decoder import Decoder
-from megatron_kd.generation.sampling import SamplingConfig
+from megatron_kd.generation.generation_config import SamplingConfig
 from megatron_kd.parallel.groups import is_last_stage
 
 

@@ -12,9 +12,8 @@ import functools
 import io
 import logging
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator, Literal
+from typing import Any
 
 import numpy as np
 
@@ -27,60 +26,16 @@ from megatron_kd.costs.flops import forward_flops
 from megatron_kd.data.chunk_dataset import KIND, PROMPT_LENGTHS_NAME, ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
 from megatron_kd.errors import ConfigError, DataError
+from megatron_kd.generation.generation_config import GenerateCorpusConfig
 from megatron_kd.generation.prompted_texts import Part, PromptSource, generate_part
-from megatron_kd.generation.sampling import SamplingConfig
 from megatron_kd.logs import progress_bar
-from megatron_kd.models.architecture import ScoredModelConfig
 from megatron_kd.models.parameters import weights_fingerprint
 from megatron_kd.parallel.coordination import on_main_rank
-from megatron_kd.parallel.layout import ParallelConfig
 from megatron_kd.parallel.runtime import Runtime, distributed_runtime
 
 logger = logging.getLogger(__name__)
 
 TEXTS_PER_PART = 512
-
-
-@dataclass(frozen=True)
-class PromptDataConfig:
-    """The ``data.*`` keys of generation."""
-
-    path: str
-    """A chunk dataset, which gives the prompts and the tokenizer."""
-
-
-@dataclass(frozen=True)
-class GenerateCorpusConfig:
-    """Everything that ``generate_corpus`` reads."""
-
-    data: PromptDataConfig
-    model: ScoredModelConfig
-    output: str
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    prompt: Literal["chunk", "begin"] = "chunk"
-    """``chunk``: prompts from the dataset. ``begin``: every text starts from one id alone, the model's BOS, or the
-    end-of-document id if it has none."""
-    prompt_length: int = 768
-    """First ids of a chunk; a shorter chunk is its own prompt. A dataset with prompts of its own gives those."""
-    response_length: int = 256
-    """The most ids that the model adds."""
-    num_texts: int | None = None
-    """None means one for every chunk; needed with ``prompt: begin``."""
-    stop_at_eos: bool = True
-    """False continues with another document after the end of one, up to the length."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    seed: int = 10
-    micro_batch_size: int = 16
-
-    def validate(self) -> Iterator[str]:
-        """Yield one message for each fault in the values."""
-        yield from self.parallel.context_parallel_faults("text is generated token by token")
-        for name in ("prompt_length", "response_length", "micro_batch_size", "num_texts"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                yield f"'{name}' must be at least 1, not {value}"
-        if self.prompt == "begin" and self.num_texts is None:
-            yield "'prompt' begin needs 'num_texts', the number of texts"
 
 
 class GeneratedParts:

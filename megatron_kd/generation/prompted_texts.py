@@ -11,7 +11,7 @@ from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.random_numbers import sequence_seeds
 from megatron_kd.generation.decoder import Decoder
 from megatron_kd.generation.generate import ModelPolicy, generate
-from megatron_kd.generation.sampling import SamplingConfig
+from megatron_kd.generation.generation_config import SamplingConfig
 from megatron_kd.models.gpt import HiddenStateGPTModel
 from megatron_kd.parallel.groups import is_last_stage, sum_over_group
 

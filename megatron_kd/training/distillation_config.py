@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Iterator, Literal, Mapping, TypeVar
 
 from megatron_kd.errors import ConfigError
-from megatron_kd.generation.sampling import SamplingConfig
+from megatron_kd.generation.generation_config import SamplingConfig
 from megatron_kd.losses.divergence_table import parse_divergence
 from megatron_kd.training.methods.method_table import METHODS
 

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_kd.config import load_config
 from megatron_kd.data.chunk_dataset import ChunkDataset
-from megatron_kd.generation.generate_corpus import GenerateCorpusConfig
+from megatron_kd.generation.generation_config import GenerateCorpusConfig
 from megatron_kd.metrics.tracker import read_metrics
 from megatron_kd.training.train_config import TrainConfig
 from tests.end_to_end.commands import REPOSITORY, run

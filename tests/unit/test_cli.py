@@ -134,3 +134,13 @@ def test_a_tool_runs_from_anywhere(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("\n") == 1 and "did you mean 'path'?" in result.stderr
+
+
+@pytest.mark.parametrize("verb", list(cli.VERBS))
+def test_a_configuration_is_read_without_torch(verb: str) -> None:
+    """A misspelt key is refused at once: what takes seconds to import is imported after the configuration is read."""
+    code = (
+        f"import sys; from megatron_kd.cli import VERBS; VERBS[{verb!r}].load_config_class()\n"
+        "assert not {'torch', 'megatron.core', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

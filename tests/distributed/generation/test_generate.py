@@ -25,7 +25,7 @@ def texts_here(keys):
     from megatron_kd.data.random_numbers import sequence_seeds
     from megatron_kd.generation.decoder import Decoder
     from megatron_kd.generation.generate import MixedPolicy, ModelPolicy, generate
-    from megatron_kd.generation.sampling import SamplingConfig
+    from megatron_kd.generation.generation_config import SamplingConfig
     from megatron_kd.models.gpt import build_model
     from megatron_kd.models.parameters import initialize_weights
     from megatron_kd.parallel.groups import create_process_groups

@@ -14,7 +14,7 @@ from megatron_kd.errors import DataError
 from megatron_kd.generation import decoder as decoding_mode
 from megatron_kd.generation.decoder import Decoder
 from megatron_kd.generation.generate import MixedPolicy, ModelPolicy, choose, generate, sampling_logits
-from megatron_kd.generation.sampling import SamplingConfig
+from megatron_kd.generation.generation_config import SamplingConfig
 from megatron_kd.models.gpt import full_logits
 from megatron_kd.parallel.runtime import distributed_runtime
 from tests.reference.one_rank import TINY, tiny_model

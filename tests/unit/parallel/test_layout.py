@@ -8,7 +8,7 @@ import pytest
 from megatron_kd.config import from_mapping, load_config
 from megatron_kd.errors import ConfigError, LayoutError
 from megatron_kd.evaluation.evaluate_config import EvaluateConfig
-from megatron_kd.generation.generate_corpus import GenerateCorpusConfig
+from megatron_kd.generation.generation_config import GenerateCorpusConfig
 from megatron_kd.parallel.layout import ParallelConfig, ParallelLayout, as_mapping
 from megatron_kd.training.train_config import TrainConfig
 

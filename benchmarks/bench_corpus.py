@@ -1,11 +1,11 @@
-"""The corpus tools' speed and memory, side by side with what they stand beside; one module per question.
+"""Speed and memory of the corpus tools, side by side with alternatives; one module per question.
 
     python benchmarks/bench_corpus.py [--quick] [--only tokenise,select] [--output benchmarks/results/corpus.json]
 
-A record that is there keeps the parts that are not measured now; every part says where and when it was measured.
-Every ``benchmarks/bench_corpus_<name>.py`` is one sub-benchmark: ``measure(quick, folder)`` yields its rows (plain
-mappings) as they are measured, ``describe(row)`` is the line that is printed for one. ``folder`` is empty, on the disk
-of ``--scratch``, and removed afterwards.
+An existing record keeps the parts that are not measured; every part says where and when it was measured. Every
+``benchmarks/bench_corpus_<name>.py`` is one sub-benchmark: ``measure(quick, folder)`` yields its rows (plain mappings)
+as they are measured, ``describe(row)`` returns the line to print for one. ``folder`` is empty, on the disk of
+``--scratch``, and removed afterwards.
 """
 
 import argparse
@@ -25,10 +25,10 @@ PREFIX = "bench_corpus_"
 
 
 def main() -> None:
-    """Run the chosen sub-benchmarks, print and record their figures."""
+    """Run the chosen sub-benchmarks; print and record their figures."""
     names = available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small inputs: minutes become seconds, ratios get rough")
+    parser.add_argument("--quick", action="store_true", help="small inputs: seconds instead of minutes, rougher ratios")
     parser.add_argument("--only", default=",".join(names), help=f"of {', '.join(names)}")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--scratch", type=Path, help="where temporary files go; by default the system's")
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def record(path: Path, measured: dict[str, Any]) -> None:
-    """Put parts into a record, beside or in the place of those that it has."""
+    """Add parts to a record, replacing those of the same name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(path.read_text())["results"] if path.exists() else {}
     results = dict(sorted({**before, **measured}.items()))
@@ -54,12 +54,12 @@ def record(path: Path, measured: dict[str, Any]) -> None:
 
 
 def available() -> list[str]:
-    """Names of the sub-benchmarks that are here."""
+    """Return the names of the sub-benchmarks."""
     return sorted(path.stem.removeprefix(PREFIX) for path in Path(__file__).parent.glob(f"{PREFIX}*.py"))
 
 
 def run_one(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of one sub-benchmark; one that breaks does not stop the others."""
+    """Run one sub-benchmark and return its rows; a failure does not stop the others."""
     module = importlib.import_module(f"benchmarks.{PREFIX}{name}")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=options.scratch, prefix=f"bench-{name}-") as folder:

@@ -31,7 +31,7 @@ LIMIT = 1.25
 
 
 def measure(quick: bool, folder: Path) -> Iterator[dict[str, Any]]:
-    """Rows: keeping every second chunk at random, a tenth, and all; medians over rounds."""
+    """Yield rows for keeping every second chunk at random, a tenth, and all; medians over rounds."""
     dataset = make_corpus(folder / "corpus", 100_000 if quick else 400_000)
     size = sum(path.stat().st_size for path in shards(dataset))
     for ratio in (0.5, 0.1, 1.0):
@@ -45,7 +45,7 @@ def measure(quick: bool, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def describe(row: dict[str, Any]) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     low, high = row["over_cp_range"]
     return (
         f"keep {row['ratio']:.0%} of {row['corpus_bytes'] / 1e9:.2f} GB: ours {row['seconds']:.2f} s, cp of the shards "
@@ -54,7 +54,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def make_corpus(path: Path, count: int) -> ChunkDataset:
-    """Chunks of 960 to 1,025 random ids of Qwen's vocabulary, as sentence-end chunking leaves them."""
+    """Write chunks of 960 to 1,025 random ids of Qwen's vocabulary, as sentence-end chunking makes them."""
     generator = np.random.default_rng(0)
     with (
         building(path) as folder,
@@ -68,7 +68,7 @@ def make_corpus(path: Path, count: int) -> ChunkDataset:
 
 
 def copy_seconds(dataset: ChunkDataset, kept: np.ndarray, folder: Path) -> float:
-    """Ours, from an opened dataset to a whole artefact on the disk."""
+    """Time our copy, from an opened dataset to a whole artefact on the disk."""
     dataset = ChunkDataset.open(dataset.path)  # forgets which blocks are verified
     started = time.perf_counter()
     with building(folder / "ours") as output:
@@ -81,7 +81,7 @@ def copy_seconds(dataset: ChunkDataset, kept: np.ndarray, folder: Path) -> float
 
 
 def cp_seconds(dataset: ChunkDataset, folder: Path) -> float:
-    """``cp`` of the input's shards, copied byte for byte, and a flush of what it wrote."""
+    """Time ``cp`` of the input's shards, and a flush of what it wrote."""
     (folder / "cp").mkdir()
     started = time.perf_counter()
     names = [str(path) for path in shards(dataset)]
@@ -93,5 +93,5 @@ def cp_seconds(dataset: ChunkDataset, folder: Path) -> float:
 
 
 def shards(dataset: ChunkDataset) -> list[Path]:
-    """The corpus's ``.bin`` and ``.idx`` files."""
+    """Return the corpus's ``.bin`` and ``.idx`` files."""
     return [path for shard in dataset.shards for path in (shard.bin_path, shard.index_path)]

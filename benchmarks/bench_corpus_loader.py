@@ -31,7 +31,7 @@ CHUNKS, GLOBAL_BATCH, BATCHES = 100_000_000, 512, 100
 
 
 def measure(quick: bool, folder: Path) -> Iterator[dict[str, Any]]:
-    """One row."""
+    """Yield one row."""
     count = CHUNKS // 100 if quick else CHUNKS
     make_dataset(folder / "chunks", count)
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
@@ -43,7 +43,7 @@ def measure(quick: bool, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def describe(row: dict[str, Any]) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     return (
         f"{row['chunks']:,} chunks: opened in {row['open_seconds']:.1f} s, first batch after "
         f"{row['first_batch_seconds']:.1f} s, a batch anywhere {1000 * row['batch_seconds']:.1f} ms, "
@@ -52,7 +52,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def make_dataset(path: Path, count: int) -> None:
-    """Chunks of two ids, below 256."""
+    """Write chunks of two ids below 256."""
     with (
         building(path) as folder,
         closing(ChunkDatasetWriter(folder, plain_tokenizer_info(256), seq_length=1)) as writer,
@@ -80,11 +80,11 @@ def load(path: Path, pipe: Connection) -> None:
 
 
 def read(dataset: ChunkDataset, schedule: BatchSchedule, step: int) -> None:
-    """A whole global batch."""
+    """Read a whole global batch."""
     for rows in schedule.micro_batches(step, 0, 1, GLOBAL_BATCH):
         make_batch(dataset, rows, dataset.seq_length)
 
 
 def peak_gib() -> float:
-    """Peak resident set of this process."""
+    """Return the peak resident set of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -17,7 +17,7 @@ FACTORS = (1, 4, 16)
 
 
 def measure(quick: bool, folder: Path) -> Iterator[dict[str, Any]]:
-    """A row a tool and size, its cost per unit of input against that of the smallest; draws the chart at the end."""
+    """Yield a row for each tool and size, with its relative cost per unit of input; draw the chart at the end."""
     tokenised: list[dict[str, Any]] = []
     for factor in FACTORS:
         tokenised.append(against_first(tokenise(factor, quick, folder), tokenised))
@@ -36,7 +36,7 @@ def measure(quick: bool, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def tokenise(factor: int, quick: bool, folder: Path) -> dict[str, Any]:
-    """``tokenize_corpus`` once, of ``factor`` times the smallest corpus."""
+    """Run ``tokenize_corpus`` on ``factor`` times the smallest corpus."""
     here = folder / str(factor)
     here.mkdir()
     make_corpus(here, factor * (4 if quick else 24) << 20, 8_000)
@@ -46,13 +46,13 @@ def tokenise(factor: int, quick: bool, folder: Path) -> dict[str, Any]:
 
 
 def against_first(row: dict[str, Any], before: list[dict[str, Any]]) -> dict[str, Any]:
-    """The row with its cost per unit of input over that of the smallest input."""
+    """Return the row with its cost per unit of input over that of the smallest input."""
     first = (before or [row])[0]
     return {**row, "cost_per_unit_against_1x": row["cost"] / row["input"] / (first["cost"] / first["input"])}
 
 
 def describe(row: dict[str, Any]) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     return (
         f"{row['tool']:<9}{row['factor']:>3}x {row['input']:>7.1f} {row['unit']:<15}{row['cost']:>7.2f} s  "
         f"{row['cost_per_unit_against_1x']:.2f} of 1x per unit  {row['peak_memory_mib']:,.0f} MiB"
@@ -60,7 +60,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def draw(tools: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Cost and peak memory of every tool over the factor of its input."""
+    """Draw cost and peak memory of every tool over the factor of its input."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

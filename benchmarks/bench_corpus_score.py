@@ -43,7 +43,7 @@ class Case:
 
     @property
     def architecture(self) -> ModelArchitecture:
-        """Of both sides' models."""
+        """Architecture of both sides' models."""
         return architecture_by_name(self.model).with_vocab_size(self.vocab_size)
 
     def lengths(self) -> np.ndarray:
@@ -60,13 +60,13 @@ CASES = (
 
 
 def measure(quick: bool, folder: Path) -> Iterator[dict[str, Any]]:
-    """A row a case."""
+    """Yield a row for each case."""
     for case in CASES[:1] if quick else CASES:
         yield measure_case(case, 1 if quick else 3, folder)
 
 
 def describe(row: dict[str, Any]) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     return (
         f"{row['case']:<40} ours {row['ours_tokens_per_second']:>7,.0f} tokens/s, {row['ours_peak_gib']:.2f} GiB   "
         f"Hugging Face {row['hf_tokens_per_second']:>7,.0f}, {row['hf_peak_gib']:.2f} GiB: {row['ratio']:.2f} x "
@@ -75,7 +75,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def measure_case(case: Case, rounds: int, folder: Path) -> dict[str, Any]:
-    """Both sides, alternating, after a round to warm up."""
+    """Run both sides in turn, after a warm-up round."""
     tokens = int((case.lengths() - 1).sum())
     rates: dict[str, list[float]] = {"ours": [], "hf": []}
     folder = folder / case.name.replace(" ", "_")
@@ -100,7 +100,7 @@ def measure_case(case: Case, rounds: int, folder: Path) -> dict[str, Any]:
 
 
 class Side:
-    """A process that holds one model and scores the corpus when told."""
+    """A process that holds one model and scores the corpus on request."""
 
     def __init__(self, name: str, case: Case, folder: Path):
         context = multiprocessing.get_context("spawn")
@@ -118,7 +118,7 @@ class Side:
             self._process.kill()
 
     def run(self) -> dict[str, Any]:
-        """Score once: seconds, scores, peak memory so far."""
+        """Score once; return seconds, scores and peak memory so far."""
         self._pipe.send(True)
         return self._pipe.recv()
 
@@ -137,7 +137,7 @@ def serve(name: str, case: Case, folder: Path, pipe: Connection) -> None:
 
 
 def chunks_of(case: Case) -> list[np.ndarray]:
-    """The corpus: random ids, no end of document."""
+    """Return the corpus: random ids without an end of document."""
     generator = np.random.default_rng(2)
     return [generator.integers(1, case.vocab_size, length) for length in case.lengths()]
 
@@ -158,7 +158,7 @@ def make_model(case: Case, folder: Path) -> None:
 
 
 def our_side(case: Case, folder: Path, stack: ExitStack) -> Callable[[], np.ndarray]:
-    """The scorer of ``score_corpus`` on one rank."""
+    """Build the scorer of ``score_corpus`` on one rank."""
     from megatron_kd.checkpoints.hf_folder import HFFolder
     from megatron_kd.models.gpt import build_model
     from megatron_kd.parallel.groups import create_process_groups
@@ -183,7 +183,7 @@ def our_side(case: Case, folder: Path, stack: ExitStack) -> Callable[[], np.ndar
 
 
 def hugging_face_side(case: Case, folder: Path) -> Callable[[], np.ndarray]:
-    """transformers' model over padded batches."""
+    """Build a scorer with transformers' model over padded batches."""
     from transformers import Qwen2ForCausalLM
 
     model = Qwen2ForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()

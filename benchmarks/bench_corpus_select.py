@@ -1,4 +1,4 @@
-"""Difference sampling's decision among 100 million scores, and that its cost grows linearly: 1x, 4x, 16x.
+"""Difference sampling's selection among 100 million scores, and how its cost grows: 1x, 4x, 16x.
 
 Limits: 30 s and 2 GiB for 100 million. Each measurement is a process of its own; the figure of memory is its peak
 resident set, the memory-mapped score files included. Beside it: a stable ``numpy.argsort`` of the same differences.
@@ -23,7 +23,7 @@ LIMIT_SECONDS, LIMIT_GIB = 30.0, 2.0
 
 
 def measure(quick: bool, folder: Path) -> Iterator[dict[str, Any]]:
-    """Rows: ours at 1/16, 1/4 and all of the scores, by count and stratified into 17 domains; argsort at 1/16."""
+    """Yield rows: ours at 1/16, 1/4 and all of the scores, by count and stratified into 17 domains; argsort at 1/16."""
     full = QUICK if quick else FULL
     write_scores(folder, full)
     for count in (full // 16, full // 4, full):
@@ -33,7 +33,7 @@ def measure(quick: bool, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def describe(row: dict[str, Any]) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     return (
         f"{row['what']:<20} {row['scores']:>12,} scores {row['seconds']:7.2f} s  {row['peak_gib']:.2f} GiB, of which "
         f"{row['before_gib']:.2f} before it began"
@@ -41,7 +41,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def write_scores(folder: Path, count: int) -> None:
-    """Two score arrays with many ties, 2% of the chunks without a score, and a domain for each."""
+    """Write two score arrays with many ties, 2% of the chunks without a score, and a domain for each chunk."""
     generator = np.random.default_rng(0)
     files = [open(folder / f"{name}.f32", "wb") for name in ("teacher", "reference")]
     with open(folder / "domains.u16", "wb") as domains:
@@ -58,7 +58,7 @@ def write_scores(folder: Path, count: int) -> None:
 
 
 def in_process(body: Callable[..., int], name: str, folder: Path, count: int, domains: int) -> dict[str, Any]:
-    """Run ``body`` in a fresh process; its time, memory and how many it kept."""
+    """Run ``body`` in a fresh process; return its time, its memory and how many chunks it kept."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=timed, args=(body, folder, count, domains, theirs))
@@ -79,7 +79,7 @@ def timed(body: Callable[..., int], folder: Path, count: int, domains: int, pipe
 
 
 def run_ours(folder: Path, count: int, domains: int) -> int:
-    """What ``sample_by_difference ratio=0.5`` decides with."""
+    """Select as ``sample_by_difference ratio=0.5`` does."""
     teacher, reference = (np.memmap(folder / f"{name}.f32", np.float32, "r") for name in ("teacher", "reference"))
     labels = np.memmap(folder / "domains.u16", np.uint16, "r")
     candidates = Candidates(
@@ -93,12 +93,12 @@ def run_ours(folder: Path, count: int, domains: int) -> int:
 
 
 def run_argsort(folder: Path, count: int, domains: int) -> int:
-    """A stable descending sort."""
+    """Select with a stable descending sort."""
     teacher, reference = (np.memmap(folder / f"{name}.f32", np.float32, "r") for name in ("teacher", "reference"))
     difference = reference[:count] - teacher[:count]
     return len(np.sort(np.argsort(-difference, kind="stable")[: count // 2]))
 
 
 def peak_gib() -> float:
-    """Peak resident set of this process."""
+    """Return the peak resident set of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

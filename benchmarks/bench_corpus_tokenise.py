@@ -37,7 +37,7 @@ OURS: dict[str, dict[str, Any]] = {
 
 
 def measure(quick: bool, folder: Path) -> Iterator[dict[str, Any]]:
-    """One row a side."""
+    """Yield one row for each side."""
     make_corpus(folder, (24 if quick else 1024) << 20, 8_000 if quick else 32_000)
     sides = ["bare", *OURS]
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
@@ -64,7 +64,7 @@ def measure(quick: bool, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def describe(row: dict[str, Any]) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     line = f"{row['side']:<13}{row['megabytes_per_second']:>8.1f} MB/s"
     if "of_bare" in row:
         line += f"{row['of_bare']:>5.0%} of gigatoken alone ({row['cpu_of_bare']:.0%} by CPU time)"
@@ -73,12 +73,12 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def median(values: list[float]) -> float:
-    """The middle value."""
+    """Return the middle value."""
     return sorted(values)[len(values) // 2]
 
 
 def make_corpus(folder: Path, size: int, vocab_size: int) -> None:
-    """``corpus.jsonl``, ``part.jsonl`` (its first 1/20) and ``tokenizer/`` in ``folder``."""
+    """Write ``corpus.jsonl``, ``part.jsonl`` (its first 1/20) and ``tokenizer/`` into ``folder``."""
     from megatron_kd.data.tokenization import train_byte_level_bpe
 
     paths = sysconfig.get_paths()
@@ -132,7 +132,7 @@ def run_side(side: str, folder: Path) -> dict[str, Any]:
 
 
 def bare_side(folder: Path) -> dict[str, Any]:
-    """gigatoken's encoder over the file, to memory."""
+    """Encode the file with gigatoken alone, to memory."""
     import gigatoken
 
     tokenizer = gigatoken.Tokenizer(str(folder / "tokenizer" / "tokenizer.json"))
@@ -143,7 +143,7 @@ def bare_side(folder: Path) -> dict[str, Any]:
 
 
 def our_side(side: str, folder: Path) -> dict[str, Any]:
-    """``tokenize_corpus`` to a dataset, which is removed."""
+    """Run ``tokenize_corpus``, and remove the dataset."""
     import shutil
 
     from megatron_kd.config import from_mapping
@@ -163,12 +163,12 @@ def our_side(side: str, folder: Path) -> dict[str, Any]:
 
 
 def cpu_seconds() -> float:
-    """Of this process and its children that have ended; steadier than wall time where others use the machine too."""
+    """Return the CPU time of this process and its ended children; steadier than wall time on a shared machine."""
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def rate(path: Path, seconds: float) -> dict[str, Any]:
-    """Bytes of the JSONL file over seconds."""
+    """Return the bytes of the JSONL file over seconds."""
     megabytes = path.stat().st_size / 1e6
     return {"megabytes": megabytes, "seconds": seconds, "megabytes_per_second": megabytes / seconds}
 
@@ -200,7 +200,7 @@ def _miniplm_sentence_ends(texts: list[str]) -> set[int]:
 
 
 def miniplm_side(folder: Path) -> dict[str, Any]:
-    """Hugging Face's tokenizer in a pool of 2, one buffer a domain, sentence ends looked for in Python."""
+    """Tokenise with Hugging Face's tokenizer in a pool of 2, one buffer for each domain, sentence ends in Python."""
     import multiprocessing
 
     import numpy as np
@@ -241,7 +241,7 @@ def miniplm_side(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """One side, its figures as JSON on the last line."""
+    """Run one side, and print its figures as JSON on the last line."""
     side, folder = sys.argv[1], Path(sys.argv[2])
     result = (
         bare_side(folder) if side == "bare" else miniplm_side(folder) if side == "miniplm" else our_side(side, folder)

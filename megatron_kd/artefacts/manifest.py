@@ -1,7 +1,7 @@
 """``manifest.json``: what an artefact (dataset, score file, …) is, what made it, and how to tell that it is whole.
 
-The text holds its own SHA-256 (``manifest_sha256``, computed with that value set to zeros) and that of the checksum
-sidecar, so a flipped bit in either is found when the artefact is opened.
+It holds its own SHA-256 (``manifest_sha256``, computed with that value set to zeros) and that of the checksum sidecar.
+A flipped bit in either is found when the artefact is opened.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ def write_manifest(folder: Path, kind: str, body: Mapping[str, Any], checksums: 
 
     Args:
         folder: the artefact under construction.
-        kind: what it is (``chunk_dataset``, ``score_file``, …).
+        kind: of the artefact (``chunk_dataset``, ``score_file``, …).
         body: the rest of the manifest; JSON values.
         checksums: of every other file.
     """
@@ -47,7 +47,7 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> tuple[dict[str
         kind: the kind it must be, or None for any.
 
     Raises:
-        DataError: there is none, it is damaged, of another kind, or of a newer format.
+        DataError: there is no manifest, or it is damaged, of another kind, or of a newer format.
     """
     folder = Path(folder)
     path = folder / MANIFEST_NAME
@@ -61,10 +61,13 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> tuple[dict[str
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{path}: damaged, not a manifest; copy the artefact again or make it again") from None
     if found != stated:
-        raise DataError(f"{path}: damaged: its SHA-256 is {found[:16]}… where {str(stated)[:16]}… was written")
+        raise DataError(
+            f"{path}: damaged: its SHA-256 is {found[:16]}… where {str(stated)[:16]}… was written; copy it again"
+        )
     if manifest.get("format_version", 0) > FORMAT_VERSION:
         raise DataError(
-            f"{path}: format version {manifest['format_version']}, this program reads up to {FORMAT_VERSION}"
+            f"{path}: format version {manifest['format_version']}, but this program reads up to {FORMAT_VERSION}; "
+            "use a newer one"
         )
     if kind is not None and manifest.get("kind") != kind:
         raise DataError(f"{folder}: is {_article(manifest.get('kind'))}, where {_article(kind)} is needed")
@@ -73,18 +76,21 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> tuple[dict[str
     if digest != manifest["checksums_sha256"]:
         raise DataError(
             f"{folder / SIDECAR_NAME}: damaged: its SHA-256 is {digest[:16]}… "
-            f"where {manifest['checksums_sha256'][:16]}… was written"
+            f"where {manifest['checksums_sha256'][:16]}… was written; copy it again"
         )
     return manifest, Checksums.from_json(sidecar, folder / SIDECAR_NAME)
 
 
 def open_artefact(folder: str | Path, kind: str) -> tuple[dict[str, Any], Checksums]:
-    """Manifest and checksums of an artefact whose ``.bin`` files are verified block by block at first touch.
+    """Open an artefact whose ``.bin`` files are verified block by block at first touch.
 
-    Of these only the sizes are compared now; every other file is read and verified.
+    Only the sizes of these are compared now; every other file is read and verified.
+
+    Returns:
+        its manifest and its checksums.
 
     Raises:
-        DataError: it is missing, damaged, or something else.
+        DataError: it is missing, damaged, or of another kind.
     """
     manifest, checksums = read_manifest(folder, kind)
     for name in checksums.files:
@@ -115,18 +121,18 @@ def already_made(output: str | Path, kind: str, recipe: str) -> bool:
 
 
 def recipe_of(parts: Mapping[str, Any]) -> str:
-    """Identity of what an artefact is made from and how: SHA-256, 32 hexadecimal digits, over named JSON values."""
+    """Return the identity of what an artefact is made from and how: 32 digits of a SHA-256 over named JSON values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
 
 
 def fingerprint_of(parts: Mapping[str, Any], checksums: Checksums) -> str:
-    """A content identity: SHA-256, 32 hexadecimal digits, over named values and the checksums of the files."""
+    """Return a content identity: 32 digits of a SHA-256 over named JSON values and the checksums of the files."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False) + checksums.to_json()
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def versions() -> dict[str, str]:
-    """Versions of what takes part in making an artefact, for the record."""
+    """Return the versions of Python and the packages involved in making an artefact."""
     found = {"python": platform.python_version()}
     for package in ("megatron_kd", "numpy", "tokenizers", "transformers", "gigatoken", "torch", "megatron-core"):
         try:
@@ -148,7 +154,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
-        raise DataError(f"{path}: missing; this folder is not a whole artefact") from None
+        raise DataError(f"{path}: missing; this folder is not a whole artefact, copy or make it again") from None
     except UnicodeDecodeError:
         raise DataError(f"{path}: damaged, not UTF-8; copy the artefact again or make it again") from None
 

@@ -66,10 +66,10 @@ class WorkStore:
         self.close()
 
     def claim(self, shared: bool = False) -> None:
-        """Make the folder, or take over what an earlier run of the same recipe left; hold it until :meth:`close`.
+        """Create the folder, or take over what an earlier run of the same recipe left; hold it until :meth:`close`.
 
         Args:
-            shared: let other runs of the same recipe hold it at the same time; parts may be shared, journals may not.
+            shared: let other runs of the same recipe hold it at the same time; for parts only, not for journals.
 
         Raises:
             DataError: it holds work of another recipe (names the differences), another run holds it, or it cannot be
@@ -96,12 +96,12 @@ class WorkStore:
             self._lock = None
 
     def remove(self) -> None:
-        """Remove the claimed folder and everything in it: the output is there, or nothing is worth keeping."""
+        """Remove the claimed folder with everything in it: the output is whole, or nothing is worth keeping."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
 
     def remove_leftovers(self) -> None:
-        """Remove the unclaimed folder of a run of this recipe that was killed after its output was whole."""
+        """Remove the folder of a run of this recipe that was killed after its output was whole."""
         if self._written_recipe() == self.recipe:
             self.claim()
             self.remove()
@@ -122,11 +122,11 @@ class WorkStore:
         self.close()
 
     def path_of(self, name: str) -> Path:
-        """The file of a part."""
+        """Return the file of a part."""
         return _part_path(self.folder, name)
 
     def new_part(self) -> "PartFile":
-        """A part to write in pieces."""
+        """Return a part to write in pieces."""
         return PartFile(self.folder, self._digest)
 
     def write(self, name: str, payload: bytes | np.ndarray) -> None:
@@ -161,7 +161,7 @@ class WorkStore:
         return payload
 
     def is_whole(self, name: str) -> bool:
-        """Whether a part is there and sound; one that is not is removed, to be made again, and a line says so."""
+        """Whether a part is there and sound; a damaged one is removed, to be made again, and a line says so."""
         path = self.path_of(name)
         if not path.is_file():
             return False
@@ -174,7 +174,7 @@ class WorkStore:
         return True
 
     def append(self, name: str, payload: bytes | np.ndarray) -> None:
-        """Append a record to this process's journal; what is there when the process is killed stays."""
+        """Append a record to this process's journal, where it survives a kill."""
         if self._journal is None:
             self._journal = open(self.folder / f"{os.getpid()}-{secrets.token_hex(4)}.journal", "xb")
         view = as_bytes(payload)
@@ -214,7 +214,7 @@ class WorkStore:
         os.rename(temporary, path)
 
     def _written_recipe(self) -> dict[str, Any] | None:
-        """The recipe of what is in the folder; None where there is none, or it is not as it was written."""
+        """Return the recipe of what is in the folder; None if it is missing or not as it was written."""
         try:
             body = json.loads((self.folder / RECIPE_NAME).read_bytes())
             return body["recipe"] if recipe_of(body["recipe"]) == body["digest"] else None
@@ -237,7 +237,7 @@ class WorkStore:
         return sorted(self.folder.glob("*.journal"))
 
     def _cut_journals(self) -> None:
-        """Cut off what follows the last whole record of each journal: a kill left it, or damage."""
+        """Cut off what follows the last whole record of each journal: what a kill cut short, or damage."""
         for path in self._journals():
             end = max((end for _, _, end in self._records_of(path)), default=0)
             if end < path.stat().st_size:
@@ -245,7 +245,7 @@ class WorkStore:
                 os.truncate(path, end)
 
     def _records_of(self, path: Path) -> Iterator[tuple[str, np.ndarray, int]]:
-        """(name, payload, first byte after it) of a journal's records, up to the first that is not whole."""
+        """Yield (name, payload, first byte after it) of a journal's records, up to the first that is not whole."""
         size = path.stat().st_size
         data = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray) if size else np.zeros(0, np.uint8)
         end = 0
@@ -298,12 +298,12 @@ class PartFile:
 
 
 def _temporary(path: Path) -> Path:
-    """A name for a file under construction that no other process uses."""
+    """Return a name for a file under construction that no other process uses."""
     return path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def _recipe_digest(path: Path) -> bytes | None:
-    """The digest in the first header of a file; None where there is no header."""
+    """Return the recipe's digest in the first header of a file; None if it does not begin with one."""
     with open(path, "rb") as file:
         header = file.read(_HEADER.size)
     return _HEADER.unpack(header)[2] if len(header) == _HEADER.size and header.startswith(_MAGIC) else None

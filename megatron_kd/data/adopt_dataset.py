@@ -154,7 +154,7 @@ class _Source:
 
 
 def _share_with_eos(sources: Sequence[_Source], eos_id: int, sequences: str) -> float:
-    """Return the share, among up to 1,000 sequences a file, of documents that end with eos or chunks that hold one."""
+    """Return the share of documents that end with eos, or of chunks that hold it, among up to 1,000 of each file."""
     found = total = 0
     for source in sources:
         for number in np.unique(np.linspace(0, len(source.index) - 1, _EOS_SAMPLE).astype(np.int64)).tolist():

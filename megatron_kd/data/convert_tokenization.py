@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ BLOCK_CHUNKS = 512
 
 @dataclass(frozen=True)
 class ConvertedDataConfig:
-    """``data.*`` keys of ``convert_tokenization``: ``path``, the chunk dataset to convert."""
+    """The ``data.*`` keys of converting."""
 
     path: str
+    """The chunk dataset to convert."""
 
 
 @dataclass(frozen=True)
@@ -133,13 +135,6 @@ def run(config: ConvertTokenizationConfig) -> str:
     return config.output
 
 
-def source_chunk_ids(dataset: ChunkDataset) -> np.ndarray | None:
-    """Return the id of each chunk in the root of the dataset it was converted from, int64; None if it was not."""
-    if SOURCE_IDS_NAME not in dataset.checksums.files:
-        return None
-    return np.load(dataset.path / SOURCE_IDS_NAME, mmap_mode="r")[dataset.chunk_ids]
-
-
 def _tokenizers(config: ConvertTokenizationConfig, dataset: ChunkDataset) -> tuple[LoadedTokenizer, LoadedTokenizer]:
     if not dataset.tokenizer_path.is_dir():
         raise DataError(f"{dataset.path}: has no tokenizer folder, so its ids cannot be decoded; convert one that has")
@@ -178,39 +173,41 @@ def _convert(config: ConvertTokenizationConfig, dataset: ChunkDataset, seq_lengt
     return num_cut
 
 
+class _BlockConverter:
+    """Reads and converts intervals of a dataset's chunks; one in each process."""
+
+    def __init__(self, path: str, tokenizer: str, eos_token: str | None, length: int, prepend_bos: bool) -> None:
+        self._dataset = ChunkDataset.open(path)
+        old, new = load_tokenizer(self._dataset.tokenizer_path), load_tokenizer(tokenizer, eos_token)
+        self._convert = ChunkConverter(old, new, length, prepend_bos)
+
+    def __call__(self, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, int]:
+        chunks, num_cut = self._convert([self._dataset[index] for index in range(*block)])
+        return np.concatenate(chunks), np.array([len(chunk) for chunk in chunks], dtype=np.int64), num_cut
+
+
+_converter_of = lru_cache(maxsize=1)(_BlockConverter)
+
+
+def _convert_block(settings: tuple[Any, ...], block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, int]:
+    return _converter_of(*settings)(block)
+
+
 def _in_order(
     settings: tuple[Any, ...], blocks: list[tuple[int, int]], workers: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Yield converted blocks in order, a few per worker ahead at most."""
     if workers <= 1:
-        _start_worker(*settings)
-        yield from map(_convert_block, blocks)
+        yield from map(_BlockConverter(*settings), blocks)
         return
-    with worker_pool(workers, _start_worker, *settings) as pool:
+    with worker_pool(workers) as pool:
         waiting = []
         for block in blocks:
-            waiting.append(pool.submit(_convert_block, block))
+            waiting.append(pool.submit(_convert_block, settings, block))
             if len(waiting) > 3 * workers:
                 yield waiting.pop(0).result()
         for future in waiting:
             yield future.result()
-
-
-_worker: dict[str, Any] = {}
-
-
-def _start_worker(path: str, tokenizer: str, eos_token: str | None, length: int, prepend_bos: bool) -> None:
-    """Open what every block of this process shares."""
-    dataset = ChunkDataset.open(path)
-    new = load_tokenizer(tokenizer, eos_token)
-    _worker["dataset"] = dataset
-    _worker["convert"] = ChunkConverter(load_tokenizer(dataset.tokenizer_path), new, length, prepend_bos)
-
-
-def _convert_block(block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, int]:
-    dataset = _worker["dataset"]
-    chunks, num_cut = _worker["convert"]([dataset[index] for index in range(*block)])
-    return np.concatenate(chunks), np.array([len(chunk) for chunk in chunks], dtype=np.int64), num_cut
 
 
 def _split_at(chunk: np.ndarray, eos_id: int) -> list[np.ndarray]:

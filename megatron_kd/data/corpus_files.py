@@ -116,7 +116,7 @@ def expand_inputs(patterns: Sequence[str]) -> list[str]:
             if os.path.isdir(match):
                 raise DataError(f"{match}: is a folder; give its files, for example '{match}/*.jsonl'")
             if not os.access(match, os.R_OK):
-                raise DataError(f"{match}: cannot be read (permission)")
+                raise DataError(f"{match}: cannot be read (permission); change its mode")
             files[match] = None
     return list(files)
 

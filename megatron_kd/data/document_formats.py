@@ -191,7 +191,9 @@ def _parquet_blocks(path: str, form: DocumentFormat, block_bytes: int) -> Iterat
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             known = {column.path for column in (file.schema.column(i) for i in range(len(file.schema)))}
             if missing := [field for field in fields if field not in known]:
-                raise DataError(f"{path}: no column '{missing[0]}' (columns: {', '.join(sorted(known)[:8])})")
+                raise DataError(
+                    f"{path}: no column '{missing[0]}' (columns: {', '.join(sorted(known)[:8])}); change the field keys"
+                )
             group_bytes = [
                 sum(group.column(i).total_compressed_size for i in range(group.num_columns))
                 for group in (file.metadata.row_group(i) for i in range(file.num_row_groups))

@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 
 def cpu_count() -> int:
@@ -16,17 +16,14 @@ def cpu_count() -> int:
     return os.cpu_count() or 1
 
 
-def worker_pool(workers: int, start: Callable[..., None] | None = None, *arguments: Any) -> ProcessPoolExecutor:
-    """Return a pool of ``workers`` spawned processes of one thread each; each first calls ``start(*arguments)``.
-
-    The processes end when their parent does, however it ended.
-    """
+def worker_pool(workers: int) -> ProcessPoolExecutor:
+    """Return a pool of ``workers`` spawned processes of one thread each, which end when their parent does."""
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(start, arguments))
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
 
 
-def _begin(start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    """Prepare a worker, which would wait for work for ever if its parent was killed: it watches it, and ends."""
+def _begin() -> None:
+    """Prepare a worker; it ends with its parent, since it would wait for work for ever if that was killed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = "1"
     parent = multiprocessing.parent_process()
@@ -37,8 +34,6 @@ def _begin(start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> Non
             os._exit(1)
 
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()
-    if start is not None:
-        start(*arguments)
 
 
 ItemT = TypeVar("ItemT")

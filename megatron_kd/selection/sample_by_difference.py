@@ -1,5 +1,5 @@
-"""``sample_by_difference`` (MiniPLM, arXiv 2410.17215): keep the chunks where the teacher's loss is lowest relative to
-the reference model's.
+"""``sample_by_difference``: keep the chunks that the teacher predicts well and the reference model does not (MiniPLM,
+arXiv 2410.17215).
 
     python tools/sample_by_difference.py data.path=… teacher_scores=… reference_scores=… ratio=0.5 output=…
 

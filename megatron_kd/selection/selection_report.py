@@ -147,7 +147,7 @@ def _example(differences: Differences, kept: np.ndarray, place: str, index: int,
 
 
 def _decoder(dataset: ChunkDataset) -> Callable[[list[int]], str]:
-    """Ids to text, shortened; to the first ids where the dataset carries no tokenizer."""
+    """Return ids → shortened text; → the first ids if the dataset has no tokenizer."""
     from megatron_kd.data.tokenization import load_tokenizer
 
     try:

@@ -65,7 +65,7 @@ def test_another_kind_or_a_newer_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         read_manifest(tmp_path / "b", "chunk_dataset")
     newer = write(tmp_path / "c", format_version=99)
-    with pytest.raises(DataError, match="format version 99, this program reads up to 1"):
+    with pytest.raises(DataError, match="format version 99, but this program reads up to 1; use a newer one"):
         read_manifest(newer)
 
 

@@ -14,7 +14,7 @@ from megatron_kd.config import from_mapping
 from megatron_kd.data import convert_tokenization
 from megatron_kd.data.chunk_dataset import ChunkDataset
 from megatron_kd.data.chunk_dataset_writer import ChunkDatasetWriter
-from megatron_kd.data.convert_tokenization import ConvertTokenizationConfig, run, source_chunk_ids
+from megatron_kd.data.convert_tokenization import SOURCE_IDS_NAME, ConvertTokenizationConfig, run
 from megatron_kd.data.tokenization import LoadedTokenizer, load_tokenizer, train_byte_level_bpe
 from megatron_kd.errors import DataError
 from megatron_kd.scoring.score_file import write_score_file
@@ -114,7 +114,7 @@ def test_identity_maps_back_and_scores_of_old_ids_do_not_serve(
             writer.add(root[index], root.lengths[index : index + 1])
         writer.finish({"tool": "test"}, (), root.root_fingerprint, kept)
     out = convert(ChunkDataset.open(tmp_path / "selected"), other_tokenizer, tmp_path / "out")
-    assert source_chunk_ids(out).tolist() == kept.tolist() and source_chunk_ids(root) is None
+    assert np.load(out.path / SOURCE_IDS_NAME).tolist() == kept.tolist()
     assert out.manifest["producer"]["source_root_fingerprint"] == root.fingerprint
     assert out.is_root and out.root_fingerprint == out.fingerprint != root.fingerprint
     assert out.manifest["parents"][0]["path"].endswith("selected")

@@ -75,17 +75,17 @@ def write_cache(dataset, teacher, name, layout, output, *more):
 def train_in_memory(settings, teacher, codec, sparse_target):
     """``train`` on one rank with the teacher of ``tests/reference/sparse_teacher.py``."""
     from megatron_kd.teachers.teacher_config import TeacherConfig
-    from megatron_kd.training import train as run
+    from megatron_kd.training import train
     from tests.reference.sparse_teacher import load_in_memory
 
-    built, run.build_teacher = run.build_teacher, lambda config, architecture, data, layout, groups, runtime: (
-        load_in_memory(teacher, data, codec, sparse_target, runtime)
-    )  # fmt: skip
-    try:
-        with patch.object(TeacherConfig, "gives_sparse_knowledge", True):
-            train_here(settings)
-    finally:
-        run.build_teacher = built
+    def build_teacher(run, groups):
+        return load_in_memory(teacher, run.data, codec, sparse_target, run.runtime)
+
+    with (
+        patch.object(train, "build_teacher", build_teacher),
+        patch.object(TeacherConfig, "gives_sparse_knowledge", True),
+    ):
+        train_here(settings)
 
 
 @pytest.fixture(scope="module")

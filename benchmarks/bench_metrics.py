@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.provenance import provenance  # noqa: E402
 from megatron_kd.metrics.device import MemoryMeter  # noqa: E402
-from megatron_kd.metrics.sinks import MetricsConfig  # noqa: E402
+from megatron_kd.metrics.sinks import MetricsConfig, SinkName  # noqa: E402
 from megatron_kd.metrics.tracker import RunTracker  # noqa: E402
 
 STEP_SECONDS = 0.1
@@ -39,7 +39,7 @@ ROW = {
 }
 
 
-def measure(report_to: tuple[str, ...], rows: int) -> list[float]:
+def measure(report_to: tuple[SinkName, ...], rows: int) -> list[float]:
     """Return the seconds that each row took, sorted."""
     with tempfile.TemporaryDirectory() as folder:
         tracker = RunTracker(Path(folder), rows, 0, True, "bench", MetricsConfig(report_to=report_to))
@@ -59,8 +59,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     rows = 300 if options.quick else 5000
+    trackers: dict[str, tuple[SinkName, ...]] = {"metrics.jsonl and console": (), "and TensorBoard": ("tensorboard",)}
     results = {}
-    for name, report_to in (("metrics.jsonl and console", ()), ("and TensorBoard", ("tensorboard",))):
+    for name, report_to in trackers.items():
         times = measure(report_to, rows)
         results[name] = {
             "median_seconds": times[len(times) // 2],

@@ -14,6 +14,7 @@ committed; :meth:`WorkStore.publish` gives the folder the output's name.
 One run at a time claims the folder; tasks of one job may share it. All ranks of a claimed run may write.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -102,7 +103,9 @@ class WorkStore:
 
     def remove_leftovers(self) -> None:
         """Remove the folder of a run of this recipe that was killed after its output was whole."""
-        if self._written_recipe() == self.recipe:
+        if self._written_recipe() != self.recipe:
+            return
+        with contextlib.suppress(DataError):  # a live run is about to remove it
             self.claim()
             self.remove()
 
@@ -290,10 +293,8 @@ class PartFile:
 
     def abort(self) -> None:
         """Give up and remove what is written."""
-        try:
+        with contextlib.suppress(OSError):  # closing writes what is buffered, and the disk may be full
             self._file.close()
-        except OSError:  # closing writes what is buffered, and the disk may be full
-            pass
         self._path.unlink(missing_ok=True)
 
 

@@ -208,16 +208,26 @@ class UnfinishedCache:
 
     def publish_if_whole(self) -> bool:
         """Give the folder the output's name if a kill struck between the manifest and the rename; return whether."""
-        folder = self._store.folder
-        if not (folder / MANIFEST_NAME).is_file():
+        path = self._store.folder / MANIFEST_NAME
+        if not path.is_file():
             return False
-        manifest, checksums = read_manifest(folder, KIND)
-        if manifest["producer"].get("settings") != self._store.recipe:
+        if not self._is_whole():
+            path.unlink()
             return False
-        for name in checksums.files:
-            checksums.check_size(folder, name)
         self._store.publish()
         return True
+
+    def _is_whole(self) -> bool:
+        """Whether the folder's manifest is one of this work, and describes the files that are there."""
+        folder = self._store.folder
+        try:
+            manifest, checksums = read_manifest(folder, KIND)
+            for name in checksums.files:
+                checksums.check_size(folder, name)
+        except DataError as error:
+            logger.warning(f"{error}; the cache is continued from its commits")
+            return False
+        return manifest["producer"].get("settings") == self._store.recipe
 
     def _written_commits(self) -> dict[int, Commit]:
         found = {number: Commit.read(self._store, number) for number in range(self._num_shards)}

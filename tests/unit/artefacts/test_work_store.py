@@ -210,6 +210,9 @@ def test_removal(tmp_path: Path) -> None:
         assert not list(tmp_path.iterdir())
     claimed(tmp_path).remove()
     assert not list(tmp_path.iterdir())
+    with claimed(tmp_path):
+        WorkStore(tmp_path / "out", RECIPE).remove_leftovers()
+        assert (tmp_path / "out.partial").is_dir()
 
 
 def test_an_artefact_that_grew_in_the_folder_gets_its_name(tmp_path: Path) -> None:

@@ -65,3 +65,21 @@ def test_a_damaged_commit_begins_the_shard_anew(store, capsys):
     path.write_bytes(path.read_bytes()[:-3])
     assert UnfinishedCache(store, 1).commits() == {}
     assert "knowledge-00000.part: damaged part (cut short); it is made again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["none", "manifest", "missing shard", "other settings"])
+def test_a_whole_cache_gets_its_name_and_anything_else_is_continued(tmp_path, damage):
+    cache = write_cache(make_dataset(tmp_path / "data", chunks=10), tmp_path / "made", TopKCodec(4, VOCABULARY))
+    settings = cache.manifest["producer"]["settings"]
+    partial = cache.path.rename(tmp_path / "cache.partial")
+    if damage == "manifest":
+        (partial / "manifest.json").write_text("{}")
+    elif damage == "missing shard":
+        (partial / "knowledge-00000.bin").unlink()
+    elif damage == "other settings":
+        settings = {**settings, "seed": 1}
+    with WorkStore(tmp_path / "cache", settings) as store:
+        store.claim()
+        assert UnfinishedCache(store, 1).publish_if_whole() == (damage == "none")
+    assert (tmp_path / "cache" / "manifest.json").is_file() == (damage == "none")
+    assert partial.exists() == (damage != "none") and not (partial / "manifest.json").exists()

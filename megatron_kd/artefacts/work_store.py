@@ -83,7 +83,7 @@ class WorkStore:
                 if not shared:
                     self._cut_journals()
         except BaseException:
-            if shared or self._record_files():
+            if shared or self._holds_work():
                 self.close()
             else:
                 self.remove()
@@ -150,28 +150,21 @@ class WorkStore:
         """
         path = self.path_of(name)
         try:
-            data = np.fromfile(path, dtype=np.uint8)
+            return self._read(name)
         except FileNotFoundError:
             raise DataError(f"{path}: missing; run the job that makes it again") from None
-        try:
-            found, payload = _unseal(data, 0, self._digest)
-            if found != name:
-                raise ValueError(f"it holds part {found}")
-            if _HEADER.size + len(payload) != len(data):
-                raise ValueError(f"{len(data) - _HEADER.size - len(payload)} bytes too many")
         except ValueError as error:
             raise DataError(f"{path}: damaged part ({error}); remove it and run the job that makes it again") from None
-        return payload
 
     def is_whole(self, name: str) -> bool:
         """Whether a part is there and sound; a damaged one is removed, to be made again, and a line says so."""
-        path = self.path_of(name)
-        if not path.is_file():
-            return False
         try:
-            self.read(name)
-        except DataError as error:
-            logger.warning(f"{str(error).split(';')[0]}; it is made again")
+            self._read(name)
+        except FileNotFoundError:
+            return False
+        except ValueError as error:
+            path = self.path_of(name)
+            logger.warning(f"{path}: damaged part ({error}); it is made again")
             path.unlink(missing_ok=True)
             return False
         return True
@@ -197,6 +190,16 @@ class WorkStore:
             for name, payload, _ in self._records_of(path):
                 yield name, payload
 
+    def _read(self, name: str) -> np.ndarray:
+        """Return the payload of a part; a ValueError says what is wrong with it."""
+        data = np.fromfile(self.path_of(name), dtype=np.uint8)
+        found, payload = _unseal(data, 0, self._digest)
+        if found != name:
+            raise ValueError(f"it holds part {found}")
+        if _HEADER.size + len(payload) != len(data):
+            raise ValueError(f"{len(data) - _HEADER.size - len(payload)} bytes too many")
+        return payload
+
     def _check_recipe(self) -> None:
         found = self._written_recipe()
         if found == self.recipe:
@@ -220,7 +223,8 @@ class WorkStore:
         """Return the recipe of what is in the folder; None if it is missing or not as it was written."""
         try:
             body = json.loads((self.folder / RECIPE_NAME).read_bytes())
-            return body["recipe"] if recipe_of(body["recipe"]) == body["digest"] else None
+            recipe = dict(body["recipe"])
+            return recipe if recipe_of(recipe) == body["digest"] else None
         except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
             return None
 
@@ -232,6 +236,11 @@ class WorkStore:
             for key in sorted({*found, *self.recipe})
             if found.get(key) != self.recipe.get(key)
         )
+
+    def _holds_work(self) -> bool:
+        """Whether the folder has records, or files of an artefact that grows in it."""
+        own = {RECIPE_NAME, LOCK_NAME}
+        return any(path.name not in own and ".tmp-" not in path.name for path in self.folder.iterdir())
 
     def _record_files(self) -> list[Path]:
         return [*self.folder.glob("*.part"), *self._journals()]

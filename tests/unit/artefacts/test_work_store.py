@@ -264,6 +264,11 @@ def test_a_claim_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OSError):
         claimed(tmp_path)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "grown.bin").touch()
+    with pytest.raises(OSError):
+        claimed(tmp_path)
+    assert (tmp_path / "out.partial" / "grown.bin").exists()
 
 
 @pytest.mark.parametrize("moment", ["before the rename", "in the journal"])

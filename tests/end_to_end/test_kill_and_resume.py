@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 
+from megatron_kd.errors import DataError
 from megatron_kd.metrics.tracker import read_metrics
 from tests.end_to_end.commands import SMALL, kill, run, start
 from tests.reference.full_state import load_full_state
@@ -54,7 +55,7 @@ def uninterrupted(dataset, teacher, tmp_path_factory):
 def rows_of(folder):
     try:
         return len(read_metrics(folder))
-    except FileNotFoundError:
+    except DataError:  # not written yet
         return 0
 
 

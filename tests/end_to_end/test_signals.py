@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from megatron_kd.errors import DataError
 from megatron_kd.metrics.tracker import read_metrics
 from tests.end_to_end.commands import SMALL, run, start
 from tests.reference.full_state import load_full_state
@@ -22,7 +23,7 @@ def wait_for_rows(process, folder, rows):
         try:
             if len(read_metrics(folder)) >= rows:
                 return
-        except FileNotFoundError:
+        except DataError:  # not written yet
             pass
         time.sleep(0.01)
     raise AssertionError(process.stderr.read())

@@ -141,7 +141,7 @@ class _FormGradients(torch.autograd.Function):
         return *ctx.call.deliver(gradients, upstream, hidden.shape), None
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Gradients:
     """Gradients that the tiles form: of the hidden states [n, h], the weight and the bias, None where not wanted."""
 
@@ -160,7 +160,7 @@ class _Gradients:
             self.weight.add(logit_gradient, student.hidden[rows])
 
 
-@dataclass(frozen=True)
+@dataclass
 class _LossCall:
     """The arguments of one call.
 
@@ -192,7 +192,7 @@ class _LossCall:
         tokens = full.reshape(-1, full.shape[-1]).to(self.head.weight.dtype)
         self._check(tokens, hidden.shape)
         tiles = self._tiles(tokens, hidden.requires_grad)
-        losses = TokenLosses.concatenate([tiles.evaluate(rows) for rows in tiles.plan.tiles(len(tokens))])
+        losses = TokenLosses.concatenate([tiles.evaluate(rows) for rows in tiles.plan.tiles(tokens.shape[0])])
         return *self._sums(losses), tiles.gradients
 
     def deliver(
@@ -257,7 +257,7 @@ class _LossCall:
             widens_by_block=self.tensor_parallel.size == 1 and weight.device.type == "cpu",
         )
         logit_bytes = bytes_per_logit(weights, dtypes.stored)
-        plan = TilePlan.of(self.tile_bytes, len(tokens), weight.shape[0], dtypes.evaluated.itemsize, logit_bytes)
+        plan = TilePlan.of(self.tile_bytes, tokens.shape[0], weight.shape[0], dtypes.evaluated.itemsize, logit_bytes)
         workspace, models = self.workspace or Workspace(), []
         for name, hidden, head in zip(("student", "teacher"), states, heads):
             shape = (plan.tokens, head.weight.shape[0])
@@ -329,7 +329,7 @@ class _LossCall:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Tiles:
     """The tiles of one run: both models with their buffers, and the gradients to which each tile adds."""
 

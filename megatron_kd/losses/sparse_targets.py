@@ -28,7 +28,7 @@ from megatron_kd.losses.types import SparseKnowledge
 SMALLEST_TAIL = 1.0e-30  # of the student's probability outside of the K ids, in its logarithm and in quotients
 
 
-@dataclass(frozen=True)
+@dataclass
 class SparseLoss:
     """[n] values of a tile.
 
@@ -43,7 +43,7 @@ class SparseLoss:
     dense_coefficient: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Entries:
     """[n, K]: this rank's columns (0 where not owned), ownership, logits / T, target weights (0 where absent)."""
 
@@ -53,7 +53,7 @@ class _Entries:
     targets: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class _GhostTail:
     """A ghost target's tail ``mass`` [n], and the student's exponentials ``at_entries`` [n, K] and ``outside`` [n]."""
 

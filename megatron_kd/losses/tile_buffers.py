@@ -217,7 +217,7 @@ class HeadLogits:
         return [slice(start, min(columns, start + CPU_COLUMN_BLOCK)) for start in range(0, columns, CPU_COLUMN_BLOCK)]
 
 
-@dataclass(frozen=True)
+@dataclass
 class TileLogits:
     """Logits of one model: its hidden states [n, h], the head's columns, and the buffer [C, R] of a tile."""
 

@@ -73,7 +73,7 @@ class Problem:
         return self.objective.temperature != 1.0 or self.common_vocab_size != self.student_vocab_size
 
 
-@dataclass(frozen=True)
+@dataclass
 class Tile:
     """Logits of n tokens: ``student`` [n, R] and ``teacher`` [n, common columns] fp32, which are overwritten.
 
@@ -87,7 +87,7 @@ class Tile:
     sparse: SparseKnowledge | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class TokenLosses:
     """[n] fp32 values of a tile's tokens, not yet weighted."""
 
@@ -110,7 +110,7 @@ class TokenLosses:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class LabelLogits:
     """The labels' columns on this rank and their logits.
 

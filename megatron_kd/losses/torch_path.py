@@ -31,7 +31,7 @@ def _can_share(tile: Tile, problem: Problem) -> bool:
     return tile.teacher is None or problem.objective.divergence == ForwardKL()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Evaluation:
     tile: Tile
     problem: Problem
@@ -48,7 +48,7 @@ class _Evaluation:
         return None if tile.sparse is None else SparseTerm(tile.sparse, tile.student, self.problem, temperature)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Coefficients:
     """[n] factors of the two terms in the gradient of the raw logits."""
 
@@ -76,7 +76,8 @@ class _SharedSoftmax(_Evaluation):
             sparse.sum_outside(tile.student)
         maxima = self.tensor_parallel.max_(local_maxima.clone())
         shift = local_maxima - maxima
-        rescaled_z = shift.exp() * local[: len(maxima)]
+        models = 1 if tile.teacher is None else 2
+        rescaled_z = shift.exp() * local[:models]
         rows = [rescaled_z[0], label.relative_to(maxima[0])]
         if tile.teacher is not None:
             teacher_dot, student_dot = local[2] + shift[1], local[3] + shift[0]  # relative to the maxima over all ranks
@@ -95,7 +96,7 @@ class _SharedSoftmax(_Evaluation):
             kd, entropy = sparse_loss.value, sparse_loss.entropy
         if coefficients is not None:
             if at_once is None:
-                self._gradient(coefficients, rescaled_z / sums[: 2 * len(maxima) : 2], sparse, sparse_loss)
+                self._gradient(coefficients, rescaled_z / sums[: 2 * models : 2], sparse, sparse_loss)
             label.subtract_one_hot(tile.student, coefficients.lm)
         return TokenLosses(label.loss(sums[1], log_z), kd, entropy)
 
@@ -111,7 +112,7 @@ class _SharedSoftmax(_Evaluation):
         the means of its and the student's logits relative to their maxima, under the teacher's softmax.
         """
         student, teacher = self.tile.student, self.tile.teacher
-        n = len(student)
+        n = student.shape[0]
         maxima = student.new_empty((1 if teacher is None else 2, n))
         local = student.new_empty((1 if teacher is None else 4, n))
         for rows in self._blocks():
@@ -166,7 +167,7 @@ def _z_of_softmax(probabilities: Tensor) -> Tensor:
     return probabilities.amax(-1).reciprocal_()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _LogNormalisers:
     """[n] logs of the sums that normalise the student's softmaxes: of its logits, and of its common logits / T."""
 
@@ -174,7 +175,7 @@ class _LogNormalisers:
     kd: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class _DenseLoss:
     """[n] values of a divergence; ``slope`` [n, common columns] lies where the teacher's logits did."""
 
@@ -235,7 +236,7 @@ class _SeparateSoftmaxes(_Evaluation):
         e_t (y - x) and e_s (x - y), where x and y are the student's and teacher's logits relative to their maxima."""
         student, teacher = self.tile.student, self.tile.teacher
         temperature = self.problem.objective.temperature
-        sums = student.new_zeros((2 if teacher is None else 6, len(student)))
+        sums = student.new_zeros((2 if teacher is None else 6, student.shape[0]))
         has_kd = teacher is not None or sparse is not None
         for rows in self._blocks():
             if self.problem.separate_lm or not has_kd:
@@ -284,7 +285,7 @@ class _SeparateSoftmaxes(_Evaluation):
     def _replace_by_slope(self, teacher: Tensor, log_s: Tensor, log_t: Tensor) -> Tensor:
         """Turn the teacher's logits into slopes, in place, and return this rank's [2, n]: values, sums of slopes."""
         objective = self.problem.objective
-        sums = log_s.new_zeros((2, len(log_s)))
+        sums = log_s.new_zeros((2, log_s.shape[0]))
         for rows in self._blocks():
             log_q = _scaled(self._common[rows], objective.temperature, log_s[rows])
             log_p = _scaled(teacher[rows], objective.temperature, log_t[rows])
